@@ -1,0 +1,1 @@
+"""svdlab: a workbench for Stable Video Diffusion parity."""

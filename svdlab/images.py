@@ -1,0 +1,111 @@
+"""What goes in and what comes out: images of every kind to tensors, frames to the kind that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from svdlab.errors import SvdlabError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_KINDS = "a PIL image, a list of them, numpy (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W)"
+
+
+def check_output_type(output_type: str | None) -> None:
+    """Raises: SvdlabError for anything but the four output types."""
+    if output_type not in OUTPUT_TYPES:
+        raise SvdlabError(f"output_type: got {output_type!r}, allowed: {', '.join(OUTPUT_TYPES)}")
+
+
+def read_images(image: Any, height: int, width: int) -> tuple[list[Tensor], Tensor]:
+    """The images as given, and resized for the VAE.
+
+    PIL images are resized with Lanczos, arrays and tensors by nearest neighbour, as diffusers does
+    (``image_processor.py:VaeImageProcessor.preprocess``).
+
+    Args:
+        image: see ``SVDPipeline.__call__``.
+        height, width: in pixels.
+
+    Returns:
+        A list of B tensors (1, 3, H0, W0) in [0, 1], and (B, 3, height, width) in [-1, 1]; both float32.
+
+    Raises:
+        SvdlabError: another kind of object, no image at all, a wrong shape, NaN, values outside the range.
+    """
+    many = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not many:
+        raise SvdlabError(f"image: got an empty list, allowed: {_KINDS}")
+    sources: list[Tensor] = []
+    pixels: list[Tensor] = []
+    for one in many:
+        if isinstance(one, Image.Image):
+            rgb = one.convert("RGB")
+            sources.append(_from_pil(rgb))
+            pixels.append(_from_pil(rgb.resize((width, height), Image.Resampling.LANCZOS)))
+        else:
+            batch = _from_array(one)
+            sources += batch.split(1)
+            pixels.append(F.interpolate(batch, size=(height, width)))
+    return sources, torch.cat(pixels) * 2 - 1
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def _from_array(image: Any) -> Tensor:
+    """Numpy or tensor to (B, 3, H, W) float32 in [0, 1]."""
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
+        tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3)))
+    elif isinstance(image, Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
+        tensor = image.detach().cpu()
+    elif isinstance(image, (np.ndarray, Tensor)):
+        raise SvdlabError(f"image: got a {type(image).__name__} of shape {tuple(image.shape)}, allowed: {_KINDS}")
+    else:
+        raise SvdlabError(f"image: got {type(image).__name__}, allowed: {_KINDS}")
+    tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    if not tensor.isfinite().all():
+        raise SvdlabError("image: got NaN or infinity, allowed: values in [0, 1]")
+    if 0 in tensor.shape or tensor.min() < 0 or tensor.max() > 1:
+        span = "no pixels" if 0 in tensor.shape else f"values in [{tensor.min():.3g}, {tensor.max():.3g}]"
+        raise SvdlabError(f"image: got {span}, allowed: values in [0, 1] (or uint8)")
+    return tensor[None] if tensor.ndim == 3 else tensor
+
+
+def randn(
+    shape: Sequence[int],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Unit Gaussian, drawn where the generator lives (or on ``device``), one generator a row if a list is given.
+
+    Source: diffusers ``utils/torch_utils.py:randn_tensor``.
+    """
+    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else list(generator)
+    if len(generators) == 1:
+        where = generators[0].device if generators[0] else device
+        return torch.randn(shape, generator=generators[0], device=where, dtype=dtype).to(device)
+    rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generators[: shape[0]]]
+    return torch.cat(rows).to(device)
+
+
+def postprocess(frames: Tensor, output_type: str | None) -> Any:
+    """Frames (B, F, 3, H, W) in about [-1, 1] to "pt" (the same shape in [0, 1]), "np" (B, F, H, W, 3), or "pil".
+
+    Source: diffusers ``video_processor.py:VideoProcessor.postprocess_video``.
+    """
+    frames = (frames.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return frames
+    array = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [[Image.fromarray(frame) for frame in video] for video in (array * 255).round().astype(np.uint8)]

@@ -1,0 +1,150 @@
+"""The CLIP vision tower: pixels to one image embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdlab.errors import SvdlabError
+from svdlab.model.layers import Linear
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": _quick_gelu}
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """What the tower needs of ``image_encoder/config.json``; names and defaults of transformers' config."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise SvdlabError(f"hidden_act: {self.hidden_act!r} is not implemented; allowed: {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise SvdlabError(f"num_attention_heads: {self.num_attention_heads} does not divide {self.hidden_size}")
+
+
+class CLIPEmbeddings(nn.Module):
+    """Patches, a class token in front, learned positions: (B, 3, S, S) -> (B, 1 + patches, C)."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(tokens, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class CLIPAttention(nn.Module):
+    """Self-attention among tokens: (B, N, C) -> the same shape."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    """Two linear layers around the configured activation."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([CLIPLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPTower(nn.Module):
+    """Embeddings, layers and the norm of the class token: (B, 3, S, S) -> (B, C). ``pre_layrnorm`` is CLIP's key."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIPVision(nn.Module):
+    """The tower and its projection.
+
+    Source: transformers ``models/clip/modeling_clip.py:CLIPVisionModelWithProjection``.
+    """
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = CLIPTower(config)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Embeddings (B, 1, projection_dim) of CLIP-normalised pixels (B, 3, image_size, image_size)."""
+        return self.visual_projection(self.vision_model(pixels))[:, None]

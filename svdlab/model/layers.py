@@ -1,0 +1,446 @@
+"""The layers that the UNet, the VAE and the CLIP tower are made of, over (batch, frame, height, width, channel).
+
+Attribute names are the checkpoint's keys. Additions are made in place on tensors that were computed one line
+above and that autograd does not keep, so that training works and inference touches memory once less.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdlab.model import layout
+
+GROUPS = 32
+
+
+def _is_amd_cpu() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "AMD" in platform.processor()
+
+
+# MKL's float32 matrix product is slow on AMD processors; oneDNN's 1x1 convolution over the same memory is not.
+LINEAR_AS_CONV = _is_amd_cpu() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` over the last axis: (..., in) -> (..., out), by the faster kernel for the machine."""
+    if LINEAR_AS_CONV and x.dtype == torch.float32 and x.device.type == "cpu":
+        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        y = F.conv2d(rows, weight[:, :, None, None], bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+def sinusoids(values: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding, cosines first: (N,) -> (N, dim) in float32.
+
+    Source: diffusers ``models/embeddings.py:get_timestep_embedding`` with ``flip_sin_to_cos=True`` and
+    ``downscale_freq_shift=0``.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=values.device))
+    angles = values[:, None].float() * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class Linear(nn.Linear):
+    """A linear layer over the channel axis: (..., in) -> (..., out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """A spatial convolution of every frame: (B, F, H, W, in) -> (B, F, H', W', out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layout.from_images(super().forward(layout.as_images(x)), x.shape[0])
+
+
+class TemporalConv(nn.Conv3d):
+    """A (3, 1, 1) convolution over frames, run as a (3, 1) conv2d: (B, F, H, W, in) -> (B, F', H, W, out)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor, padding: int = 1) -> Tensor:
+        y = F.conv2d(layout.as_time_strips(x), self.weight[..., 0], self.bias, padding=(padding, 0))
+        return layout.from_time_strips(y, x.shape[2])
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """Group norm with statistics of each frame: (B, F, H, W, C) -> the same shape."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(GROUPS, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layout.from_images(super().forward(layout.as_images(x)), x.shape[0])
+
+
+class VideoGroupNorm(nn.GroupNorm):
+    """Group norm with statistics of the whole video: (B, F, H, W, C) -> the same shape."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(GROUPS, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layout.from_time_strips(super().forward(layout.as_time_strips(x)), x.shape[2])
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,) of the normalisation of one video (F, H, W, C), whatever chunk is normalised later.
+
+        Frame by frame in a fixed order, merged by Chan's rule: the result does not depend on a chunk size, and no
+        temporary is larger than a frame.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        moments = [torch.var_mean(f.to(wide).view(-1, GROUPS, f.shape[-1] // GROUPS), (0, 2), correction=0) for f in x]
+        variances, means = (torch.stack(m) for m in zip(*moments, strict=True))
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        per_channel = x.shape[-1] // GROUPS
+        scale = (variance + self.eps).rsqrt().repeat_interleave(per_channel) * self.weight
+        return scale, self.bias - mean.repeat_interleave(per_channel) * scale
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers around a SiLU: (N, in) -> (N, out)."""
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int | None = None):
+        super().__init__()
+        self.linear_1 = Linear(in_channels, hidden)
+        self.linear_2 = Linear(hidden, out_channels or hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """The spatial residual block: (B, F, H, W, in) -> (B, F, H, W, out).
+
+    Source: diffusers ``models/resnet.py:ResnetBlock2D``. ``emb`` (B, E) is the time embedding after its SiLU.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int | None, eps: float):
+        super().__init__()
+        self.norm1 = FrameGroupNorm(in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = Linear(emb_channels, out_channels) if emb_channels else None
+        self.norm2 = FrameGroupNorm(out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        if self.time_emb_proj is not None and emb is not None:
+            h += self.time_emb_proj(emb)[:, None, None, None]
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class TemporalResnetBlock(nn.Module):
+    """The temporal residual block's update, WITHOUT its residual: (B, F, H, W, C) -> the same shape.
+
+    Source: diffusers ``models/resnet.py:TemporalResnetBlock``, which returns ``x + update``. The blend that follows
+    is between ``x`` and ``x + update``, which is ``x`` plus a share of the update: see ``AlphaBlender.add``.
+    """
+
+    def __init__(self, channels: int, emb_channels: int | None, eps: float):
+        super().__init__()
+        self.norm1 = VideoGroupNorm(channels, eps)
+        self.conv1 = TemporalConv(channels, channels)
+        self.time_emb_proj = Linear(emb_channels, channels) if emb_channels else None
+        self.norm2 = VideoGroupNorm(channels, eps)
+        self.conv2 = TemporalConv(channels, channels)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        if self.time_emb_proj is not None and emb is not None:
+            h += self.time_emb_proj(emb)[:, None, None, None]
+        return self.conv2(F.silu(self.norm2(h), inplace=True))
+
+    def add_in_chunks(self, x: Tensor, share: Tensor, chunk: int) -> None:
+        """``x += share * self(x)`` for one video (F, H, W, C), ``chunk`` frames at a time and in place.
+
+        The same numbers as ``forward`` for any chunk: the norms take the whole video's statistics, and a temporal conv
+        reads one frame of halo on each side. Beside ``x`` it holds one more video and a chunk. Inference only.
+        """
+        h = torch.empty_like(x)
+        for frames, update in _halo_chunks(self.norm1, self.conv1, x, chunk):
+            h[frames] = update
+        for frames, update in _halo_chunks(self.norm2, self.conv2, h, chunk):
+            x[frames] += share * update
+
+
+def _halo_chunks(
+    norm: VideoGroupNorm, conv: TemporalConv, x: Tensor, chunk: int
+) -> Iterator[tuple[slice, Tensor]]:
+    scale, shift = norm.statistics(x)
+    last = x.shape[0]
+    for start in range(0, last, chunk):
+        stop = min(start + chunk, last)
+        window = x[max(start - 1, 0) : min(stop + 1, last)]
+        active = F.silu(torch.addcmul(shift, window.to(scale.dtype), scale), inplace=True).to(x.dtype)
+        # At the clip's ends the conv pads with zeros, after the activation.
+        active = F.pad(active, (0, 0, 0, 0, 0, 0, int(start == 0), int(stop == last)))
+        yield slice(start, stop), conv(active[None], padding=0)[0]
+
+
+class AlphaBlender(nn.Module):
+    """The learned blend of a spatial and a temporal path; ``mix_factor`` (1,) goes through a sigmoid.
+
+    Source: diffusers ``models/resnet.py:AlphaBlender``. In the VAE the two paths change places
+    (``switch_spatial_to_temporal_mix``), in the UNet they do not.
+    """
+
+    def __init__(self, switch_spatial_to_temporal_mix: bool = False):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.zeros(1))
+        self.switch_spatial_to_temporal_mix = switch_spatial_to_temporal_mix
+
+    def temporal_share(self) -> Tensor:
+        """The temporal path's weight (1,), in 0..1."""
+        return torch.sigmoid(self.mix_factor if self.switch_spatial_to_temporal_mix else -self.mix_factor)
+
+    def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
+        return torch.lerp(spatial, temporal, self.temporal_share())
+
+    def add(self, spatial: Tensor, update: Tensor) -> Tensor:
+        """The blend of ``spatial`` and ``spatial + update``."""
+        return torch.addcmul(spatial, update, self.temporal_share())
+
+
+class SpatioTemporalResBlock(nn.Module):
+    """A spatial residual block, a temporal one, and their blend: (B, F, H, W, in) -> (B, F, H, W, out).
+
+    Source: diffusers ``models/resnet.py:SpatioTemporalResBlock``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int | None,
+        eps: float,
+        temporal_eps: float | None = None,
+        switch_spatial_to_temporal_mix: bool = False,
+    ):
+        super().__init__()
+        self.spatial_res_block = ResnetBlock(in_channels, out_channels, emb_channels, eps)
+        self.temporal_res_block = TemporalResnetBlock(out_channels, emb_channels, temporal_eps or eps)
+        self.time_mixer = AlphaBlender(switch_spatial_to_temporal_mix)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        x = self.spatial_res_block(x, emb)
+        return self.time_mixer.add(x, self.temporal_res_block(x, emb))
+
+
+class Attention(nn.Module):
+    """Multi-head attention weights in the checkpoint's names; which axis attends is the caller's choice of view.
+
+    Source: diffusers ``models/attention_processor.py:Attention`` and ``AttnProcessor2_0``.
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(channels, channels, bias=bias)
+        self.to_k = Linear(context_channels or channels, channels, bias=bias)
+        self.to_v = Linear(context_channels or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+
+    def over_space(self, x: Tensor) -> Tensor:
+        """Self-attention among the pixels of each frame: (B, F, H, W, C) -> the same shape."""
+        q, k, v = (layout.spatial_heads(p(x), self.heads) for p in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](layout.from_spatial_heads(F.scaled_dot_product_attention(q, k, v), x.shape))
+
+    def over_time(self, x: Tensor) -> Tensor:
+        """Self-attention among the frames at each pixel: (B, F, H, W, C) -> the same shape."""
+        q, k, v = (layout.temporal_heads(p(x), self.heads) for p in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](layout.from_temporal_heads(F.scaled_dot_product_attention(q, k, v), x.shape))
+
+    def to_single_token(self, context: Tensor) -> Tensor:
+        """Cross-attention to ONE context token: (B, 1, D) -> (B, 1, 1, 1, C), the same for every query.
+
+        The softmax over a single key is 1, so the result is the projected value; queries, keys and the norm before
+        them have weights in the checkpoint and no influence.
+        """
+        return self.to_out[0](self.to_v(context))[:, :, None, None]
+
+
+class GEGLU(nn.Module):
+    """Gated GELU: (..., C) -> (..., inner). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = Linear(channels, 2 * inner)
+        self.approximate = "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate, approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width, then back: (..., C) -> (..., C). The checkpoint numbers them 0 and 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Spatial attention, the image token, feed-forward: (B, F, H, W, C) -> the same shape.
+
+    Source: diffusers ``models/attention.py:BasicTransformerBlock``. ``norm2``, ``attn2.to_q`` and ``attn2.to_k``
+    are in the checkpoint and never run (see ``Attention.to_single_token``).
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, image_token: Tensor) -> Tensor:
+        x = self.attn1.over_space(self.norm1(x)).add_(x).add_(image_token)
+        return self.ff(self.norm3(x)).add_(x)
+
+
+class TemporalTransformerBlock(nn.Module):
+    """Feed-forward, temporal attention, the image token, feed-forward: (B, F, H, W, C) -> the same shape.
+
+    Source: diffusers ``models/attention.py:TemporalBasicTransformerBlock``.
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(channels)
+        self.ff_in = FeedForward(channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, image_token: Tensor) -> Tensor:
+        x = self.ff_in(self.norm_in(x)).add_(x)
+        x = self.attn1.over_time(self.norm1(x)).add_(x).add_(image_token)
+        return self.ff(self.norm3(x)).add_(x)
+
+
+@dataclass(frozen=True)
+class TransformerConditioning:
+    """What one transformer needs that no denoising step changes.
+
+    Attributes:
+        frame_positions: (1, F, 1, 1, C), the embedded frame numbers.
+        spatial_tokens: per layer (B, 1, 1, 1, C), the spatial cross-attention's result.
+        temporal_tokens: per layer (B, 1, 1, 1, C), the temporal cross-attention's result.
+    """
+
+    frame_positions: Tensor
+    spatial_tokens: list[Tensor]
+    temporal_tokens: list[Tensor]
+
+    def halves(self) -> tuple[TransformerConditioning, TransformerConditioning]:
+        """Split the batch in two."""
+        spatial = [t.chunk(2) for t in self.spatial_tokens]
+        temporal = [t.chunk(2) for t in self.temporal_tokens]
+        first, second = (([s[i] for s in spatial], [t[i] for t in temporal]) for i in (0, 1))
+        return (
+            TransformerConditioning(self.frame_positions, *first),
+            TransformerConditioning(self.frame_positions, *second),
+        )
+
+
+class SpatioTemporalTransformer(nn.Module):
+    """Spatial and temporal transformer blocks in turn, blended: (B, F, H, W, C) -> the same shape.
+
+    Source: diffusers ``models/transformers/transformer_temporal.py:TransformerSpatioTemporalModel``.
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int, context_channels: int):
+        super().__init__()
+        self.channels = channels
+        self.norm = FrameGroupNorm(channels, eps=1e-6)
+        self.proj_in = Linear(channels, channels)
+        blocks = [TransformerBlock(channels, heads, context_channels) for _ in range(depth)]
+        temporal = [TemporalTransformerBlock(channels, heads, context_channels) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.temporal_transformer_blocks = nn.ModuleList(temporal)
+        self.time_pos_embed = TimestepEmbedding(channels, 4 * channels, channels)
+        self.time_mixer = AlphaBlender()
+        self.proj_out = Linear(channels, channels)
+
+    def condition(self, image_embeddings: Tensor, num_frames: int) -> TransformerConditioning:
+        """Everything that depends on the image token (B, 1, D) and the frame count alone."""
+        frames = torch.arange(num_frames, device=image_embeddings.device)
+        positions = sinusoids(frames, self.channels).to(image_embeddings.dtype)
+        return TransformerConditioning(
+            self.time_pos_embed(positions)[None, :, None, None],
+            [block.attn2.to_single_token(image_embeddings) for block in self.transformer_blocks],
+            [block.attn2.to_single_token(image_embeddings) for block in self.temporal_transformer_blocks],
+        )
+
+    def forward(self, x: Tensor, conditioning: TransformerConditioning) -> Tensor:
+        h = self.proj_in(self.norm(x))
+        layers = zip(
+            self.transformer_blocks,
+            self.temporal_transformer_blocks,
+            conditioning.spatial_tokens,
+            conditioning.temporal_tokens,
+            strict=True,
+        )
+        for spatial, temporal, spatial_token, temporal_token in layers:
+            h = spatial(h, spatial_token)
+            h = self.time_mixer(h, temporal(h + conditioning.frame_positions, temporal_token))
+        return self.proj_out(h).add_(x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width (rounded up): a stride-2 convolution.
+
+    Source: diffusers ``models/downsampling.py:Downsample2D``. With ``padding=0`` one row and one column of zeros
+    are added at the bottom and at the right (the VAE encoder), so odd sizes are rounded down.
+    """
+
+    def __init__(self, channels: int, padding: int = 1):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.pad_end = padding == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 0, 0, 1, 0, 1)) if self.pad_end else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour to ``size`` (height, width), or twice as large, then a convolution.
+
+    Source: diffusers ``models/upsampling.py:Upsample2D``.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(layout.from_images(F.interpolate(layout.as_images(x), size=size), x.shape[0]))

@@ -1,0 +1,267 @@
+"""The spatio-temporal UNet: noisy latents, image latents and conditioning in, the v-prediction out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdlab.errors import SvdlabError
+from svdlab.model import layout
+from svdlab.model.config import check_groups, per_level
+from svdlab.model.layers import (
+    Conv2d,
+    Downsample,
+    FrameGroupNorm,
+    SpatioTemporalResBlock,
+    SpatioTemporalTransformer,
+    TimestepEmbedding,
+    TransformerConditioning,
+    Upsample,
+    sinusoids,
+)
+
+PLAIN_BLOCKS = ("DownBlockSpatioTemporal", "UpBlockSpatioTemporal")
+ATTENTION_BLOCKS = ("CrossAttnDownBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """``unet/config.json``, with the names and defaults of diffusers' ``UNetSpatioTemporalConditionModel``.
+
+    Options given as one value hold for every level; ``transformer_layers_per_block`` may nest one more level, one
+    depth a resnet.
+    """
+
+    sample_size: int | None = None
+    in_channels: int = 8
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = (ATTENTION_BLOCKS[0],) * 3 + (PLAIN_BLOCKS[0],)
+    up_block_types: tuple[str, ...] = (PLAIN_BLOCKS[1],) + (ATTENTION_BLOCKS[1],) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    addition_time_embed_dim: int = 256
+    projection_class_embeddings_input_dim: int = 768
+    layers_per_block: int | tuple[int, ...] = 2
+    cross_attention_dim: int | tuple[int, ...] = 1024
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    num_attention_heads: int | tuple[int, ...] = (5, 10, 20, 20)
+    num_frames: int = 25
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        check_groups("block_out_channels", self.block_out_channels)
+        for name, known in (("down_block_types", 0), ("up_block_types", 1)):
+            for block in per_level(name, getattr(self, name), levels):
+                if block not in (allowed := (PLAIN_BLOCKS[known], ATTENTION_BLOCKS[known])):
+                    raise SvdlabError(f"{name}: {block!r} is not implemented; allowed: {', '.join(allowed)}")
+        heads = per_level("num_attention_heads", self.num_attention_heads, levels)
+        for width, count in zip(self.block_out_channels, heads, strict=True):
+            if width % count:
+                raise SvdlabError(f"num_attention_heads: {count} does not divide block_out_channels' {width}")
+        for name in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
+            per_level(name, getattr(self, name), levels)
+        if self.projection_class_embeddings_input_dim != 3 * self.addition_time_embed_dim:
+            raise SvdlabError(
+                f"projection_class_embeddings_input_dim: got {self.projection_class_embeddings_input_dim}, allowed: "
+                f"{3 * self.addition_time_embed_dim} (three added time ids of addition_time_embed_dim each)"
+            )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What one generation computes once and every denoising step reads.
+
+    Attributes:
+        added_time_embedding: (B, E), the embedded fps - 1, motion bucket and noise augmentation strength.
+        transformers: one entry a transformer, in the order in which the UNet runs them.
+    """
+
+    added_time_embedding: Tensor
+    transformers: list[TransformerConditioning]
+
+    def halves(self) -> tuple[Conditioning, Conditioning]:
+        """The unconditional and the conditional half of a batch that holds both."""
+        first, second = self.added_time_embedding.chunk(2)
+        pairs = [t.halves() for t in self.transformers]
+        return Conditioning(first, [a for a, _ in pairs]), Conditioning(second, [b for _, b in pairs])
+
+
+def _depths(value: int | Sequence[int], resnets: int) -> Sequence[int]:
+    return (value,) * resnets if isinstance(value, int) else value[:resnets]
+
+
+class DownBlock(nn.Module):
+    """Resnets, each with a transformer behind it where ``transformers`` has one, then a downsampler."""
+
+    def __init__(self, resnets: list, transformers: list, downsample: int | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(transformers)
+        self.downsamplers = nn.ModuleList([Downsample(downsample)] if downsample else [])
+
+    def forward(
+        self, x: Tensor, emb: Tensor, conditioning: Iterator[TransformerConditioning]
+    ) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions:
+                x = self.attentions[i](x, next(conditioning))
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, transformer, resnet at the lowest resolution."""
+
+    def __init__(self, resnets: list, transformer: SpatioTemporalTransformer):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList([transformer])
+
+    def forward(self, x: Tensor, emb: Tensor, conditioning: Iterator[TransformerConditioning]) -> Tensor:
+        x = self.resnets[0](x, emb)
+        x = self.attentions[0](x, next(conditioning))
+        return self.resnets[1](x, emb)
+
+
+class UpBlock(nn.Module):
+    """Resnets over the concatenation with a skip each, a transformer behind each where there is one, an upsampler."""
+
+    def __init__(self, resnets: list, transformers: list, upsample: int | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(transformers)
+        self.upsamplers = nn.ModuleList([Upsample(upsample)] if upsample else [])
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, conditioning: Iterator[TransformerConditioning]
+    ) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=-1), emb)
+            if self.attentions:
+                x = self.attentions[i](x, next(conditioning))
+        for upsampler in self.upsamplers:
+            # The size of the skip that comes next, so that odd sizes find their way back.
+            x = upsampler(x, (skips[-1].shape[2], skips[-1].shape[3]))
+        return x
+
+
+class UNet(nn.Module):
+    """SVD's denoiser.
+
+    Source: diffusers ``models/unets/unet_spatio_temporal_condition.py:UNetSpatioTemporalConditionModel``.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, levels = config.block_out_channels, len(config.block_out_channels)
+        emb_channels = 4 * widths[0]
+        layers = per_level("layers_per_block", config.layers_per_block, levels)
+        heads = per_level("num_attention_heads", config.num_attention_heads, levels)
+        context = per_level("cross_attention_dim", config.cross_attention_dim, levels)
+        depth = per_level("transformer_layers_per_block", config.transformer_layers_per_block, levels)
+
+        def transformer(level: int, layer_depth: int) -> SpatioTemporalTransformer:
+            return SpatioTemporalTransformer(widths[level], heads[level], layer_depth, context[level])
+
+        def transformers(kind: str, level: int, count: int) -> list[SpatioTemporalTransformer]:
+            if kind in PLAIN_BLOCKS:
+                return []
+            return [transformer(level, d) for d in _depths(depth[level], count)]
+
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], emb_channels)
+        self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, emb_channels)
+
+        self.down_blocks = nn.ModuleList()
+        previous = widths[0]
+        for level, kind in enumerate(config.down_block_types):
+            # The group-norm eps of diffusers' blocks as instantiated: 1e-6 with cross-attention, 1e-5 without.
+            eps = 1e-5 if kind in PLAIN_BLOCKS else 1e-6
+            inputs = [previous] + [widths[level]] * (layers[level] - 1)
+            resnets = [SpatioTemporalResBlock(c, widths[level], emb_channels, eps) for c in inputs]
+            last = level == levels - 1
+            self.down_blocks.append(
+                DownBlock(resnets, transformers(kind, level, layers[level]), None if last else widths[level])
+            )
+            previous = widths[level]
+
+        mid = [SpatioTemporalResBlock(previous, previous, emb_channels, 1e-5) for _ in range(2)]
+        self.mid_block = MidBlock(mid, transformer(levels - 1, _depths(depth[-1], 1)[0]))
+
+        self.up_blocks = nn.ModuleList()
+        for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+            width, below, count = widths[level], widths[max(level - 1, 0)], layers[level] + 1
+            skips = [width] * (count - 1) + [below]
+            inputs = [previous] + [width] * (count - 1)
+            resnets = [
+                SpatioTemporalResBlock(c + s, width, emb_channels, 1e-6) for c, s in zip(inputs, skips, strict=True)
+            ]
+            self.up_blocks.append(UpBlock(resnets, transformers(kind, level, count), width if level else None))
+            previous = width
+
+        self.conv_norm_out = FrameGroupNorm(widths[0], eps=1e-5)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def transformers(self) -> list[SpatioTemporalTransformer]:
+        """Every transformer, in the order in which ``forward`` runs them."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [t for block in blocks for t in block.attentions]  # type: ignore[union-attr]
+
+    def condition(self, image_embeddings: Tensor, added_time_ids: Tensor, num_frames: int) -> Conditioning:
+        """Compute once what every denoising step of a generation shares.
+
+        Args:
+            image_embeddings: (B, 1, D), one CLIP token an image; zeros for the unconditional half.
+            added_time_ids: (B, 3): fps - 1, motion bucket, noise augmentation strength.
+            num_frames: F.
+
+        Raises:
+            SvdlabError: more than one context token. The collapsed cross-attention is exact for one token only; a
+                model that needs more would show here first.
+        """
+        if image_embeddings.ndim != 3 or image_embeddings.shape[1] != 1:
+            raise SvdlabError(
+                f"image_embeddings: got shape {tuple(image_embeddings.shape)}, allowed: (batch, 1, channels); "
+                "cross-attention to several context tokens is not implemented"
+            )
+        ids = sinusoids(added_time_ids.flatten(), self.config.addition_time_embed_dim)
+        ids = ids.reshape(len(added_time_ids), -1).to(image_embeddings.dtype)
+        transformers = [t.condition(image_embeddings, num_frames) for t in self.transformers()]
+        return Conditioning(self.add_embedding(ids), transformers)
+
+    def forward(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """One denoising step's network pass.
+
+        Args:
+            sample: (B, F, in_channels, h, w), scaled noisy latents beside image latents.
+            timestep: a scalar or (B,), 0.25 * ln(sigma).
+            conditioning: from ``condition`` with the same batch and frame count.
+
+        Returns:
+            (B, F, out_channels, h, w), the v-prediction.
+        """
+        x = layout.from_channels_first(sample)
+        timesteps = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
+        emb = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]).to(x.dtype))
+        emb = F.silu(emb + conditioning.added_time_embedding)
+        transformers = iter(conditioning.transformers)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for down_block in self.down_blocks:
+            x, outputs = down_block(x, emb, transformers)
+            skips += outputs
+        x = self.mid_block(x, emb, transformers)
+        for up_block in self.up_blocks:
+            x = up_block(x, skips, emb, transformers)
+        x = self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return layout.to_channels_first(x)

@@ -1,0 +1,123 @@
+"""Euler sampling over the EDM sigmas with v-prediction and continuous timesteps.
+
+Source: Karras et al. 2022 (arXiv 2206.00364), equation 5 and algorithm 1; diffusers
+``schedulers/scheduling_euler_discrete.py:EulerDiscreteScheduler``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svdlab.errors import SvdlabError
+from svdlab.model.config import read_config
+
+# Options of diffusers' scheduler that only matter for schedules made from betas or for other samplers.
+_INERT = (
+    "beta_start beta_end beta_schedule trained_betas num_train_timesteps interpolation_type steps_offset "
+    "rescale_betas_zero_snr clip_sample set_alpha_to_one skip_prk_steps"
+).split()
+# What each remaining option must be; anything else is another sampler.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("v_prediction",),
+    "timestep_type": ("continuous",),
+    "use_karras_sigmas": (True,),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "final_sigmas_type": ("zero",),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+}
+
+
+@dataclass(frozen=True)
+class EulerScheduler:
+    """What ``scheduler_config.json`` decides; the steps themselves are the functions below.
+
+    Field names, and the values that stand when a file omits them, are diffusers'. SVD's published file sets
+    ``sigma_min=0.002, sigma_max=700, timestep_spacing="leading"``.
+    """
+
+    sigma_min: float = 0.0
+    sigma_max: float = 0.0
+    prediction_type: str = "epsilon"
+    timestep_type: str = "discrete"
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    final_sigmas_type: str = "zero"
+    timestep_spacing: str = "linspace"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _REQUIRED.items():
+            if (value := getattr(self, name)) not in allowed:
+                shown = ", ".join(repr(a) for a in allowed)
+                raise SvdlabError(f"{name}: {value!r} is not implemented; allowed: {shown}")
+        if not (self.sigma_min and self.sigma_max and 0 < self.sigma_min < self.sigma_max):
+            raise SvdlabError(
+                f"sigma_min, sigma_max: got {self.sigma_min}, {self.sigma_max}, allowed: 0 < sigma_min < sigma_max"
+            )
+
+    @classmethod
+    def from_config(cls, options: Mapping[str, Any], where: str = "scheduler_config.json") -> EulerScheduler:
+        """Read the parsed JSON.
+
+        Raises:
+            SvdlabError: a sampler or an option that is not implemented, by name.
+        """
+        name = options.get("_class_name", "EulerDiscreteScheduler")
+        if name != "EulerDiscreteScheduler":
+            raise SvdlabError(f"{where}: scheduler {name!r} is not implemented; allowed: EulerDiscreteScheduler")
+        return read_config(cls, options, where, inert=_INERT)
+
+    def init_noise_sigma(self, sigmas: Tensor) -> Tensor:
+        """The first latents' standard deviation: sqrt(sigma_max^2 + 1), or sigma_max unless the spacing is leading."""
+        return (sigmas.max() ** 2 + 1) ** 0.5 if self.timestep_spacing == "leading" else sigmas.max()
+
+
+def karras_sigmas(num_inference_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Sigmas (steps + 1,) in float32, from ``sigma_max`` to ``sigma_min`` evenly in sigma^(1/rho), then 0.
+
+    Source: Karras et al. 2022, equation 5; diffusers ``scheduling_euler_discrete.py:_convert_to_karras``.
+    """
+    ramp = np.linspace(0, 1, num_inference_steps)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return custom_sigmas([*(high + ramp * (low - high)) ** rho, 0.0])
+
+
+def custom_sigmas(sigmas: Sequence[float]) -> Tensor:
+    """Given sigmas (steps + 1,) in float32; the last one is where sampling ends."""
+    return torch.from_numpy(np.array(sigmas, dtype=np.float32))
+
+
+def continuous_timesteps(sigmas: Tensor) -> Tensor:
+    """What the UNet is told of the noise level: 0.25 * ln(sigma) for every sigma but the last, (steps,).
+
+    Source: diffusers ``scheduling_euler_discrete.py:set_timesteps``; c_noise in Karras et al. 2022, table 1.
+    """
+    return 0.25 * sigmas[:-1].log()
+
+
+def scale_model_input(latents: Tensor, sigma: Tensor) -> Tensor:
+    """c_in of Karras et al. 2022, table 1: latents / sqrt(sigma^2 + 1), any shape."""
+    return latents / ((sigma**2 + 1) ** 0.5)
+
+
+def denoised_from_v(v: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents that a v-prediction stands for, in float32: c_skip * latents + c_out * v.
+
+    Source: diffusers ``scheduling_euler_discrete.py:step``; c_skip = 1 / (sigma^2 + 1), c_out = -sigma / sqrt(...).
+    """
+    return v * (-sigma / (sigma**2 + 1) ** 0.5) + latents / (sigma**2 + 1)
+
+
+def euler_step(denoised: Tensor, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """One step of the probability-flow ODE from ``sigma`` to ``next_sigma``.
+
+    Source: Karras et al. 2022, algorithm 1, lines 4 and 5 (first order only).
+    """
+    return latents + (latents - denoised) / sigma * (next_sigma - sigma)
