@@ -1,0 +1,35 @@
+"""Shared fixtures: a random tiny checkpoint, a photograph, and one thread a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdlab.weights import write_random_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny checkpoint in diffusers' layout; read only."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def photo():  # noqa: ANN201 - PIL is imported here
+    """A real photograph, larger than what CLIP sees: matplotlib's sample of Grace Hopper."""
+    from matplotlib.cbook import get_sample_data
+    from PIL import Image
+
+    with get_sample_data("grace_hopper.jpg") as file:
+        return Image.open(file).convert("RGB")

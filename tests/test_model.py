@@ -1,0 +1,249 @@
+"""The three networks against diffusers' and transformers' with the same weights, judged by float64 truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import CLIPVisionConfig as HFCLIPVisionConfig
+from transformers import CLIPVisionModelWithProjection
+
+from svdlab.errors import SvdlabError
+from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
+from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, pack, randomize_
+
+
+def ratio(candidate: Tensor, reference: Tensor, truth: Tensor) -> float:
+    """Design section 5: the candidate's distance from the truth over the reference's."""
+    eps = torch.finfo(reference.dtype).eps
+    floor = max(float((reference - truth).norm() / truth.norm()), eps)
+    return float((candidate - truth).norm() / truth.norm()) / floor
+
+
+CROSS, PLAIN = "CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"
+UP_CROSS, UP_PLAIN = "CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"
+UNETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "three levels, all different": dict(
+        block_out_channels=(64, 32, 96),
+        down_block_types=(PLAIN, CROSS, CROSS),
+        up_block_types=(UP_CROSS, UP_PLAIN, UP_CROSS),
+        num_attention_heads=(2, 4, 3),
+        layers_per_block=(1, 2, 3),
+        transformer_layers_per_block=(1, 2, 3),
+        cross_attention_dim=(32, 32, 32),
+    ),
+    "one level": dict(
+        block_out_channels=(32,),
+        down_block_types=(CROSS,),
+        up_block_types=(UP_CROSS,),
+        num_attention_heads=1,
+    ),
+    "depths nested by resnet": dict(transformer_layers_per_block=((2, 1), (1, 2)), layers_per_block=1),
+    "no cross-attention but in the middle": dict(
+        down_block_types=(PLAIN, PLAIN), up_block_types=(UP_PLAIN, UP_PLAIN), layers_per_block=2
+    ),
+}
+
+
+def _unets(options: dict[str, Any]) -> tuple[UNet, UNetSpatioTemporalConditionModel]:
+    config = {**TINY_UNET, **options}
+    reference = randomize_(UNetSpatioTemporalConditionModel(**config), seed=1).eval()
+    own = UNet(UNetConfig(**config))
+    own.load_state_dict(reference.state_dict(), strict=True)
+    return pack(own), reference
+
+
+def _unet_inputs(batch: int, frames: int, size: tuple[int, int], channels: int = 32) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(2)
+    sample = torch.randn(batch, frames, 8, *size, generator=generator)
+    token = torch.randn(batch, 1, channels, generator=generator)
+    return sample, torch.tensor(1.3), token, torch.tensor([[6.0, 127.0, 0.02]] * batch)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 12)])
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+    own, reference = _unets(UNETS[name])
+    sample, timestep, token, ids = _unet_inputs(2, 5, size)
+    result = own(sample, timestep, own.condition(token, ids, 5))
+    expected = reference(sample, timestep, token, ids).sample
+    truth = reference.double()(sample.double(), timestep, token.double(), ids.double()).sample
+    assert ratio(result, expected, truth) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unet_in_half_precision(dtype: torch.dtype) -> None:
+    own, reference = _unets({})
+    own, reference = own.to(dtype), reference.to(dtype)
+    sample, timestep, token, ids = _unet_inputs(2, 4, (8, 8))
+    sample, token, ids = sample.to(dtype), token.to(dtype), ids.to(dtype)
+    result = own(sample, timestep, own.condition(token, ids, 4))
+    expected = reference(sample, timestep, token, ids).sample
+    truth = reference.double()(sample.double(), timestep, token.double(), ids.double()).sample
+    assert ratio(result, expected, truth) <= 4
+
+
+def test_unet_at_full_size() -> None:
+    """The published architecture, 1.52 billion parameters. The two models share their weights' memory."""
+    with torch.device("meta"):
+        own, reference = UNet(UNetConfig()), UNetSpatioTemporalConditionModel().eval()
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for name, parameter in reference.state_dict().items():
+        scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        state[name] = torch.empty(parameter.shape).uniform_(-1.7 * scale, 1.7 * scale, generator=generator)
+        if parameter.ndim == 1 and name.endswith("weight"):
+            state[name] += 1
+    assert sum(p.numel() for p in state.values()) == 1_524_623_082
+    reference.load_state_dict(state, assign=True)
+    sample, timestep, token, ids = _unet_inputs(1, 2, (8, 8), channels=1024)
+    truth = reference.double()(sample.double(), timestep, token.double(), ids.double()).sample
+    expected = reference.float()(sample, timestep, token, ids).sample
+    own.load_state_dict(reference.state_dict(), assign=True)
+    assert ratio(own(sample, timestep, own.condition(token, ids, 2)), expected, truth) <= 4
+
+
+def test_several_context_tokens_are_refused() -> None:
+    own, _ = _unets({})
+    with pytest.raises(SvdlabError, match=r"image_embeddings: got shape \(1, 2, 32\), allowed: \(batch, 1, channels\)"):
+        own.condition(torch.zeros(1, 2, 32), torch.zeros(1, 3), 4)
+
+
+def test_the_collapsed_cross_attention_sees_the_token() -> None:
+    own, _ = _unets({})
+    sample, timestep, token, ids = _unet_inputs(1, 3, (8, 8))
+    with_token = own(sample, timestep, own.condition(token, ids, 3))
+    without = own(sample, timestep, own.condition(torch.zeros_like(token), ids, 3))
+    assert (with_token - without).norm() > 1e-2 * with_token.norm()
+
+
+def test_gradients_flow_to_every_parameter_that_runs() -> None:
+    own, _ = _unets({})
+    sample, timestep, token, ids = _unet_inputs(1, 3, (8, 8))
+    with torch.enable_grad():
+        own(sample, timestep, own.condition(token, ids, 3)).square().mean().backward()
+    still = {name for name, p in own.named_parameters() if p.grad is None or not p.grad.any()}
+    assert all(".norm2." in n or ".attn2.to_q." in n or ".attn2.to_k." in n for n in still), still
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(block_out_channels=(30, 64)), "block_out_channels: got 30, allowed: positive multiples of 32"),
+        (dict(num_attention_heads=(3, 4)), "num_attention_heads: 3 does not divide block_out_channels' 32"),
+        (dict(layers_per_block=(1, 2, 3)), "layers_per_block has 3 entries, block_out_channels has 2"),
+        (dict(down_block_types=("DownBlock3D", PLAIN)), "down_block_types: 'DownBlock3D' is not implemented"),
+        (dict(projection_class_embeddings_input_dim=95), "projection_class_embeddings_input_dim: got 95, allowed: 96"),
+    ],
+)
+def test_unet_config_is_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SvdlabError, match=message):
+        UNetConfig(**{**TINY_UNET, **options})
+
+
+VAES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "one resnet a level": dict(layers_per_block=1),
+    "three resnets a level": dict(layers_per_block=3),
+    "two levels": dict(block_out_channels=(64, 32), down_block_types=("DownEncoderBlock2D",) * 2),
+}
+
+
+def _vaes(options: dict[str, Any]) -> tuple[VAE, AutoencoderKLTemporalDecoder]:
+    config = {**TINY_VAE, **options}
+    reference = randomize_(AutoencoderKLTemporalDecoder(**config), seed=4).eval()
+    own = VAE(VAEConfig(**config))
+    own.load_state_dict(reference.state_dict(), strict=True)
+    return pack(own), reference
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vae_equals_diffusers(name: str) -> None:
+    own, reference = _vaes(VAES[name])
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1
+    latents = torch.randn(2, 5, 4, 4, 6, generator=generator)
+    mean, std = own.encode(images)
+    posterior = reference.encode(images).latent_dist
+    frames = reference.decode(latents.flatten(0, 1), 5).sample.unflatten(0, (2, 5))
+    true_posterior = reference.double().encode(images.double()).latent_dist
+    true_frames = reference.decode(latents.double().flatten(0, 1), 5).sample.unflatten(0, (2, 5))
+    assert ratio(mean, posterior.mean, true_posterior.mean) <= 4
+    assert ratio(std, posterior.std, true_posterior.std) <= 4
+    for chunk in (None, 1, 2, 3):
+        assert ratio(own.decode(latents, chunk), frames, true_frames) <= 4
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    frames=st.integers(1, 9),
+    chunk=st.integers(1, 10),
+    videos=st.integers(1, 2),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_exact_decode_does_not_depend_on_the_chunk(
+    frames: int, chunk: int, videos: int, height: int, width: int, seed: int
+) -> None:
+    own, _ = _shared_vaes()
+    latents = torch.randn(videos, frames, 4, height, width, generator=torch.Generator().manual_seed(seed))
+    whole, truth = own.decode(latents), _shared_vaes(torch.float64)[0].decode(latents.double())
+    assert ratio(own.decode(latents, chunk), whole, truth) <= 4
+
+
+_SHARED: dict[torch.dtype, tuple[VAE, AutoencoderKLTemporalDecoder]] = {}
+
+
+def _shared_vaes(dtype: torch.dtype = torch.float32) -> tuple[VAE, AutoencoderKLTemporalDecoder]:
+    if dtype not in _SHARED:
+        own, reference = _vaes({})
+        _SHARED[dtype] = own.to(dtype), reference.to(dtype)
+    return _SHARED[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fourteen_frames_in_every_chunk_size(dtype: torch.dtype) -> None:
+    """Also shows that diffusers' own chunking does depend on the chunk, by far more than rounding."""
+    own, reference = _vaes({})
+    latents = torch.randn(1, 14, 4, 4, 4, generator=torch.Generator().manual_seed(6)).to(dtype)
+    own, reference = own.to(dtype), reference.to(dtype)
+    whole = reference.decode(latents[0], 14).sample
+    chunked = torch.cat([reference.decode(c, len(c)).sample for c in latents[0].split(2)])
+    truth = reference.double().decode(latents[0].double(), 14).sample
+    for chunk in (1, 2, 3, 5, 8, 14):
+        assert ratio(own.decode(latents, chunk)[0], whole, truth) <= 4
+    assert ratio(chunked, whole, truth) > 20
+
+
+def test_vae_decoder_trains() -> None:
+    own, _ = _vaes({})
+    with torch.enable_grad():
+        own.decode(torch.randn(1, 3, 4, 2, 2)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in own.decoder.parameters())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_clip_equals_transformers(activation: str) -> None:
+    config = {**TINY_CLIP, "hidden_act": activation}
+    reference = randomize_(CLIPVisionModelWithProjection(HFCLIPVisionConfig(**config)), seed=7).eval()
+    own = CLIPVision(CLIPVisionConfig(**config))
+    own.load_state_dict(reference.state_dict(), strict=True)
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(8))
+    result, expected = own(pixels)[:, 0], reference(pixels).image_embeds
+    assert ratio(result, expected, reference.double()(pixels.double()).image_embeds) <= 4
+
+
+def test_clip_and_vae_configs_are_checked() -> None:
+    with pytest.raises(SvdlabError, match="hidden_act: 'relu' is not implemented; allowed: gelu, quick_gelu"):
+        CLIPVisionConfig(hidden_act="relu")
+    with pytest.raises(SvdlabError, match="down_block_types: 'AttnDownEncoderBlock2D' is not implemented"):
+        VAEConfig(down_block_types=("AttnDownEncoderBlock2D",))
+    with pytest.raises(SvdlabError, match="down_block_types has 1 entries, block_out_channels has 2"):
+        VAEConfig(block_out_channels=(32, 64))
