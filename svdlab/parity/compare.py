@@ -1,0 +1,518 @@
+"""The verdict: is a candidate as close to the truth as the reference itself is, and if not, where does it part first?
+
+With r64 the reference in float64, r the reference in the working dtype and c the candidate, at every probe
+
+    floor = max(|r - r64| / |r64|, resolution),  divergence = |c - r64| / |r64|,  ratio = divergence / floor
+
+in the Euclidean norm, computed in float64. Parity is a ratio of at most 4 at every probe that both traces have.
+
+Without r64 the divergence is |c - r| / |r| and the floor is, with a model at hand, how far the reference moves when its inputs
+and every layer's output are moved by one unit in the last place ("perturbed"); with two bare files it is ``bound``.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from svdlab.errors import SvdlabError
+from svdlab.parity.trace import (
+    CONDITIONING,
+    DTYPES,
+    INPUTS,
+    Trace,
+    capture,
+    effective_chunk,
+    execution_key,
+    is_tap,
+    num_steps,
+    probe_of,
+)
+from svdlab.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+THRESHOLD = 4.0
+MSE_BAR = 1e-3
+BLOCK = 2**22
+
+# Two bare files: what rounding does behind a network, in units of the dtype's eps (see ``bound``).
+NETWORK_GROWTH = {"float64": 128.0, "float32": 128.0, "float16": 4.0, "bfloat16": 4.0}
+
+Floor = Literal["truth", "perturbed", "bound"]
+
+# What may differ between the settings of two traces without changing what the tensors mean.
+_FREE = {"seed", "dtype", "cfg", "decode", "decode_chunk_size", "num_inference_steps"}
+
+
+def resolution(dtype: str) -> float:
+    """The smallest relative difference that counts in a dtype: its eps, and float32's for float64.
+
+    diffusers computes its sinusoids, its Euler step and its frames in float32 whatever the networks run in, so that two
+    float64 runs can differ by float32 roundings.
+    """
+    return torch.finfo(torch.float32 if dtype == "float64" else DTYPES[dtype]).eps
+
+
+def bound(name: str, dtype: str) -> float:
+    """The floor of two bare files: what rounding can be expected to do at a probe.
+
+    ``resolution`` where nothing but a few scalar operations has run, ``NETWORK_GROWTH`` times that behind a network and at
+    the CLIP pixels. It is a bound from the dtype and not a measurement. The constants: over random checkpoints, seeds and up
+    to 25 steps the measured floor stays below 4 times them in every dtype (``tests/test_compare.py`` holds them to it), so that
+    the verdict's factor of 4 covers it. They are larger in float32, whose group norms and resize lose digits by
+    cancellation, than in the half dtypes, whose kernels accumulate in float32. A bug that moves the result by less than
+    4 times the bound passes; a truth shows it.
+    """
+    probe = probe_of(name)
+    scalar = probe is not None and (probe[0] in INPUTS or probe[0] in CONDITIONING)
+    scalar = scalar and name not in ("input.clip_pixels", "image_embeddings", "image_latents")
+    return resolution(dtype) * (1.0 if scalar else NETWORK_GROWTH[dtype])
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One tensor's comparison.
+
+    Attributes:
+        name: probe or tap.
+        divergence: the candidate's relative distance from the truth (from the reference where there is no truth).
+        floor: the reference's own, at least ``resolution``; ``floor_from`` says how it was found.
+        ratio: divergence / floor.
+        max_abs: largest absolute difference between candidate and reference; ``mse`` their mean squared one.
+        cosine: of the angle between candidate and reference; None when one of them is zero.
+        psnr: of the frames in dB, in [0, 1] after clamping; None for other probes and for equal frames.
+        zero_reference: the truth is all zeros, and distances are root mean squares instead of relative.
+    """
+
+    name: str
+    divergence: float
+    floor: float
+    ratio: float
+    max_abs: float
+    mse: float
+    cosine: float | None
+    psnr: float | None
+    floor_from: Floor
+    zero_reference: bool = False
+
+
+@dataclass
+class Comparison:
+    """What comparing two traces says; prints as a table in a terminal (rich) and in a notebook.
+
+    Attributes:
+        probes: every probe that both traces have, in execution order; ``modules`` likewise for inner taps.
+        missing: probes of the reference that the candidate lacks; ``extra`` the reverse.
+        floor_from: "truth", "perturbed" or "bound": how the floor was found.
+        reference, candidate, truth: the traces' labels.
+        traces: the traces themselves, where the caller may want to look closer.
+    """
+
+    probes: list[ProbeResult]
+    modules: list[ProbeResult]
+    missing: list[str]
+    extra: list[str]
+    floor_from: Floor
+    dtype: str
+    reference: str
+    candidate: str
+    truth: str | None = None
+    threshold: float = THRESHOLD
+    traces: dict[str, Trace] = field(default_factory=dict, repr=False)
+
+    @property
+    def verdict(self) -> Literal["parity", "divergence"]:
+        """Over the probes of section 5; taps locate a divergence, they do not make one."""
+        return "divergence" if self.first_divergence else "parity"
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The first probe, in execution order, whose ratio is above the threshold."""
+        return next((p.name for p in self.probes if p.ratio > self.threshold), None)
+
+    @property
+    def first_module(self) -> str | None:
+        """The first diverging tap, where it runs before the first diverging probe: the module that does it.
+
+        A tap that runs after that probe diverges because of what it was given, and names nothing.
+        """
+        tap = next((m.name for m in self.modules if m.ratio > self.threshold), None)
+        first = self.first_divergence
+        if tap is None or (first is not None and execution_key(first) < execution_key(tap)):
+            return None
+        return tap
+
+    @property
+    def worst(self) -> ProbeResult:
+        """The probe with the largest ratio."""
+        return max(self.probes, key=lambda p: p.ratio)
+
+    @property
+    def frames_mse(self) -> float | None:
+        """Mean squared difference of the frames, the measure that is common elsewhere; None without frames."""
+        return next((p.mse for p in self.probes if p.name == "frames"), None)
+
+    @property
+    def passes_mse_bar(self) -> bool | None:
+        """Whether an MSE below 1e-3 on the frames would have let the candidate pass."""
+        return None if self.frames_mse is None else self.frames_mse < MSE_BAR
+
+    def __getitem__(self, name: str) -> ProbeResult:
+        """One probe's or tap's result by name."""
+        for result in (*self.probes, *self.modules):
+            if result.name == name:
+                return result
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` writes."""
+        return {
+            "verdict": self.verdict,
+            "first_divergence": self.first_divergence,
+            "first_module": self.first_module,
+            "floor_from": self.floor_from,
+            "threshold": self.threshold,
+            "dtype": self.dtype,
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "truth": self.truth,
+            "frames_mse": self.frames_mse,
+            "passes_mse_bar": self.passes_mse_bar,
+            "missing": self.missing,
+            "extra": self.extra,
+            "probes": [asdict(p) for p in self.probes],
+            "modules": [asdict(m) for m in self.modules],
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def summary(self) -> str:
+        """The answer in one line."""
+        worst = self.worst
+        text = f"{self.verdict}: worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
+        if self.first_divergence:
+            text = f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
+        if self.first_module:
+            text += f", in module {self.first_module}"
+        if self.missing:
+            text += f"; {len(self.missing)} probes missing in {self.candidate}: {_some(self.missing)}"
+        return text
+
+    def floor_text(self) -> str:
+        """How the floor was found, in words."""
+        return {
+            "truth": f"floor: the reference against float64 truth ({self.truth})",
+            "perturbed": "floor: the reference against itself with inputs and layer outputs moved by one unit in the last place",
+            "bound": f"floor: a bound from the dtype, {NETWORK_GROWTH[self.dtype]:g} eps behind a network; a truth measures it",
+        }[self.floor_from]
+
+    def table(self, every: bool = False) -> Table:
+        """A rich table; long runs show the ends, the first divergence and the worst probe unless ``every``."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.candidate} against {self.reference}", caption=f"{self.summary()}\n{self.floor_text()}")
+        table.add_column("probe", no_wrap=True)
+        for column in ("divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR dB"):
+            table.add_column(column, justify="right")
+        for row in self._rows(every):
+            if row is None:
+                table.add_row("...")
+                continue
+            style = "red" if row.ratio > self.threshold else None
+            table.add_row(*_cells(row), style=style)
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def _rows(self, every: bool) -> Iterator[ProbeResult | None]:
+        """The results in execution order, with None where some are left out."""
+        rows = sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
+        keep = set(range(len(rows)))
+        if not every and len(rows) > 48:
+            marked = {self.first_divergence, self.first_module, self.worst.name}
+            marks = [i for i, row in enumerate(rows) if row.name in marked]
+            near = [i for m in marks for i in range(m - 2, m + 3)]
+            keep = {*range(20), *range(len(rows) - 6, len(rows)), *near}
+        gap = False
+        for i, row in enumerate(rows):
+            if i in keep:
+                yield row
+            elif not gap:
+                yield None
+            gap = i not in keep
+
+    def plot(self, ax: Any = None) -> Any:
+        """Divergence and floor along the probes on a log axis; returns the matplotlib axes."""
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(max(6.0, 0.22 * len(self.probes)), 3.5), layout="constrained")
+        xs = range(len(self.probes))
+        ax.semilogy(xs, [max(p.divergence, 1e-18) for p in self.probes], "o-", ms=3, label="candidate to truth")
+        ax.semilogy(xs, [p.floor for p in self.probes], "k--", lw=1, label="floor")
+        ax.semilogy(xs, [self.threshold * p.floor for p in self.probes], "k:", lw=1, label=f"{self.threshold:g} x floor")
+        ax.set_xticks(list(xs), [p.name for p in self.probes], rotation=90, fontsize=6)
+        ax.set_ylabel("relative distance")
+        ax.set_title(self.verdict + (f", first at {self.first_divergence}" if self.first_divergence else ""))
+        ax.legend(fontsize=7)
+        return ax
+
+    def _repr_html_(self) -> str:
+        heads = "".join(f"<th>{h}</th>" for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR"))
+        body = []
+        for row in self._rows(every=False):
+            if row is None:
+                body.append('<tr><td colspan="8">...</td></tr>')
+                continue
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
+            color = ' style="color:#b00020"' if row.ratio > self.threshold else ""
+            body.append(f"<tr{color}>{cells}</tr>")
+        return (
+            f"<p>{html.escape(f'{self.candidate} against {self.reference}')}<br><b>{html.escape(self.summary())}</b><br>"
+            f"{html.escape(self.floor_text())}</p>{self._svg()}"
+            f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        )
+
+    def _svg(self) -> str:
+        """Ratio along the probes as bars on a log axis, self-contained."""
+        width, height, top = 640, 90, 6.0
+        step = width / len(self.probes)
+        bars = []
+        for i, p in enumerate(self.probes):
+            tall = height * min(max(math.log10(max(p.ratio, 1e-2)) + 2, 0.0), top) / top
+            color = "#b00020" if p.ratio > self.threshold else "#4a7"
+            tip = html.escape(f"{p.name}: ratio {p.ratio:.3g}")
+            bars.append(
+                f'<rect x="{i * step:.1f}" y="{height - tall:.1f}" width="{max(step - 1, 0.5):.1f}" height="{tall:.1f}" '
+                f'fill="{color}"><title>{tip}</title></rect>'
+            )
+        line = height * (1 - (math.log10(self.threshold) + 2) / top)
+        return (
+            f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+            f'aria-label="ratio at every probe, log scale; the line is {self.threshold:g}">{"".join(bars)}'
+            f'<line x1="0" x2="{width}" y1="{line:.1f}" y2="{line:.1f}" stroke="#333" stroke-dasharray="4 3"/></svg>'
+        )
+
+
+def _cells(row: ProbeResult) -> list[str]:
+    psnr = "" if row.psnr is None else f"{row.psnr:.1f}"
+    cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
+    return [row.name, *(f"{v:.2e}" for v in (row.divergence, row.floor)), f"{row.ratio:.3g}"] + [
+        f"{row.max_abs:.2e}",
+        f"{row.mse:.2e}",
+        cosine,
+        psnr,
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check_settings(one: Trace, other: Trace) -> None:
+    """Two traces are of the same generation: every setting that changes what a tensor means agrees.
+
+    Raises:
+        SvdlabError: naming the candidate's file, the field and both values.
+    """
+    for name in type(one.settings).model_fields:
+        a, b = getattr(one.settings, name), getattr(other.settings, name)
+        if name not in _FREE and a != b:
+            raise SvdlabError(f"{other.label}: settings: {name} is {b}, allowed: {a}, as in {one.label}")
+    steps = num_steps(one.settings), num_steps(other.settings)
+    if steps[0] != steps[1]:
+        raise SvdlabError(
+            f"{other.label}: settings: num_inference_steps is {steps[1]}, allowed: {steps[0]}, as in {one.label}"
+        )
+    chunks = effective_chunk(one.settings), effective_chunk(other.settings)
+    if chunks[0] != chunks[1]:
+        raise SvdlabError(
+            f"{other.label}: settings: decode_chunk_size is {chunks[1]}, allowed: {chunks[0]}, as in {one.label}"
+        )
+
+
+def compare(
+    reference: Trace,
+    candidate: Trace,
+    truth: Trace | None = None,
+    *,
+    perturbed: Trace | None = None,
+    threshold: float = THRESHOLD,
+    progress: bool = False,
+) -> Comparison:
+    """Compare two traces probe by probe.
+
+    Args:
+        reference: of the working dtype.
+        candidate: what is judged; it may hold only some probes.
+        truth: the reference in a wider dtype (float64), from the same inputs.
+        perturbed: without a truth, the reference once more with everything moved by one unit in the last place
+            (``reference.capture_diffusers(perturb=...)``).
+        threshold: the largest ratio that is parity.
+        progress: show a bar.
+
+    Raises:
+        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a truth that is not
+            wider than the reference.
+    """
+    check_settings(reference, candidate)
+    for other in (truth, perturbed):
+        if other is not None:
+            check_settings(reference, other)
+    if truth is not None and truth.dtype != "float64":
+        wider = torch.finfo(DTYPES[truth.dtype]).eps < torch.finfo(DTYPES[reference.dtype]).eps
+        if not wider:
+            raise SvdlabError(f"{truth.label}: dtype {truth.dtype}, allowed as truth for {reference.dtype}: float64")
+    common = sorted((n for n in reference if n in candidate), key=execution_key)
+    probes = [n for n in common if not is_tap(n)]
+    if not probes:
+        raise SvdlabError(f"{candidate.label}: no probe in common with {reference.label}")
+    order = sorted(reference.probes, key=execution_key)
+    second, floor_from = (truth, "truth") if truth is not None else (perturbed, "perturbed" if perturbed else "bound")
+    results = {
+        name: _compare_one(name, reference, candidate, second, floor_from)  # type: ignore[arg-type]
+        for name in tqdm(common, desc="compare", disable=not progress)
+    }
+    return Comparison(
+        probes=[results[n] for n in probes],
+        modules=[results[n] for n in common if is_tap(n)],
+        missing=[n for n in order if n not in candidate],
+        extra=[n for n in candidate.probes if n not in reference],
+        floor_from=floor_from,  # type: ignore[arg-type]
+        dtype=reference.dtype,
+        reference=reference.label,
+        candidate=candidate.label,
+        truth=None if truth is None else truth.label,
+        threshold=threshold,
+        traces={
+            k: v for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth)) if v is not None
+        },
+    )
+
+
+def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | None, floor_from: Floor) -> ProbeResult:
+    if second is None or name not in second:
+        second, floor_from = None, "bound"
+    for trace in (candidate, second):
+        if trace is not None and trace.shape(name) != reference.shape(name):
+            raise SvdlabError(
+                f"{trace.label}: {name}: shape {trace.shape(name)}, allowed: {reference.shape(name)}, as in {reference.label}"
+            )
+    r, c = reference[name].reshape(-1), candidate[name].reshape(-1)
+    other = None if second is None else second[name].reshape(-1)
+    # What the distances are measured from: the truth where there is one, else the reference.
+    origin = other if floor_from == "truth" else None
+    sums = torch.zeros(7, dtype=torch.float64)
+    max_abs, clamped = 0.0, 0.0
+    for start in range(0, r.numel(), BLOCK):
+        part = slice(start, start + BLOCK)
+        rb, cb = r[part].double(), c[part].double()
+        ob = rb if origin is None else origin[part].double()
+        fb = rb if other is None else other[part].double()
+        difference = cb - rb
+        sums += torch.stack(
+            [
+                ob.square().sum(),
+                (cb - ob).square().sum(),
+                (fb - rb).square().sum(),
+                difference.square().sum(),
+                rb.square().sum(),
+                cb.square().sum(),
+                (rb * cb).sum(),
+            ]
+        )
+        max_abs = max(max_abs, float(difference.abs().max()))
+        if name == "frames":
+            clamped += float((_displayed(cb) - _displayed(rb)).square().sum())
+    size, far, own, squared, rr, cc, rc = sums.tolist()
+    zero = size == 0.0
+    scale = math.sqrt(r.numel()) if zero else math.sqrt(size)
+    # The CLIP resize loses digits in its sampling positions, which no perturbation of its input shows.
+    bounded = floor_from == "bound" or (floor_from == "perturbed" and name == "input.clip_pixels")
+    lowest = bound(name, reference.dtype) if bounded else resolution(reference.dtype)
+    floor = max(math.sqrt(own) / scale, lowest)
+    divergence = math.sqrt(far) / scale
+    return ProbeResult(
+        name=name,
+        divergence=divergence,
+        floor=floor,
+        ratio=divergence / floor,
+        max_abs=max_abs,
+        mse=squared / r.numel(),
+        cosine=None if rr == 0 or cc == 0 else rc / math.sqrt(rr) / math.sqrt(cc),
+        psnr=10 * math.log10(r.numel() / clamped) if clamped else None,
+        floor_from=floor_from,
+        zero_reference=zero,
+    )
+
+
+def _displayed(frames: Tensor) -> Tensor:
+    return (frames / 2 + 0.5).clamp(0, 1)
+
+
+def three_way(
+    model: str | os.PathLike[str],
+    image: Any,
+    settings: GenerationSettings | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    taps: Sequence[str] = (),
+    until: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """diffusers in the working dtype, diffusers in float64, and svdlab, on one image: ``svdlab parity``.
+
+    svdlab works from the image and the seed alone: its preprocessing and its random draws are judged too. The truth has the
+    weights of the working dtype (rounded to it, then widened) and the draws of the reference. One pipeline is in memory at a time.
+
+    Args:
+        model: checkpoint folder in diffusers' layout, hub name, or "embedded".
+        image: a PIL image or a list of them.
+        settings: which generation; its dtype is the working dtype.
+        device: where all three run.
+        taps: inner modules to record in all three.
+        until: stop after this probe.
+        folder: stream the traces to ``reference``, ``truth`` and ``svdlab.safetensors`` in this folder (else in memory).
+        progress: show bars.
+
+    Raises:
+        SvdlabError: bad settings, an image that cannot be read, a checkpoint that does not load.
+    """
+    from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
+    from svdlab.pipeline import SVDPipeline
+    from svdlab.weights import checkpoint_folder
+
+    settings = settings or GenerationSettings()
+    checkpoint = checkpoint_folder(model)
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def path(name: str) -> Path | None:
+        return None if folder is None else Path(folder) / f"{name}.safetensors"
+
+    shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress}
+    pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device)
+    settings = pipe.resolve(settings)
+    candidate = capture(pipe, image, settings, path=path("svdlab"), **shared)
+    del pipe
+    diffusers = load_diffusers(checkpoint, settings.torch_dtype, device)
+    reference = capture_diffusers(diffusers, image, settings, path=path("reference"), **shared)
+    diffusers = cast_diffusers(diffusers, torch.float64)
+    truth = capture_diffusers(diffusers, None, settings, replay=reference, path=path("truth"), **shared)
+    return compare(reference, candidate, truth, progress=progress)

@@ -1,0 +1,303 @@
+"""The verdict: parity where there is parity, and the first probe and module where something was planted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from svdlab.errors import SvdlabError
+from svdlab.parity.compare import Comparison, bound, compare, resolution, three_way
+from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
+from svdlab.parity.trace import Trace, capture
+from svdlab.pipeline import SVDPipeline
+from svdlab.settings import GenerationSettings
+
+SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2, seed=3)
+
+
+class Run:
+    """A reference, its truth, and the pipelines that made them."""
+
+    def __init__(self, tiny: Path, photo: Any) -> None:
+        self.pipe = load_diffusers(tiny)
+        self.reference = capture_diffusers(self.pipe, photo, SETTINGS, taps=["*"])
+        wide = load_diffusers(tiny, torch.float64, weights_dtype=torch.float32)
+        self.truth = capture_diffusers(wide, replay=self.reference, taps=["*"])
+        self.svdlab = capture(SVDPipeline.from_pretrained(tiny), photo, SETTINGS, taps=["*"])
+
+    def planted(self, **arguments: Any) -> Comparison:
+        """The verdict on diffusers as it stands now."""
+        candidate = capture_diffusers(self.pipe, replay=self.reference, preprocess=True, taps=["*"], **arguments)
+        return compare(self.reference, candidate, self.truth)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, photo: Any) -> Run:
+    with torch.no_grad():
+        return Run(tiny, photo)
+
+
+def altered(trace: Trace, settings: GenerationSettings | None = None, **changes: Any) -> Trace:
+    """The trace in memory with tensors replaced (None: left out); ``__`` stands for a dot."""
+    new = {k.replace("__", "."): v for k, v in changes.items()}
+    held = {k: new.get(k, trace[k]) for k in (*trace, *(n for n in new if n not in trace)) if new.get(k, 0) is not None}
+    return Trace(held, settings or trace.settings, "altered", dtype=trace.dtype)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_videos_per_prompt": 2, "num_inference_steps": 1},
+        {"max_guidance_scale": 1.0, "noise_aug_strength": 0.0},
+        {"sigmas": (80.0, 2.0, 0.3), "decode_chunk_size": 2},
+        {"cfg": "sequential", "decode": "exact", "decode_chunk_size": 1, "height": 40},
+        {"dtype": "float16", "fps": 24},
+        {"dtype": "bfloat16", "motion_bucket_id": 3},
+        {"dtype": "float64", "num_inference_steps": 1},
+    ],
+    ids=lambda c: ",".join(c) or "default",
+)
+def test_svdlab_is_at_parity(tiny: Path, photo: Any, changes: dict[str, Any]) -> None:
+    comparison = three_way(tiny, photo, SETTINGS.replace(**changes))
+    assert comparison.verdict == "parity", comparison.summary()
+    assert comparison.floor_from == "truth" and not comparison.missing and not comparison.extra
+    assert {p.name for p in comparison.probes} == set(comparison.traces["reference"].probes)
+    # Two images and an unequal batch have their own path through diffusers' repeats.
+    assert comparison["frames"].psnr is None or comparison["frames"].psnr > 20
+
+
+def test_two_images_are_at_parity(tiny: Path, photo: Any, tmp_path: Path) -> None:
+    pictures = [photo.resize((240, 300)), photo.rotate(180).resize((240, 300))]
+    comparison = three_way(tiny, pictures, SETTINGS, folder=tmp_path / "traces")
+    assert comparison.verdict == "parity", comparison.summary()
+    names = sorted(p.name for p in (tmp_path / "traces").iterdir())
+    assert names == ["reference.safetensors", "svdlab.safetensors", "truth.safetensors"]
+    again = compare(*(Trace.open(tmp_path / "traces" / f"{n}.safetensors") for n in ("reference", "svdlab", "truth")))
+    assert again.probes == comparison.probes
+
+
+def test_every_tap_is_at_parity(run: Run) -> None:
+    comparison = compare(run.reference, run.svdlab, run.truth)
+    assert comparison.verdict == "parity" and comparison.first_module is None
+    assert len(comparison.modules) == len(run.reference.taps) > 600
+    worst = max(comparison.modules, key=lambda m: m.ratio)
+    assert worst.ratio < 4, worst
+
+
+@contextmanager
+def hooked(module: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda m, args, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+MODULES = [
+    "image_encoder.vision_model.encoder.layers.1.mlp.fc1",
+    "vae.encoder.down_blocks.1.resnets.0.conv2",
+    "unet.add_embedding",
+    "unet.down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_v",
+    "unet.up_blocks.0.resnets.1.temporal_res_block.conv1",
+    "unet.conv_out",
+    "vae.decoder.mid_block.attentions.0.to_q",
+    "vae.decoder.time_conv_out",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_planted_module_is_located(run: Run, name: str) -> None:
+    root, path = name.split(".", 1)
+    with hooked(getattr(run.pipe, root).get_submodule(path), lambda output: output * 1.02):
+        comparison = run.planted()
+    probe = {"image_encoder": "image_embeddings", "unet": "noise_pred_uncond.000"}.get(root)
+    probe = probe or ("image_latents" if "encoder" in path.split(".")[0] else "frames")
+    assert comparison.first_divergence == probe.replace("image_latents", "image_latents" if "encoder." in path else "frames")
+    found = comparison.first_module or ""
+    assert found.removesuffix(".000") == name, comparison.summary()
+
+
+def test_a_planted_probe_is_located(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = run.pipe
+    original = type(pipe)._get_add_time_ids
+
+    def one_more(self: Any, fps: int, *args: Any) -> torch.Tensor:
+        return original(self, fps + 1, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe), "_get_add_time_ids", one_more)
+        comparison = run.planted()
+    assert comparison.first_divergence == "added_time_ids" and comparison.verdict == "divergence"
+    assert comparison.first_module is None, "a module that was given something else is not at fault"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.feature_extractor, "image_mean", [0.5, 0.5, 0.5])
+        comparison = run.planted()
+    assert comparison.first_divergence == "input.clip_pixels"
+
+    with monkeypatch.context() as patch:
+        draw = pipe.scheduler.scale_model_input
+        patch.setattr(pipe.scheduler, "scale_model_input", lambda x, t: draw(x, t) * 1.0001)
+        comparison = run.planted()
+    assert comparison.first_divergence == "model_input.000"
+
+
+def test_the_numbers_are_the_definitions(run: Run) -> None:
+    generator = torch.Generator().manual_seed(1)
+    frames = run.reference["frames"] + 0.01 * torch.randn(run.reference["frames"].shape, generator=generator)
+    comparison = compare(run.reference, altered(run.reference, frames=frames), run.truth)
+    result = comparison["frames"]
+    assert comparison.first_divergence == "frames"
+    r, c, t = run.reference["frames"].double(), frames.double(), run.truth["frames"].double()
+    assert result.divergence == pytest.approx(float((c - t).norm() / t.norm()), rel=1e-9)
+    assert result.floor == pytest.approx(max(float((r - t).norm() / t.norm()), 2**-23), rel=1e-9)
+    assert result.ratio == pytest.approx(result.divergence / result.floor)
+    assert result.max_abs == pytest.approx(float((c - r).abs().max()))
+    assert result.mse == pytest.approx(float((c - r).square().mean()))
+    assert result.cosine == pytest.approx(float(torch.cosine_similarity(r.flatten(), c.flatten(), dim=0)))
+    shown = [(x / 2 + 0.5).clamp(0, 1) for x in (r, c)]
+    assert comparison.passes_mse_bar, "an MSE of 1e-4 on the frames is below the common bar, and no parity"
+    assert result.psnr == pytest.approx(-10 * math.log10(float((shown[0] - shown[1]).square().mean())))
+    same = compare(run.reference, run.reference, run.truth)
+    assert same["frames"].psnr is None and same.worst.ratio <= 1 and same.verdict == "parity"
+
+
+def test_large_tensors_are_compared_in_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare(run.reference, run.svdlab, run.truth)["frames"]
+    monkeypatch.setattr("svdlab.parity.compare.BLOCK", 1000)
+    parts = compare(run.reference, run.svdlab, run.truth)["frames"]
+    assert parts.divergence == pytest.approx(whole.divergence) and parts.max_abs == whole.max_abs
+    assert (parts.floor, parts.mse, parts.cosine) == pytest.approx((whole.floor, whole.mse, whole.cosine))
+
+
+def test_a_zero_reference_is_measured_absolutely(run: Run) -> None:
+    zero = torch.zeros_like(run.reference["image_embeddings"])
+    reference, truth = (altered(t, image_embeddings=zero) for t in (run.reference, run.truth))
+    result = compare(reference, altered(reference, image_embeddings=zero + 0.5), truth)
+    assert result["image_embeddings"].divergence == pytest.approx(0.5)
+    assert result["image_embeddings"].zero_reference and result["image_embeddings"].cosine is None
+    assert result.first_divergence == "image_embeddings"
+    assert json.loads(result.to_json())["probes"]
+    assert compare(reference, reference, truth)["image_embeddings"].ratio == 0
+
+
+def test_a_partial_trace_compares_on_what_it_has(run: Run) -> None:
+    keep = ("sigmas", "latents.000", "latents.001")
+    few = Trace({name: run.svdlab[name] for name in keep}, SETTINGS, "port")
+    comparison = compare(run.reference, few, run.truth)
+    assert comparison.verdict == "parity" and [p.name for p in comparison.probes] == list(keep)
+    assert "frames" in comparison.missing and "latents.000" not in comparison.missing
+    assert "19 probes missing" in comparison.summary()
+    back = compare(few, run.reference)
+    assert "frames" in back.extra and not back.missing
+    none = Trace({"unet.conv_in.000": run.svdlab["unet.conv_in.000"]}, SETTINGS, "port")
+    with pytest.raises(SvdlabError, match="no probe in common"):
+        compare(run.reference, none, run.truth)
+
+
+def test_a_probe_that_the_truth_lacks_falls_back_to_the_bound(run: Run) -> None:
+    truth = altered(run.truth, frames=None)
+    comparison = compare(run.reference, run.svdlab, truth)
+    assert comparison["frames"].floor_from == "bound" and comparison["latents.001"].floor_from == "truth"
+    assert comparison["frames"].floor == bound("frames", "float32")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fps", 8),
+        ("max_guidance_scale", 2.0),
+        ("noise_aug_strength", 0.1),
+        ("motion_bucket_id", 1),
+        ("num_videos_per_prompt", 2),
+        ("decode_chunk_size", 2),
+        ("num_inference_steps", 3),
+        ("sigmas", (3.0, 1.0, 0.0)),
+    ],
+)
+def test_other_settings_are_refused(run: Run, field: str, value: Any) -> None:
+    held = {"added_time_ids": run.reference["added_time_ids"]}
+    other = Trace(held, SETTINGS.replace(**{field: value}), "port")
+    with pytest.raises(SvdlabError, match=rf"port float32 \(in memory\): settings: {field} is .*, allowed: .*as in diffusers"):
+        compare(run.reference, other)
+
+
+def test_settings_that_mean_the_same_are_accepted(run: Run) -> None:
+    held = {"added_time_ids": run.reference["added_time_ids"]}
+    for changes in ({"seed": 9}, {"cfg": "sequential"}, {"decode": "exact", "decode_chunk_size": 1}, {"decode_chunk_size": 3}):
+        compare(run.reference, Trace(held, SETTINGS.replace(**changes), "port"))
+
+
+def test_bad_traces_are_one_line(run: Run) -> None:
+    with pytest.raises(SvdlabError, match=r"^diffusers float32 \(in memory\): dtype float32, allowed as truth for float32: float64$"):
+        compare(run.reference, run.svdlab, run.reference)
+    bad = altered(run.reference, frames=run.reference["frames"] * float("nan"))
+    with pytest.raises(SvdlabError, match=r"^altered float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"):
+        compare(run.reference, bad, run.truth)
+    two = {"added_time_ids": torch.ones(2, 3)}
+    with pytest.raises(SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"):
+        compare(run.reference, Trace(two, SETTINGS, "port"))
+
+
+def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
+    bare = compare(run.reference, run.svdlab)
+    assert bare.verdict == "parity" and bare.floor_from == "bound" and "bound from the dtype" in bare.floor_text()
+    moved = capture_diffusers(run.pipe, replay=run.reference, perturb=0)
+    rerun = compare(run.reference, run.svdlab, perturbed=moved)
+    print(bare.summary(), rerun.summary(), [(p.name,p.ratio) for p in rerun.probes])
+    assert rerun.verdict == "parity" and rerun.floor_from == "perturbed" and "last place" in rerun.floor_text()
+    with hooked(run.pipe.unet.conv_in, lambda output: output * 1.01):
+        candidate = capture_diffusers(run.pipe, replay=run.reference)
+    for arguments in ({}, {"perturbed": moved}):
+        assert compare(run.reference, candidate, **arguments).first_divergence == "noise_pred_uncond.000"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_bound_and_the_perturbation_stand_for_the_truth(tiny: Path, photo: Any, dtype: str, seed: int) -> None:
+    """Both stand-ins are within the verdict's factor of the measured floor, from above or below as they must be."""
+    settings = SETTINGS.replace(dtype=dtype, seed=seed, num_inference_steps=4)
+    pipe = load_diffusers(tiny, settings.torch_dtype)
+    reference = capture_diffusers(pipe, photo, settings)
+    moved = capture_diffusers(pipe, replay=reference, perturb=seed)
+    truth = capture_diffusers(cast_diffusers(pipe, torch.float64), replay=reference)
+    by_truth = compare(reference, reference, truth)
+    by_rerun = compare(reference, reference, perturbed=moved)
+    for probe in by_truth.probes:
+        assert probe.floor <= 4 * bound(probe.name, dtype), probe
+        assert probe.floor <= 4 * by_rerun[probe.name].floor, probe
+        assert by_rerun[probe.name].floor <= 8 * max(probe.floor, resolution(dtype)) or probe.name == "input.clip_pixels"
+
+
+def test_json_holds_the_contract(run: Run) -> None:
+    data = json.loads(compare(run.reference, run.svdlab, run.truth).to_json())
+    assert data["verdict"] == "parity" and data["first_divergence"] is None
+    assert set(data["probes"][0]) >= {"name", "divergence", "floor", "ratio", "max_abs", "mse"}
+    assert [p["name"] for p in data["probes"]] == list(run.reference.probes)
+
+
+def test_tables_and_plots(run: Run) -> None:
+    few = {name: run.svdlab[name] for name in run.svdlab.probes}
+    bad = few | {"latents.001": few["latents.001"] + 1}
+    comparison = compare(run.reference, Trace(bad, SETTINGS, "<port>"), run.truth)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(comparison)
+    text = console.export_text()
+    assert "latents.001" in text and "divergence: first at latents.001" in text and "float64 truth" in text
+    page = comparison._repr_html_()
+    assert "&lt;port&gt;" in page and "<port>" not in page and "http" not in page
+    assert page.count("<rect") == 22 and page.count("#b00020") >= 2
+    long = compare(run.reference, run.svdlab, run.truth)
+    rows = list(long._rows(every=False))
+    assert None in rows and len(rows) < 48 < len(list(long._rows(every=True)))
+    axes = comparison.plot()
+    assert "latents.001" in axes.get_title()
