@@ -253,7 +253,6 @@ def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
     assert bare.verdict == "parity" and bare.floor_from == "bound" and "bound from the dtype" in bare.floor_text()
     moved = capture_diffusers(run.pipe, replay=run.reference, perturb=0)
     rerun = compare(run.reference, run.svdlab, perturbed=moved)
-    print(bare.summary(), rerun.summary(), [(p.name,p.ratio) for p in rerun.probes])
     assert rerun.verdict == "parity" and rerun.floor_from == "perturbed" and "last place" in rerun.floor_text()
     with hooked(run.pipe.unet.conv_in, lambda output: output * 1.01):
         candidate = capture_diffusers(run.pipe, replay=run.reference)
@@ -265,7 +264,7 @@ def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_bound_and_the_perturbation_stand_for_the_truth(tiny: Path, photo: Any, dtype: str, seed: int) -> None:
     """Both stand-ins are within the verdict's factor of the measured floor, from above or below as they must be."""
-    settings = SETTINGS.replace(dtype=dtype, seed=seed, num_inference_steps=4)
+    settings = SETTINGS.replace(dtype=dtype, seed=seed, num_inference_steps=2 * seed)
     pipe = load_diffusers(tiny, settings.torch_dtype)
     reference = capture_diffusers(pipe, photo, settings)
     moved = capture_diffusers(pipe, replay=reference, perturb=seed)

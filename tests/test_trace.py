@@ -248,6 +248,7 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
     example = json.loads(block[1])
     settings = GenerationSettings.from_json(json.dumps(example["settings"]))
     assert set(example) == set(TraceWriter(SETTINGS, "port").header())
+    assert set(example["settings"]) == set(GenerationSettings.model_fields)
     sizes = {"B": 1, "V": 1, "G": 2, "H0": 9, "W0": 9, "P": 224, "D": 32, "L": 4, "2L": 8, "h": 8, "w": 8}
     sizes |= {"F": settings.num_frames, "H": settings.height, "W": settings.width, "S": 1, "S+1": 2}
     held = {}

@@ -48,7 +48,7 @@ MSE_BAR = 1e-3
 BLOCK = 2**22
 
 # Two bare files: what rounding does behind a network, in units of the dtype's eps (see ``bound``).
-NETWORK_GROWTH = {"float64": 128.0, "float32": 128.0, "float16": 4.0, "bfloat16": 4.0}
+NETWORK_GROWTH = {"float64": 512.0, "float32": 512.0, "float16": 8.0, "bfloat16": 8.0}
 
 Floor = Literal["truth", "perturbed", "bound"]
 
@@ -69,8 +69,8 @@ def bound(name: str, dtype: str) -> float:
     """The floor of two bare files: what rounding can be expected to do at a probe.
 
     ``resolution`` where nothing but a few scalar operations has run, ``NETWORK_GROWTH`` times that behind a network and at
-    the CLIP pixels. It is a bound from the dtype and not a measurement. The constants: over random checkpoints, seeds and up
-    to 25 steps the measured floor stays below 4 times them in every dtype (``tests/test_compare.py`` holds them to it), so that
+    the CLIP pixels. It is a bound from the dtype and not a measurement. The constants: over random checkpoints, seeds and 2
+    to 25 steps (few steps are the worse: the first one's rounding at sigma 700 is all that the second one sees) the measured floor stays below 4 times them in every dtype (``tests/test_compare.py`` holds them to it), so that
     the verdict's factor of 4 covers it. They are larger in float32, whose group norms and resize lose digits by
     cancellation, than in the half dtypes, whose kernels accumulate in float32. A bug that moves the result by less than
     4 times the bound passes; a truth shows it.
