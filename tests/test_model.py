@@ -15,7 +15,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
 from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, pack, randomize_
+from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
 
 def ratio(candidate: Tensor, reference: Tensor, truth: Tensor) -> float:
@@ -56,7 +56,7 @@ def _unets(options: dict[str, Any]) -> tuple[UNet, UNetSpatioTemporalConditionMo
     reference = randomize_(UNetSpatioTemporalConditionModel(**config), seed=1).eval()
     own = UNet(UNetConfig(**config))
     own.load_state_dict(reference.state_dict(), strict=True)
-    return pack(own), reference
+    return own, reference
 
 
 def _unet_inputs(batch: int, frames: int, size: tuple[int, int], channels: int = 32) -> tuple[Tensor, ...]:
@@ -111,7 +111,9 @@ def test_unet_at_full_size() -> None:
 
 def test_several_context_tokens_are_refused() -> None:
     own, _ = _unets({})
-    with pytest.raises(SvdlabError, match=r"image_embeddings: got shape \(1, 2, 32\), allowed: \(batch, 1, channels\)"):
+    with pytest.raises(
+        SvdlabError, match=r"image_embeddings: got shape \(1, 2, 32\), allowed: \(batch, 1, channels\)"
+    ):
         own.condition(torch.zeros(1, 2, 32), torch.zeros(1, 3), 4)
 
 
@@ -139,7 +141,10 @@ def test_gradients_flow_to_every_parameter_that_runs() -> None:
         (dict(num_attention_heads=(3, 4)), "num_attention_heads: 3 does not divide block_out_channels' 32"),
         (dict(layers_per_block=(1, 2, 3)), "layers_per_block has 3 entries, block_out_channels has 2"),
         (dict(down_block_types=("DownBlock3D", PLAIN)), "down_block_types: 'DownBlock3D' is not implemented"),
-        (dict(projection_class_embeddings_input_dim=95), "projection_class_embeddings_input_dim: got 95, allowed: 96"),
+        (
+            dict(projection_class_embeddings_input_dim=95),
+            "projection_class_embeddings_input_dim: got 95, allowed: 96",
+        ),
     ],
 )
 def test_unet_config_is_checked(options: dict[str, Any], message: str) -> None:
@@ -160,7 +165,7 @@ def _vaes(options: dict[str, Any]) -> tuple[VAE, AutoencoderKLTemporalDecoder]:
     reference = randomize_(AutoencoderKLTemporalDecoder(**config), seed=4).eval()
     own = VAE(VAEConfig(**config))
     own.load_state_dict(reference.state_dict(), strict=True)
-    return pack(own), reference
+    return own, reference
 
 
 @pytest.mark.parametrize("name", VAES)

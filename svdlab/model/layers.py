@@ -7,10 +7,9 @@ above and that autograd does not keep, so that training works and inference touc
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +20,51 @@ from svdlab.model import layout
 GROUPS = 32
 
 
-def _is_amd_cpu() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "AMD" in platform.processor()
+class Packed(nn.Module):
+    """A layer whose weight oneDNN keeps in its own blocked order on CPUs, made at the first inference call.
+
+    Without it oneDNN reorders the weight in every call, which costs more than the product where activations are small
+    (``svdlab bench`` shows by how much). A 1x1 convolution over the one layout is a linear layer, and on AMD processors
+    a faster one than MKL's. Training, other devices and ``torch.compile`` read the plain weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    _blocked: Tensor | None = None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Packed:  # type: ignore[override]
+        self._blocked = None  # the weight is about to change its dtype or device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._blocked = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def convolve(
+        self, images: Tensor, weight: Tensor, padding: int | tuple[int, int], stride: int = 1
+    ) -> Tensor:
+        """``F.conv2d`` of channels_last images (N, C, H, W) with a view of this layer's weight (O, I, kH, kW)."""
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not _packs(images)
+        if plain:
+            return F.conv2d(images, weight, self.bias, stride=stride, padding=padding)
+        pads = [padding, padding] if isinstance(padding, int) else list(padding)
+        strides, dilation = [stride, stride], [1, 1]
+        if self._blocked is None:
+            size = list(images.shape)
+            self._blocked = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, pads, strides, dilation, 1, size
+            )
+        return torch.ops.mkldnn._convolution_pointwise(
+            images, self._blocked, self.bias, pads, strides, dilation, 1, "none", [], ""
+        )
 
 
-# MKL's float32 matrix product is slow on AMD processors; oneDNN's 1x1 convolution over the same memory is not.
-LINEAR_AS_CONV = _is_amd_cpu() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` over the last axis: (..., in) -> (..., out), by the faster kernel for the machine."""
-    if LINEAR_AS_CONV and x.dtype == torch.float32 and x.device.type == "cpu":
-        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        y = F.conv2d(rows, weight[:, :, None, None], bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+def _packs(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def sinusoids(values: Tensor, dim: int) -> Tensor:
@@ -48,33 +74,42 @@ def sinusoids(values: Tensor, dim: int) -> Tensor:
     ``downscale_freq_shift=0``.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=values.device))
+    frequencies = torch.exp(
+        -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=values.device)
+    )
     angles = values[:, None].float() * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
-class Linear(nn.Linear):
+class Linear(Packed, nn.Linear):
     """A linear layer over the channel axis: (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() or not _packs(x):
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        y = self.convolve(rows, self.weight[:, :, None, None], padding=0)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Packed, nn.Conv2d):
     """A spatial convolution of every frame: (B, F, H, W, in) -> (B, F, H', W', out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return layout.from_images(super().forward(layout.as_images(x)), x.shape[0])
+        padding, stride = int(self.padding[0]), self.stride[0]
+        return layout.from_images(
+            self.convolve(layout.as_images(x), self.weight, padding, stride), x.shape[0]
+        )
 
 
-class TemporalConv(nn.Conv3d):
+class TemporalConv(Packed, nn.Conv3d):
     """A (3, 1, 1) convolution over frames, run as a (3, 1) conv2d: (B, F, H, W, in) -> (B, F', H, W, out)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor, padding: int = 1) -> Tensor:
-        y = F.conv2d(layout.as_time_strips(x), self.weight[..., 0], self.bias, padding=(padding, 0))
+        y = self.convolve(layout.as_time_strips(x), self.weight[..., 0], (padding, 0))
         return layout.from_time_strips(y, x.shape[2])
 
 
@@ -104,7 +139,10 @@ class VideoGroupNorm(nn.GroupNorm):
         temporary is larger than a frame.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        moments = [torch.var_mean(f.to(wide).view(-1, GROUPS, f.shape[-1] // GROUPS), (0, 2), correction=0) for f in x]
+        moments = [
+            torch.var_mean(f.to(wide).view(-1, GROUPS, f.shape[-1] // GROUPS), (0, 2), correction=0)
+            for f in x
+        ]
         variances, means = (torch.stack(m) for m in zip(*moments, strict=True))
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
@@ -296,7 +334,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
+        self.net = nn.ModuleList(
+            [GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
