@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 
 from svdlab.errors import SvdlabError
+from svdlab.parity import commands
 from svdlab.parity.compare import Comparison, bound, compare, resolution, three_way
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import Trace, capture
@@ -35,7 +37,9 @@ class Run:
 
     def planted(self, **arguments: Any) -> Comparison:
         """The verdict on diffusers as it stands now."""
-        candidate = capture_diffusers(self.pipe, replay=self.reference, preprocess=True, taps=["*"], **arguments)
+        candidate = capture_diffusers(
+            self.pipe, replay=self.reference, preprocess=True, taps=["*"], **arguments
+        )
         return compare(self.reference, candidate, self.truth)
 
 
@@ -48,7 +52,11 @@ def run(tiny: Path, photo: Any) -> Run:
 def altered(trace: Trace, settings: GenerationSettings | None = None, **changes: Any) -> Trace:
     """The trace in memory with tensors replaced (None: left out); ``__`` stands for a dot."""
     new = {k.replace("__", "."): v for k, v in changes.items()}
-    held = {k: new.get(k, trace[k]) for k in (*trace, *(n for n in new if n not in trace)) if new.get(k, 0) is not None}
+    held = {
+        k: new.get(k, trace[k])
+        for k in (*trace, *(n for n in new if n not in trace))
+        if new.get(k, 0) is not None
+    }
     return Trace(held, settings or trace.settings, "altered", dtype=trace.dtype)
 
 
@@ -81,7 +89,9 @@ def test_two_images_are_at_parity(tiny: Path, photo: Any, tmp_path: Path) -> Non
     assert comparison.verdict == "parity", comparison.summary()
     names = sorted(p.name for p in (tmp_path / "traces").iterdir())
     assert names == ["reference.safetensors", "svdlab.safetensors", "truth.safetensors"]
-    again = compare(*(Trace.open(tmp_path / "traces" / f"{n}.safetensors") for n in ("reference", "svdlab", "truth")))
+    again = compare(
+        *(Trace.open(tmp_path / "traces" / f"{n}.safetensors") for n in ("reference", "svdlab", "truth"))
+    )
     assert again.probes == comparison.probes
 
 
@@ -121,7 +131,9 @@ def test_a_planted_module_is_located(run: Run, name: str) -> None:
         comparison = run.planted()
     probe = {"image_encoder": "image_embeddings", "unet": "noise_pred_uncond.000"}.get(root)
     probe = probe or ("image_latents" if "encoder" in path.split(".")[0] else "frames")
-    assert comparison.first_divergence == probe.replace("image_latents", "image_latents" if "encoder." in path else "frames")
+    assert comparison.first_divergence == probe.replace(
+        "image_latents", "image_latents" if "encoder." in path else "frames"
+    )
     found = comparison.first_module or ""
     assert found.removesuffix(".000") == name, comparison.summary()
 
@@ -227,33 +239,53 @@ def test_a_probe_that_the_truth_lacks_falls_back_to_the_bound(run: Run) -> None:
 def test_other_settings_are_refused(run: Run, field: str, value: Any) -> None:
     held = {"added_time_ids": run.reference["added_time_ids"]}
     other = Trace(held, SETTINGS.replace(**{field: value}), "port")
-    with pytest.raises(SvdlabError, match=rf"port float32 \(in memory\): settings: {field} is .*, allowed: .*as in diffusers"):
+    with pytest.raises(
+        SvdlabError, match=rf"port float32 \(in memory\): settings: {field} is .*, allowed: .*as in diffusers"
+    ):
         compare(run.reference, other)
 
 
 def test_settings_that_mean_the_same_are_accepted(run: Run) -> None:
     held = {"added_time_ids": run.reference["added_time_ids"]}
-    for changes in ({"seed": 9}, {"cfg": "sequential"}, {"decode": "exact", "decode_chunk_size": 1}, {"decode_chunk_size": 3}):
+    for changes in (
+        {"seed": 9},
+        {"cfg": "sequential"},
+        {"decode": "exact", "decode_chunk_size": 1},
+        {"decode_chunk_size": 3},
+    ):
         compare(run.reference, Trace(held, SETTINGS.replace(**changes), "port"))
 
 
 def test_bad_traces_are_one_line(run: Run) -> None:
-    with pytest.raises(SvdlabError, match=r"^diffusers float32 \(in memory\): dtype float32, allowed as truth for float32: float64$"):
+    with pytest.raises(
+        SvdlabError,
+        match=r"^diffusers float32 \(in memory\): dtype float32, allowed as truth for float32: float64$",
+    ):
         compare(run.reference, run.svdlab, run.reference)
     bad = altered(run.reference, frames=run.reference["frames"] * float("nan"))
-    with pytest.raises(SvdlabError, match=r"^altered float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"):
+    with pytest.raises(
+        SvdlabError, match=r"^altered float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
+    ):
         compare(run.reference, bad, run.truth)
     two = {"added_time_ids": torch.ones(2, 3)}
-    with pytest.raises(SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"):
+    with pytest.raises(
+        SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"
+    ):
         compare(run.reference, Trace(two, SETTINGS, "port"))
 
 
 def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
     bare = compare(run.reference, run.svdlab)
-    assert bare.verdict == "parity" and bare.floor_from == "bound" and "bound from the dtype" in bare.floor_text()
+    assert (
+        bare.verdict == "parity"
+        and bare.floor_from == "bound"
+        and "bound from the dtype" in bare.floor_text()
+    )
     moved = capture_diffusers(run.pipe, replay=run.reference, perturb=0)
     rerun = compare(run.reference, run.svdlab, perturbed=moved)
-    assert rerun.verdict == "parity" and rerun.floor_from == "perturbed" and "last place" in rerun.floor_text()
+    assert (
+        rerun.verdict == "parity" and rerun.floor_from == "perturbed" and "last place" in rerun.floor_text()
+    )
     with hooked(run.pipe.unet.conv_in, lambda output: output * 1.01):
         candidate = capture_diffusers(run.pipe, replay=run.reference)
     for arguments in ({}, {"perturbed": moved}):
@@ -262,8 +294,10 @@ def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_bound_and_the_perturbation_stand_for_the_truth(tiny: Path, photo: Any, dtype: str, seed: int) -> None:
-    """Both stand-ins are within the verdict's factor of the measured floor, from above or below as they must be."""
+def test_the_bound_and_the_perturbation_stand_for_the_truth(
+    tiny: Path, photo: Any, dtype: str, seed: int
+) -> None:
+    """Both stand-ins cover the measured floor within the verdict's factor."""
     settings = SETTINGS.replace(dtype=dtype, seed=seed, num_inference_steps=2 * seed)
     pipe = load_diffusers(tiny, settings.torch_dtype)
     reference = capture_diffusers(pipe, photo, settings)
@@ -274,7 +308,10 @@ def test_the_bound_and_the_perturbation_stand_for_the_truth(tiny: Path, photo: A
     for probe in by_truth.probes:
         assert probe.floor <= 4 * bound(probe.name, dtype), probe
         assert probe.floor <= 4 * by_rerun[probe.name].floor, probe
-        assert by_rerun[probe.name].floor <= 8 * max(probe.floor, resolution(dtype)) or probe.name == "input.clip_pixels"
+        assert (
+            by_rerun[probe.name].floor <= 8 * max(probe.floor, resolution(dtype))
+            or probe.name == "input.clip_pixels"
+        )
 
 
 def test_json_holds_the_contract(run: Run) -> None:
@@ -291,7 +328,9 @@ def test_tables_and_plots(run: Run) -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison)
     text = console.export_text()
-    assert "latents.001" in text and "divergence: first at latents.001" in text and "float64 truth" in text
+    assert (
+        "latents.001" in text and "divergence: first at latents.001" in text and "against the truth" in text
+    )
     page = comparison._repr_html_()
     assert "&lt;port&gt;" in page and "<port>" not in page and "http" not in page
     assert page.count("<rect") == 22 and page.count("#b00020") >= 2
@@ -300,3 +339,89 @@ def test_tables_and_plots(run: Run) -> None:
     assert None in rows and len(rows) < 48 < len(list(long._rows(every=True)))
     axes = comparison.plot()
     assert "latents.001" in axes.get_title()
+
+
+def invoke(command: str, *arguments: object) -> int:
+    """A command's exit code; bad input is an SvdlabError, which the command line turns into exit code 2."""
+    result = CliRunner().invoke(getattr(commands, command), [str(a) for a in arguments])
+    if isinstance(result.exception, SvdlabError):
+        assert "\n" not in str(result.exception)
+        return 2
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code
+
+
+SMALL = ("--height", 32, "--width", 32, "--num-frames", 2, "--num-inference-steps", 1)
+
+
+def test_commands(tiny: Path, photo: Any, tmp_path: Path) -> None:
+    """Trace, truth, replay, comparison: the page's workflow, with its exit codes and JSON."""
+    photo.save(tmp_path / "photo.png")
+    r, t, c, bad, out = (tmp_path / f"{n}.safetensors" for n in ("r", "t", "c", "bad", "out"))
+    model, js = ("--model", tiny), tmp_path / "result.json"
+    image = ("--image", tmp_path / "photo.png")
+    assert (
+        invoke(
+            "trace",
+            "--implementation",
+            "diffusers",
+            "--out",
+            r,
+            *SMALL,
+            *model,
+            *image,
+            "--dtype",
+            "bfloat16",
+        )
+        == 0
+    )
+    assert (
+        invoke(
+            "trace", "--implementation", "diffusers", "--out", t, "--inputs", r, "--dtype", "float64", *model
+        )
+        == 0
+    )
+    assert invoke("trace", "--implementation", "svdlab", "--out", c, "--inputs", r, "--json", js, *model) == 0
+    assert json.loads(js.read_text())["probes"] == list(Trace.open(r).probes)
+    assert Trace.open(t).dtype == "float64" and Trace.open(c).settings == Trace.open(r).settings
+    assert invoke("compare", r, c, "--truth", t, "--json", js) == 0
+    assert json.loads(js.read_text())["verdict"] == "parity"
+    assert invoke("compare", r, c, "--rerun", *model) == 0
+    assert invoke("compare", r, c) == 0
+
+    altered(Trace.open(c), sigmas=Trace.open(c)["sigmas"] * 1.1).save(bad)
+    assert invoke("compare", r, bad, "--truth", t, "--json", js) == 1
+    assert json.loads(js.read_text())["first_divergence"] == "sigmas"
+
+    other = ("--implementation", "svdlab", "--out", out, *model)
+    assert invoke("trace", *other, "--inputs", r, "--fps", 8, "--until", "added_time_ids") == 0
+    assert invoke("compare", r, out) == 2
+    assert invoke("compare", r, js) == 2
+    assert invoke("compare", r, c, "--truth", t, "--rerun") == 2
+    assert invoke("trace", *other, *image, "--inputs", r) == 2
+    assert invoke("trace", *other, "--image", js) == 2
+    assert invoke("trace", *other, *image, "--fps", 0) == 2
+    assert invoke("trace", *other, *image, "--sigmas", "9,x") == 2
+    assert invoke("trace", *other, *image, "--taps", "nothing") == 2
+
+
+def test_parity_command(tiny: Path, tmp_path: Path) -> None:
+    js = tmp_path / "result.json"
+    assert (
+        invoke(
+            "parity",
+            "--model",
+            tiny,
+            *SMALL,
+            "--until",
+            "latents.000",
+            "--json",
+            js,
+            "--keep",
+            tmp_path / "t",
+        )
+        == 0
+    )
+    data = json.loads(js.read_text())
+    assert data["verdict"] == "parity" and data["probes"][-1]["name"] == "latents.000"
+    assert data["truth"] == str(tmp_path / "t" / "truth.safetensors")

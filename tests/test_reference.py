@@ -1,4 +1,4 @@
-"""The diffusers reference: observed without being changed, replayed exactly, and restored however a capture ends."""
+"""The diffusers reference: observed, not changed; replayed exactly; restored however a capture ends."""
 
 from __future__ import annotations
 
@@ -92,7 +92,11 @@ def test_a_capture_changes_nothing(diffusers: Any, reference: Trace, photo: Any,
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_everything_is_restored_after_an_error(
-    diffusers: Any, reference: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    diffusers: Any,
+    reference: Trace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
 ) -> None:
     before = state(diffusers)
 
@@ -134,12 +138,16 @@ def test_a_replay_without_an_input_is_refused(diffusers: Any, reference: Trace, 
 
 
 def test_a_replay_of_another_size_is_refused(diffusers: Any, reference: Trace) -> None:
-    with pytest.raises(SvdlabError, match=r"input.image: the replayed shape \(1, 3, 32, 32\), allowed: \(1, 3, 64, 32\)"):
+    with pytest.raises(
+        SvdlabError, match=r"input.image: the replayed shape \(1, 3, 32, 32\), allowed: \(1, 3, 64, 32\)"
+    ):
         capture_diffusers(diffusers, settings=SETTINGS.replace(height=64), replay=reference)
 
 
 def test_the_truth_is_float64_on_the_same_inputs(tiny: Path, reference: Trace) -> None:
-    truth = capture_diffusers(load_diffusers(tiny, torch.float64, weights_dtype=torch.float32), replay=reference)
+    truth = capture_diffusers(
+        load_diffusers(tiny, torch.float64, weights_dtype=torch.float32), replay=reference
+    )
     assert truth.dtype == "float64" and truth["noise_pred.000"].dtype == torch.float64
     assert truth["input.clip_pixels"].dtype == torch.float64
     for name in ("input.noise", "input.latents", "input.source"):
@@ -147,7 +155,7 @@ def test_the_truth_is_float64_on_the_same_inputs(tiny: Path, reference: Trace) -
     for name in reference:
         far = (truth[name].double() - reference[name].double()).norm() / truth[name].double().norm()
         assert far < 1e-3, name
-    # The preprocessing is made in float64, the networks run on the reference's: the embedding knows no preprocessing error.
+    # Preprocessing in float64, networks on the reference's pixels: the embedding knows no resize error.
     pixels = (truth["input.clip_pixels"] - reference["input.clip_pixels"]).abs().max()
     embedding = (truth["image_embeddings"] - reference["image_embeddings"]).abs().max()
     assert 1e-7 < pixels and embedding < 2e-6
@@ -167,7 +175,9 @@ def test_the_truth_is_float64_on_the_same_inputs(tiny: Path, reference: Trace) -
         ({"dtype": "bfloat16"}, 2),
     ],
 )
-def test_svdlab_and_diffusers_record_the_same_tensors(tiny: Path, photo: Any, changes: dict[str, Any], images: int) -> None:
+def test_svdlab_and_diffusers_record_the_same_tensors(
+    tiny: Path, photo: Any, changes: dict[str, Any], images: int
+) -> None:
     """Names, shapes and taps; the values are test_compare's matter."""
     settings = SETTINGS.replace(**changes)
     pictures = [photo, photo.rotate(90)][:images] if images > 1 else photo
@@ -184,7 +194,9 @@ def test_svdlab_and_diffusers_record_the_same_tensors(tiny: Path, photo: Any, ch
 
 def test_half_precision_restores_the_upcast_vae(tiny: Path, photo: Any) -> None:
     pipe = load_diffusers(tiny, torch.float16)
-    trace = capture_diffusers(pipe, photo, SETTINGS.replace(num_inference_steps=1), taps=["vae.encoder.conv_in"])
+    trace = capture_diffusers(
+        pipe, photo, SETTINGS.replace(num_inference_steps=1), taps=["vae.encoder.conv_in"]
+    )
     assert trace["vae.encoder.conv_in"].dtype == torch.float32
     assert trace["image_latents"].dtype == torch.float16 and pipe.vae.dtype == torch.float16
 
@@ -200,7 +212,9 @@ def test_half_precision_restores_the_upcast_vae(tiny: Path, photo: Any) -> None:
     assert pipe.unet.dtype == pipe.vae.dtype == pipe.image_encoder.dtype == torch.float64
 
 
-@pytest.mark.parametrize("until", ["input.noise", "image_latents", "guidance_scale", "model_input.000", "latents.000"])
+@pytest.mark.parametrize(
+    "until", ["input.noise", "image_latents", "guidance_scale", "model_input.000", "latents.000"]
+)
 def test_until_stops_there(tiny: Path, diffusers: Any, reference: Trace, until: str) -> None:
     theirs = capture_diffusers(diffusers, replay=reference, until=until)
     ours = capture(SVDPipeline.from_pretrained(tiny), replay=reference, until=until)
@@ -227,7 +241,9 @@ def test_a_perturbed_run_moves_by_roundings(diffusers: Any, reference: Trace) ->
         ({"num_frames": 1}, "diffusers fails at a ramp"),
     ],
 )
-def test_what_diffusers_fails_at_is_said(diffusers: Any, photo: Any, changes: dict[str, Any], message: str) -> None:
+def test_what_diffusers_fails_at_is_said(
+    diffusers: Any, photo: Any, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SvdlabError, match=message):
         capture_diffusers(diffusers, photo, SETTINGS.replace(**changes))
 

@@ -1,13 +1,15 @@
-"""The verdict: is a candidate as close to the truth as the reference itself is, and if not, where does it part first?
+"""The verdict: is a candidate as close to the truth as the reference is, and if not, where do they part?
 
 With r64 the reference in float64, r the reference in the working dtype and c the candidate, at every probe
 
     floor = max(|r - r64| / |r64|, resolution),  divergence = |c - r64| / |r64|,  ratio = divergence / floor
 
-in the Euclidean norm, computed in float64. Parity is a ratio of at most 4 at every probe that both traces have.
+in the Euclidean norm, computed in float64. Parity is a ratio of at most 4 at every probe that both traces
+have.
 
-Without r64 the divergence is |c - r| / |r| and the floor is, with a model at hand, how far the reference moves when its inputs
-and every layer's output are moved by one unit in the last place ("perturbed"); with two bare files it is ``bound``.
+Without r64 the divergence is |c - r| / |r| and the floor is, with a model at hand, how far the reference
+moves when its inputs and every layer's output are moved by one unit in the last place ("perturbed"); with two
+bare files it is ``bound``.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ _FREE = {"seed", "dtype", "cfg", "decode", "decode_chunk_size", "num_inference_s
 def resolution(dtype: str) -> float:
     """The smallest relative difference that counts in a dtype: its eps, and float32's for float64.
 
-    diffusers computes its sinusoids, its Euler step and its frames in float32 whatever the networks run in, so that two
-    float64 runs can differ by float32 roundings.
+    diffusers computes its sinusoids, its Euler step and its frames in float32 whatever the networks run in,
+    so that two float64 runs can differ by float32 roundings.
     """
     return torch.finfo(torch.float32 if dtype == "float64" else DTYPES[dtype]).eps
 
@@ -68,12 +70,14 @@ def resolution(dtype: str) -> float:
 def bound(name: str, dtype: str) -> float:
     """The floor of two bare files: what rounding can be expected to do at a probe.
 
-    ``resolution`` where nothing but a few scalar operations has run, ``NETWORK_GROWTH`` times that behind a network and at
-    the CLIP pixels. It is a bound from the dtype and not a measurement. The constants: over random checkpoints, seeds and 2
-    to 25 steps (few steps are the worse: the first one's rounding at sigma 700 is all that the second one sees) the measured floor stays below 4 times them in every dtype (``tests/test_compare.py`` holds them to it), so that
-    the verdict's factor of 4 covers it. They are larger in float32, whose group norms and resize lose digits by
-    cancellation, than in the half dtypes, whose kernels accumulate in float32. A bug that moves the result by less than
-    4 times the bound passes; a truth shows it.
+    ``resolution`` where nothing but a few scalar operations has run, ``NETWORK_GROWTH`` times that behind a
+    network and at the CLIP pixels. It is a bound from the dtype and not a measurement. The constants: over
+    random checkpoints, seeds and 2 to 25 steps (few steps are the worse: the first one's rounding at sigma
+    700 is all that the second one sees) the measured floor stays below 4 times them in every dtype
+    (``tests/test_compare.py`` holds them to it), so that the verdict's factor of 4 covers it. They are larger
+    in float32, whose group norms and resize lose digits by cancellation, than in the half dtypes, whose
+    kernels accumulate in float32. A bug that moves the result by less than 4 times the bound passes; a truth
+    shows it.
     """
     probe = probe_of(name)
     scalar = probe is not None and (probe[0] in INPUTS or probe[0] in CONDITIONING)
@@ -87,7 +91,8 @@ class ProbeResult:
 
     Attributes:
         name: probe or tap.
-        divergence: the candidate's relative distance from the truth (from the reference where there is no truth).
+        divergence: the candidate's relative distance from the truth (from the reference where there is no
+            truth).
         floor: the reference's own, at least ``resolution``; ``floor_from`` says how it was found.
         ratio: divergence / floor.
         max_abs: largest absolute difference between candidate and reference; ``mse`` their mean squared one.
@@ -161,7 +166,7 @@ class Comparison:
 
     @property
     def frames_mse(self) -> float | None:
-        """Mean squared difference of the frames, the measure that is common elsewhere; None without frames."""
+        """Mean squared difference of the frames, the common measure elsewhere; None without frames."""
         return next((p.mse for p in self.probes if p.name == "frames"), None)
 
     @property
@@ -205,7 +210,9 @@ class Comparison:
         worst = self.worst
         text = f"{self.verdict}: worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
         if self.first_divergence:
-            text = f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
+            text = (
+                f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
+            )
         if self.first_module:
             text += f", in module {self.first_module}"
         if self.missing:
@@ -214,20 +221,26 @@ class Comparison:
 
     def floor_text(self) -> str:
         """How the floor was found, in words."""
-        return {
-            "truth": f"floor: the reference against float64 truth ({self.truth})",
-            "perturbed": "floor: the reference against itself with inputs and layer outputs moved by one unit in the last place",
-            "bound": f"floor: a bound from the dtype, {NETWORK_GROWTH[self.dtype]:g} eps behind a network; a truth measures it",
-        }[self.floor_from]
+        growth = NETWORK_GROWTH[self.dtype]
+        text = {
+            "truth": f"the reference against the truth ({self.truth})",
+            "perturbed": "the reference against itself, inputs and layers moved by a unit in the last place",
+            "bound": f"not measured, a bound from the dtype: {growth:g} eps behind a network",
+        }
+        return f"floor: {text[self.floor_from]}"
 
     def table(self, every: bool = False) -> Table:
-        """A rich table; long runs show the ends, the first divergence and the worst probe unless ``every``."""
+        """A rich table; unless ``every``, of a long run only the ends, the first divergence and the worst."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=f"{self.candidate} against {self.reference}", caption=f"{self.summary()}\n{self.floor_text()}")
-        table.add_column("probe", no_wrap=True)
-        for column in ("divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR dB"):
-            table.add_column(column, justify="right")
+        # Without rules between columns it fits a terminal of 80 columns.
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+        table.title = f"{self.candidate} against {self.reference}"
+        table.caption = f"{self.summary()}\n{self.floor_text()}"
+        table.add_column("probe", overflow="fold")
+        for column in ("diverg.", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in self._rows(every):
             if row is None:
                 table.add_row("...")
@@ -263,9 +276,17 @@ class Comparison:
         if ax is None:
             _, ax = plt.subplots(figsize=(max(6.0, 0.22 * len(self.probes)), 3.5), layout="constrained")
         xs = range(len(self.probes))
-        ax.semilogy(xs, [max(p.divergence, 1e-18) for p in self.probes], "o-", ms=3, label="candidate to truth")
+        ax.semilogy(
+            xs, [max(p.divergence, 1e-18) for p in self.probes], "o-", ms=3, label="candidate to truth"
+        )
         ax.semilogy(xs, [p.floor for p in self.probes], "k--", lw=1, label="floor")
-        ax.semilogy(xs, [self.threshold * p.floor for p in self.probes], "k:", lw=1, label=f"{self.threshold:g} x floor")
+        ax.semilogy(
+            xs,
+            [self.threshold * p.floor for p in self.probes],
+            "k:",
+            lw=1,
+            label=f"{self.threshold:g} x floor",
+        )
         ax.set_xticks(list(xs), [p.name for p in self.probes], rotation=90, fontsize=6)
         ax.set_ylabel("relative distance")
         ax.set_title(self.verdict + (f", first at {self.first_divergence}" if self.first_divergence else ""))
@@ -273,7 +294,10 @@ class Comparison:
         return ax
 
     def _repr_html_(self) -> str:
-        heads = "".join(f"<th>{h}</th>" for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR"))
+        heads = "".join(
+            f"<th>{h}</th>"
+            for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR")
+        )
         body = []
         for row in self._rows(every=False):
             if row is None:
@@ -283,7 +307,8 @@ class Comparison:
             color = ' style="color:#b00020"' if row.ratio > self.threshold else ""
             body.append(f"<tr{color}>{cells}</tr>")
         return (
-            f"<p>{html.escape(f'{self.candidate} against {self.reference}')}<br><b>{html.escape(self.summary())}</b><br>"
+            f"<p>{html.escape(f'{self.candidate} against {self.reference}')}<br>"
+            f"<b>{html.escape(self.summary())}</b><br>"
             f"{html.escape(self.floor_text())}</p>{self._svg()}"
             f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
         )
@@ -298,23 +323,30 @@ class Comparison:
             color = "#b00020" if p.ratio > self.threshold else "#4a7"
             tip = html.escape(f"{p.name}: ratio {p.ratio:.3g}")
             bars.append(
-                f'<rect x="{i * step:.1f}" y="{height - tall:.1f}" width="{max(step - 1, 0.5):.1f}" height="{tall:.1f}" '
+                f'<rect x="{i * step:.1f}" y="{height - tall:.1f}" '
+                f'width="{max(step - 1, 0.5):.1f}" height="{tall:.1f}" '
                 f'fill="{color}"><title>{tip}</title></rect>'
             )
         line = height * (1 - (math.log10(self.threshold) + 2) / top)
         return (
             f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
             f'aria-label="ratio at every probe, log scale; the line is {self.threshold:g}">{"".join(bars)}'
-            f'<line x1="0" x2="{width}" y1="{line:.1f}" y2="{line:.1f}" stroke="#333" stroke-dasharray="4 3"/></svg>'
+            f'<line x1="0" x2="{width}" y1="{line:.1f}" y2="{line:.1f}" '
+            'stroke="#333" stroke-dasharray="4 3"/></svg>'
         )
 
 
 def _cells(row: ProbeResult) -> list[str]:
     psnr = "" if row.psnr is None else f"{row.psnr:.1f}"
-    cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
-    return [row.name, *(f"{v:.2e}" for v in (row.divergence, row.floor)), f"{row.ratio:.3g}"] + [
-        f"{row.max_abs:.2e}",
-        f"{row.mse:.2e}",
+    cosine = "" if row.cosine is None else f"{row.cosine:.4f}"
+    ratio = f"{row.ratio:.2f}" if row.ratio < 1000 else f"{row.ratio:.0e}"
+    return [
+        row.name,
+        f"{row.divergence:.1e}",
+        f"{row.floor:.1e}",
+        ratio,
+        f"{row.max_abs:.1e}",
+        f"{row.mse:.1e}",
         cosine,
         psnr,
     ]
@@ -334,16 +366,10 @@ def check_settings(one: Trace, other: Trace) -> None:
         a, b = getattr(one.settings, name), getattr(other.settings, name)
         if name not in _FREE and a != b:
             raise SvdlabError(f"{other.label}: settings: {name} is {b}, allowed: {a}, as in {one.label}")
-    steps = num_steps(one.settings), num_steps(other.settings)
-    if steps[0] != steps[1]:
-        raise SvdlabError(
-            f"{other.label}: settings: num_inference_steps is {steps[1]}, allowed: {steps[0]}, as in {one.label}"
-        )
-    chunks = effective_chunk(one.settings), effective_chunk(other.settings)
-    if chunks[0] != chunks[1]:
-        raise SvdlabError(
-            f"{other.label}: settings: decode_chunk_size is {chunks[1]}, allowed: {chunks[0]}, as in {one.label}"
-        )
+    for name, of in (("num_inference_steps", num_steps), ("decode_chunk_size", effective_chunk)):
+        a, b = of(one.settings), of(other.settings)
+        if a != b:
+            raise SvdlabError(f"{other.label}: settings: {name} is {b}, allowed: {a}, as in {one.label}")
 
 
 def compare(
@@ -361,14 +387,14 @@ def compare(
         reference: of the working dtype.
         candidate: what is judged; it may hold only some probes.
         truth: the reference in a wider dtype (float64), from the same inputs.
-        perturbed: without a truth, the reference once more with everything moved by one unit in the last place
-            (``reference.capture_diffusers(perturb=...)``).
+        perturbed: without a truth, the reference once more with everything moved by one unit in the last
+            place (``reference.capture_diffusers(perturb=...)``).
         threshold: the largest ratio that is parity.
         progress: show a bar.
 
     Raises:
-        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a truth that is not
-            wider than the reference.
+        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a
+            truth that is not wider than the reference.
     """
     check_settings(reference, candidate)
     for other in (truth, perturbed):
@@ -377,13 +403,17 @@ def compare(
     if truth is not None and truth.dtype != "float64":
         wider = torch.finfo(DTYPES[truth.dtype]).eps < torch.finfo(DTYPES[reference.dtype]).eps
         if not wider:
-            raise SvdlabError(f"{truth.label}: dtype {truth.dtype}, allowed as truth for {reference.dtype}: float64")
+            raise SvdlabError(
+                f"{truth.label}: dtype {truth.dtype}, allowed as truth for {reference.dtype}: float64"
+            )
     common = sorted((n for n in reference if n in candidate), key=execution_key)
     probes = [n for n in common if not is_tap(n)]
     if not probes:
         raise SvdlabError(f"{candidate.label}: no probe in common with {reference.label}")
     order = sorted(reference.probes, key=execution_key)
-    second, floor_from = (truth, "truth") if truth is not None else (perturbed, "perturbed" if perturbed else "bound")
+    second, floor_from = (
+        (truth, "truth") if truth is not None else (perturbed, "perturbed" if perturbed else "bound")
+    )
     results = {
         name: _compare_one(name, reference, candidate, second, floor_from)  # type: ignore[arg-type]
         for name in tqdm(common, desc="compare", disable=not progress)
@@ -400,18 +430,23 @@ def compare(
         truth=None if truth is None else truth.label,
         threshold=threshold,
         traces={
-            k: v for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth)) if v is not None
+            k: v
+            for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth))
+            if v is not None
         },
     )
 
 
-def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | None, floor_from: Floor) -> ProbeResult:
+def _compare_one(
+    name: str, reference: Trace, candidate: Trace, second: Trace | None, floor_from: Floor
+) -> ProbeResult:
     if second is None or name not in second:
         second, floor_from = None, "bound"
     for trace in (candidate, second):
         if trace is not None and trace.shape(name) != reference.shape(name):
             raise SvdlabError(
-                f"{trace.label}: {name}: shape {trace.shape(name)}, allowed: {reference.shape(name)}, as in {reference.label}"
+                f"{trace.label}: {name}: shape {trace.shape(name)}, allowed: {reference.shape(name)}, "
+                f"as in {reference.label}"
             )
     r, c = reference[name].reshape(-1), candidate[name].reshape(-1)
     other = None if second is None else second[name].reshape(-1)
@@ -478,8 +513,9 @@ def three_way(
 ) -> Comparison:
     """diffusers in the working dtype, diffusers in float64, and svdlab, on one image: ``svdlab parity``.
 
-    svdlab works from the image and the seed alone: its preprocessing and its random draws are judged too. The truth has the
-    weights of the working dtype (rounded to it, then widened) and the draws of the reference. One pipeline is in memory at a time.
+    svdlab works from the image and the seed alone: its preprocessing and its random draws are judged too. The
+    truth has the weights of the working dtype (rounded to it, then widened) and the draws of the reference.
+    One pipeline is in memory at a time.
 
     Args:
         model: checkpoint folder in diffusers' layout, hub name, or "embedded".
@@ -488,7 +524,8 @@ def three_way(
         device: where all three run.
         taps: inner modules to record in all three.
         until: stop after this probe.
-        folder: stream the traces to ``reference``, ``truth`` and ``svdlab.safetensors`` in this folder (else in memory).
+        folder: stream the traces to ``reference``, ``truth`` and ``svdlab.safetensors`` in this folder (else
+            in memory).
         progress: show bars.
 
     Raises:
@@ -499,7 +536,7 @@ def three_way(
     from svdlab.weights import checkpoint_folder
 
     settings = settings or GenerationSettings()
-    checkpoint = checkpoint_folder(model)
+    checkpoint = checkpoint_folder(os.fspath(model))
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 

@@ -1,14 +1,15 @@
-"""diffusers' own pipeline as the reference: loaded from the same folder, observed and replayed, never changed.
+"""diffusers' own pipeline as the reference: loaded from the same folder, observed, replayed, never changed.
 
-This is the only room that imports diffusers. What is observed goes through forward hooks, the step callback and wrappers on
-the pipeline object; all of it is gone when a capture ends, however it ends.
+This is the only room that imports diffusers. What is observed goes through forward hooks, the step callback
+and wrappers on the pipeline object; all of it is gone when a capture ends, however it ends.
 
-What stays float32 in a float64 run of diffusers 0.42: the sinusoids (``embeddings.py:get_timestep_embedding``), sigmas and
-timesteps and the Euler step's sample (``scheduling_euler_discrete.py:set_timesteps, step``), and the decoded frames
-(``pipeline_stable_video_diffusion.py:decode_latents``). Each is one rounding at 6e-8 relative, below what the networks
-themselves lose in float32, but it bounds what "float64" can tell apart: see ``compare.resolution``. The preprocessing is
-float32, too (``image_processor.py:pil_to_numpy``); a float64 run that replays another trace records it in float64, from a
-float64 image, and gives its networks the replayed pixels.
+What stays float32 in a float64 run of diffusers 0.42: the sinusoids
+(``embeddings.py:get_timestep_embedding``), sigmas and timesteps and the Euler step's sample
+(``scheduling_euler_discrete.py:set_timesteps, step``), and the decoded frames
+(``pipeline_stable_video_diffusion.py:decode_latents``). Each is one rounding at 6e-8 relative, below what the
+networks themselves lose in float32, but it bounds what "float64" can tell apart: see ``compare.resolution``.
+The preprocessing is float32, too (``image_processor.py:pil_to_numpy``); a float64 run that replays another
+trace records it in float64, from a float64 image, and gives its networks the replayed pixels.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def load_diffusers(
         folder: the folder.
         dtype: what the networks run in.
         device: where.
-        weights_dtype: round the weights to this first. The truth for a float16 run is float64 arithmetic on the float16
-            weights: rounding the weights is part of the checkpoint, not of the arithmetic.
+        weights_dtype: round the weights to this first. The truth for a float16 run is float64 arithmetic on
+            the float16 weights: rounding the weights is part of the checkpoint, not of the arithmetic.
         variant: file name variant ("fp16").
 
     Raises:
@@ -72,17 +73,21 @@ def load_diffusers(
                 os.fspath(folder), torch_dtype=weights_dtype or dtype, variant=variant, use_safetensors=True
             )
     except ImportError as error:
-        raise SvdlabError(f"the diffusers reference needs {error.name}, install it with: pip install svdlab[parity]") from None
+        raise SvdlabError(
+            f"the diffusers reference needs {error.name}, install it with: pip install svdlab[parity]"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
-        raise SvdlabError(f"{folder}: diffusers cannot load it ({reason[0] if reason else type(error).__name__})") from None
+        raise SvdlabError(
+            f"{folder}: diffusers cannot load it ({reason[0] if reason else type(error).__name__})"
+        ) from None
     for model in (pipe.unet, pipe.vae, pipe.image_encoder):
         model.eval().requires_grad_(False)
     return cast_diffusers(pipe, dtype, device)
 
 
 def cast_diffusers(pipe: Any, dtype: torch.dtype, device: str | torch.device | None = None) -> Any:
-    """Move a diffusers pipeline's networks to another dtype (and device) in place, without diffusers' warnings."""
+    """Move a diffusers pipeline's networks to another dtype (and device) in place, without its warnings."""
     with _quiet():
         for model in (pipe.unet, pipe.vae, pipe.image_encoder):
             model.to(device=device or model.device, dtype=dtype)
@@ -125,7 +130,9 @@ def resolve(pipe: Any, settings: GenerationSettings) -> GenerationSettings:
     ):
         if getattr(settings, field) is None:
             if own is None:
-                raise SvdlabError(f"{field}: got none and the checkpoint's config has none, allowed: a number")
+                raise SvdlabError(
+                    f"{field}: got none and the checkpoint's config has none, allowed: a number"
+                )
             filled[field] = int(own) * factor
     return settings.replace(**filled)
 
@@ -136,7 +143,8 @@ def _check_supported(settings: GenerationSettings) -> None:
     ramp = torch.linspace(low, high, settings.num_frames or 1)
     if (high > 1) != bool(ramp.max() > 1):
         raise SvdlabError(
-            f"max_guidance_scale: diffusers fails at a ramp from {low:g} to {high:g} over {settings.num_frames} frame(s), "
+            f"max_guidance_scale: diffusers fails at a ramp from {low:g} to {high:g} over "
+            f"{settings.num_frames} frame(s), "
             "allowed in the reference: both ends of the ramp that is used above 1, or both at most 1"
         )
 
@@ -161,20 +169,21 @@ def capture_diffusers(
         pipe: the pipeline; its dtype is the trace's. The same pipeline can be captured any number of times.
         image: a PIL image or a list of them; not needed with ``replay``.
         settings: None means ``replay``'s.
-        replay: a trace whose random draws and image are used instead of the seed and ``image``. The truth is a float64
-            pipeline that replays the working dtype's trace.
+        replay: a trace whose random draws and image are used instead of the seed and ``image``. The truth is
+            a float64 pipeline that replays the working dtype's trace.
         preprocess: redo the preprocessing from the replayed source image instead of replaying its results.
         taps: shell-style patterns of module names (``unet.down_blocks.*``), see ``svdlab.parity.taps``.
         until: stop after this probe.
         path: stream to this file instead of keeping the tensors in memory.
         progress: show a bar over the denoising steps.
-        perturb: a seed: move every input and every layer's output by one unit in the last place, up or down at random.
-            How far the result moves is what rounding alone can do (``compare``'s floor without a truth).
+        perturb: a seed: move every input and every layer's output by one unit in the last place, up or down
+            at random. How far the result moves is what rounding alone can do (``compare``'s floor without a
+            truth).
         implementation: what the trace calls it.
 
     Raises:
-        SvdlabError: a setting at which diffusers fails, no image and nothing to replay, a replay that lacks an input or has
-            another shape, a pattern that names no module.
+        SvdlabError: a setting at which diffusers fails, no image and nothing to replay, a replay that lacks
+            an input or has another shape, a pattern that names no module.
     """
     settings = resolve(pipe, settings or (replay.settings if replay is not None else GenerationSettings()))
     _check_supported(settings)
@@ -188,7 +197,11 @@ def capture_diffusers(
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
     chosen = tapping.select(models, taps)
     writer = TraceWriter(
-        settings, implementation, implementation_version=version_of("diffusers"), dtype=settings.dtype, path=path
+        settings,
+        implementation,
+        implementation_version=version_of("diffusers"),
+        dtype=settings.dtype,
+        path=path,
     )
     with writer, ExitStack() as stack, torch.no_grad():
         bar = stack.enter_context(
@@ -237,7 +250,9 @@ def _pil_list(image: Any) -> list[Any]:
     if not images or not all(isinstance(i, pil.Image) for i in images):
         raise SvdlabError(f"image: got {type(image).__name__}, allowed: a PIL image or a list of them")
     if len({i.size for i in images}) > 1:
-        raise SvdlabError(f"image: sizes {sorted({i.size for i in images})}, allowed in diffusers: one size for all images")
+        raise SvdlabError(
+            f"image: sizes {sorted({i.size for i in images})}, allowed in diffusers: one size for all images"
+        )
     return [i.convert("RGB") for i in images]
 
 
@@ -296,7 +311,7 @@ class _Watch:
         self.stack.callback(lambda: setattr(owner, name, own) if own is not None else delattr(owner, name))
 
     def _replace_randn(self) -> None:
-        """Record and replay the draws: ``randn_tensor`` in the namespace that the pipeline's code reads it from."""
+        """Record and replay the draws: ``randn_tensor`` where the pipeline's code looks it up."""
         import inspect
 
         spaces: dict[int, dict[str, Any]] = {}
@@ -305,7 +320,9 @@ class _Watch:
             if "randn_tensor" in space:
                 spaces[id(space)] = space
         if not spaces:
-            raise SvdlabError(f"{type(self.pipe).__name__}: its random draws are not made by diffusers' randn_tensor")
+            raise SvdlabError(
+                f"{type(self.pipe).__name__}: its random draws are not made by diffusers' randn_tensor"
+            )
         for space in spaces.values():
             original = space["randn_tensor"]
             self.stack.callback(space.__setitem__, "randn_tensor", original)
@@ -319,7 +336,9 @@ class _Watch:
             else:
                 drawn = self.replay[name].to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if tuple(drawn.shape) != tuple(shape):
-                    raise SvdlabError(f"{name}: the replayed shape {tuple(drawn.shape)}, allowed: {tuple(shape)}")
+                    raise SvdlabError(
+                        f"{name}: the replayed shape {tuple(drawn.shape)}, allowed: {tuple(shape)}"
+                    )
             return self.record(name, self._nudged(drawn))
 
         return randn_tensor
@@ -360,14 +379,16 @@ class _Watch:
     def _pixels(self, name: str, made: Tensor) -> Tensor:
         """What the networks get: the pixels as made here, or as replayed.
 
-        A float64 run that replays records the preprocessing that it made in float64, the truth of that probe, while its
-        networks get the replayed pixels: what is judged there is the networks, on the reference's inputs.
+        A float64 run that replays records the preprocessing that it made in float64, the truth of that probe,
+        while its networks get the replayed pixels: what is judged there is the networks, not the resize.
         """
         given = self.replay.get(name)
         if given is None:
             return self.record(name, self._nudged(made))
         if given.shape != made.shape:
-            raise SvdlabError(f"{name}: the replayed shape {tuple(given.shape)}, allowed: {tuple(made.shape)}")
+            raise SvdlabError(
+                f"{name}: the replayed shape {tuple(given.shape)}, allowed: {tuple(made.shape)}"
+            )
         # No narrower than replayed: a float16 pipeline keeps the image in float32 until the VAE.
         wide = torch.promote_types(given.dtype, made.dtype) if name == "input.image" else made.dtype
         # In the memory layout of what it replaces, by which kernels are chosen.
@@ -484,7 +505,9 @@ def _activation(name: str, tensor: Tensor, frames: int, size: tuple[int, int] | 
     if tensor.ndim == 4:
         return tensor.unflatten(0, (-1, frames))
     assert size is not None
-    inside_temporal = "temporal_transformer_blocks" in name and not name.split(".")[-2] == "temporal_transformer_blocks"
+    inside_temporal = (
+        "temporal_transformer_blocks" in name and not name.split(".")[-2] == "temporal_transformer_blocks"
+    )
     if inside_temporal:  # (B*H*W, F, C)
         return tensor.unflatten(0, (-1, *size)).permute(0, 3, 4, 1, 2)
     return tensor.unflatten(1, size).unflatten(0, (-1, frames)).permute(0, 1, 4, 2, 3)

@@ -1,11 +1,12 @@
 """Inner taps: which modules' outputs a trace may hold beside the probes, and in which layout.
 
-A tap is named by its module's checkpoint name: ``unet.down_blocks.0.resnets.0.003`` is that module's output at denoising
-step 3. Only modules whose outputs mean the same in diffusers and in svdlab are tapped. Three facts decide what a tap holds,
-whatever the implementation's own layout is:
+A tap is named by its module's checkpoint name: ``unet.down_blocks.0.resnets.0.003`` is that module's output
+at denoising step 3. Only modules whose outputs mean the same in diffusers and in svdlab are tapped. Three
+facts decide what a tap holds, whatever the implementation's own layout is:
 
-- *activation*: (batch, frame, channel, height, width). The VAE encoder has one frame. Calls that treat a part of the
-  batch or of the frames (guidance in two passes, a chunked decode) are joined, so that a trace does not depend on them.
+- *activation*: (batch, frame, channel, height, width). The VAE encoder has one frame. Calls that treat a part
+  of the batch or of the frames (guidance in two passes, a chunked decode) are joined, so that a trace does
+  not depend on them.
 - *vector*: (batch, channel), one embedding a video.
 - *positions*: (frame, channel), the embedded frame numbers, the same for every video and every step.
 - *tokens*: as the CLIP tower has them, (batch, token, channel) or (batch, channel).
@@ -45,9 +46,15 @@ _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("vector", rf"unet\.{_UNET_BLOCK}\.resnets\.\d+\.(spatial|temporal)_res_block\.time_emb_proj"),
         ("positions", rf"unet\.{_UNET_BLOCK}\.attentions\.\d+\.time_pos_embed"),
         ("activation", r"vae\.(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)|vae\.quant_conv"),
-        ("activation", rf"vae\.encoder\.(down_blocks\.\d+|mid_block)(\.(resnets\.\d+(\.({_CONVS}))?|{_SAMPLER}))?"),
+        (
+            "activation",
+            rf"vae\.encoder\.(down_blocks\.\d+|mid_block)(\.(resnets\.\d+(\.({_CONVS}))?|{_SAMPLER}))?",
+        ),
         ("activation", rf"vae\.(encoder|decoder)\.mid_block\.{_VAE_ATTENTION}"),
-        ("activation", rf"vae\.decoder\.(mid_block|up_blocks\.\d+)\.({_RESNET}|{_SAMPLER})|vae\.decoder\.time_conv_out"),
+        (
+            "activation",
+            rf"vae\.decoder\.(mid_block|up_blocks\.\d+)\.({_RESNET}|{_SAMPLER})|vae\.decoder\.time_conv_out",
+        ),
         ("tokens", r"image_encoder\.visual_projection"),
         ("tokens", r"image_encoder\.vision_model\.(embeddings|pre_layrnorm|encoder|post_layernorm)"),
         ("tokens", r"image_encoder\.vision_model\.embeddings\.patch_embedding"),
@@ -63,7 +70,7 @@ _INDEXED = re.compile(r"(?P<base>unet\..+)\.(?P<step>\d{3,})")
 
 
 def layout_of(name: str) -> str | None:
-    """``activation``, ``vector``, ``positions`` or ``tokens`` for a module that is tapped, without step; else None."""
+    """What a tapped module's output is, by its name without step; None where it is no tap."""
     return next((layout for layout, pattern in _LAYOUTS if pattern.fullmatch(name)), None)
 
 
@@ -103,7 +110,9 @@ def select(models: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, n
         names = {name for name in tapped if fnmatchcase(name, pattern)}
         if not names:
             near = get_close_matches(pattern, list(tapped), n=1, cutoff=0.0)
-            raise SvdlabError(f"taps: {pattern!r} names no module, allowed: patterns such as {near[0]!r} or 'unet.*'")
+            raise SvdlabError(
+                f"taps: {pattern!r} names no module, allowed: patterns such as {near[0]!r} or 'unet.*'"
+            )
         chosen |= names
     return {name: module for name, module in tapped.items() if name in chosen}
 

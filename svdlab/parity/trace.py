@@ -1,4 +1,5 @@
-"""A trace: every intermediate tensor of one generation under its name, and the settings that made it, in one file.
+"""A trace: every intermediate tensor of one generation under its name, and the settings that made it, in one
+file.
 
 The file format is open: ``docs/trace-format.md`` says all that a port in another language needs to write one.
 """
@@ -9,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -38,14 +38,19 @@ FORMAT = 1
 METADATA_KEY = "svdlab.trace"
 COPY_BYTES = 8 * 2**20
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
-# Probes in the order in which one generation makes them, with their shapes. B images given, V videos (B times the
-# videos per image), F frames, H x W pixels, h x w latents of L channels, S steps, D embedding width, P CLIP pixels;
-# G is V, or 2V with guidance (the unconditional half first).
+# Probes in the order in which one generation makes them, with their shapes. B images given, V videos (B times
+# the videos per image), F frames, H x W pixels, h x w latents of L channels, S steps, D embedding width, P
+# CLIP pixels; G is V, or 2V with guidance (the unconditional half first).
 INPUTS = {
     "input.source": ("B", 3, "H0", "W0"),
     "input.image": ("B", 3, "H", "W"),
@@ -78,14 +83,14 @@ class Stop(Exception):  # noqa: N818 - it is no error
 
 
 def probe_of(name: str) -> tuple[str, int | None] | None:
-    """A probe's name without its step, and the step: ``latents.003`` -> ("latents", 3); None where it is no probe."""
+    """Split a probe's name: ``latents.003`` -> ("latents", 3), ``frames`` -> ("frames", None); or None."""
     if match := _STEP_PROBE.fullmatch(name):
         return match[1], int(match[2])
     return (name, None) if name in _SHAPES and name not in STEP else None
 
 
 def execution_key(name: str) -> tuple[int, int, int]:
-    """Sort key: probes and taps in execution order, a tap before the first probe that its module can change."""
+    """Sort key of execution order: a tap stands before the first probe that its module can change."""
     if (probe := probe_of(name)) is not None:
         base, step = probe
         if base in INPUTS:
@@ -124,7 +129,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Trace(Mapping[str, Tensor]):
-    """Named tensors of one generation in execution order; opened from a file it loads a tensor when asked for it.
+    """Named tensors of one generation in execution order; opened from a file it loads a tensor when asked for
+    it.
 
     Attributes:
         order: the names, in execution order.
@@ -134,6 +140,8 @@ class Trace(Mapping[str, Tensor]):
         path: the file, or None for a trace in memory.
         label: the file's name, or what it is, for tables and errors.
     """
+
+    _file: Any
 
     def __init__(
         self,
@@ -160,9 +168,9 @@ class Trace(Mapping[str, Tensor]):
         """Open a trace file and check everything about it but the values; tensors load when asked for.
 
         Raises:
-            SvdlabError: no such file, not a safetensors file or a truncated one, not a trace, another format version, bad
-                settings, no tensors, an unknown probe or order, a shape that contradicts the settings. One line, with
-                the file's and the tensor's name.
+            SvdlabError: no such file, not a safetensors file or a truncated one, not a trace, another format
+                version, bad settings, no tensors, an unknown probe or order, a shape that contradicts the
+                settings. One line, with the file's and the tensor's name.
         """
         self = cls.__new__(cls)
         self.path = Path(path)
@@ -200,7 +208,9 @@ class Trace(Mapping[str, Tensor]):
             if not isinstance(header.get(field), str):
                 raise SvdlabError(f"{self.label}: {field}: got {header.get(field)!r}, allowed: a string")
         if header.get("dtype") not in DTYPES:
-            raise SvdlabError(f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}")
+            raise SvdlabError(
+                f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}"
+            )
         if not isinstance(header.get("settings"), dict):
             raise SvdlabError(f"{self.label}: settings: got {header.get('settings')!r}, allowed: an object")
         try:
@@ -214,7 +224,9 @@ class Trace(Mapping[str, Tensor]):
 
     def _checked_order(self, order: object) -> tuple[str, ...]:
         if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
-            raise SvdlabError(f"{self.label}: order: got {_short(order)}, allowed: a list of every tensor's name")
+            raise SvdlabError(
+                f"{self.label}: order: got {_short(order)}, allowed: a list of every tensor's name"
+            )
         if not self._shapes:
             raise SvdlabError(f"{self.label}: an empty trace: it holds no tensor")
         if len(set(order)) != len(order):
@@ -224,13 +236,17 @@ class Trace(Mapping[str, Tensor]):
             if name not in self._shapes:
                 raise SvdlabError(f"{self.label}: order: names {name}, which is not in the file")
             if probe_of(name) is None and tapping.split(name) is None:
-                raise SvdlabError(f"{self.label}: {_short(name)}: neither a probe nor a tap of docs/trace-format.md")
+                raise SvdlabError(
+                    f"{self.label}: {_short(name)}: neither a probe nor a tap of docs/trace-format.md"
+                )
         if missing := [name for name in self._shapes if name not in set(order)]:
             raise SvdlabError(f"{self.label}: order: leaves out {missing[0]}")
         probes = [name for name in order if not is_tap(name)]
         for before, after in zip(probes, probes[1:], strict=False):
             # Conditioning has no order of its own; denoising steps do.
-            first, second = (key if key[0] > 1 else (key[0], 0, 0) for key in map(execution_key, (before, after)))
+            first, second = (
+                key if key[0] > 1 else (key[0], 0, 0) for key in map(execution_key, (before, after))
+            )
             if second < first:
                 raise SvdlabError(f"{self.label}: order: {after} after {before}, allowed: execution order")
         return tuple(order)
@@ -283,7 +299,7 @@ class Trace(Mapping[str, Tensor]):
         return f"Trace({self.label!r}, {len(self.probes)} probes, {len(self.taps)} taps)"
 
     def save(self, path: str | os.PathLike[str]) -> Trace:
-        """Write to ``path`` (temporary name, then renamed), one tensor in memory at a time; returns it opened from there."""
+        """Write to ``path``, one tensor in memory at a time; returns the trace opened from there."""
         with TraceWriter(
             self.settings,
             self.implementation,
@@ -332,21 +348,34 @@ def _check_shapes(label: str, shapes: Mapping[str, tuple[int, ...]], settings: G
     }
 
     def expected(spec: tuple[int | str, ...]) -> str:
-        return "(" + ", ".join(str(d if isinstance(d, int) else known.get(d, d)) for d in spec) + ("," * (len(spec) < 2)) + ")"
+        return (
+            "("
+            + ", ".join(str(d if isinstance(d, int) else known.get(d, d)) for d in spec)
+            + ("," * (len(spec) < 2))
+            + ")"
+        )
 
     for name in sorted(shapes, key=execution_key):
         shape = shapes[name]
         if (probe := probe_of(name)) is None:
             base, step = tapping.split(name) or ("", None)
             spec: tuple[int | str, ...] = {
-                "activation": ("*", 1 if base.startswith(("vae.encoder", "vae.quant")) else "F", "*", "*", "*"),
+                "activation": (
+                    "*",
+                    1 if base.startswith(("vae.encoder", "vae.quant")) else "F",
+                    "*",
+                    "*",
+                    "*",
+                ),
                 "vector": ("*", "*"),
                 "positions": ("F", "*"),
             }.get(tapping.layout_of(base) or "", ("*",) * len(shape))
         else:
             (base, step), spec = probe, _SHAPES[probe[0]]
         if step is not None and step >= steps:
-            raise SvdlabError(f"{label}: {name}: step {step}, allowed: 0 to {steps - 1}, as the settings have it")
+            raise SvdlabError(
+                f"{label}: {name}: step {step}, allowed: 0 to {steps - 1}, as the settings have it"
+            )
         good = len(shape) == len(spec) and 0 not in shape
         for size, dim in zip(shape, spec, strict=False):
             if isinstance(dim, int):
@@ -370,10 +399,10 @@ def _derive(known: dict[str, int], settings: GenerationSettings) -> None:
 class TraceWriter:
     """Collects tensors into a :class:`Trace`: in memory, or streamed to a file.
 
-    To a file, a tensor goes to the host and to disk at once. The bound on host memory is the largest single tensor and
-    one copy buffer of ``COPY_BYTES``, however long the run is; the disk holds the data twice while the file is put together,
-    because a safetensors file begins with a header that knows every tensor. Use as a context manager: an exception or
-    Ctrl-C leaves no file.
+    To a file, a tensor goes to the host and to disk at once. The bound on host memory is the largest single
+    tensor and one copy buffer of ``COPY_BYTES``, however long the run is; the disk holds the data twice while
+    the file is put together, because a safetensors file begins with a header that knows every tensor. Use as
+    a context manager: an exception or Ctrl-C leaves no file.
 
     Args:
         settings: resolved settings (height, width and number of frames are not None).
@@ -455,7 +484,8 @@ class TraceWriter:
         Args:
             name: probe or tap.
             tensor: (rows, ...).
-            frames: with it the joined rows are (videos * frames, ...) and become (videos, frames, ...) in the trace.
+            frames: with it the joined rows are (videos * frames, ...) and become (videos, frames, ...) in the
+                trace.
         """
         execution_key(name)
         dtype_name(tensor.dtype)
@@ -467,7 +497,7 @@ class TraceWriter:
             host = tensor.to("cpu").contiguous()
             offset = self._spill.seek(0, os.SEEK_END)
             if host.numel():
-                self._spill.write(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+                self._spill.write(host.reshape(-1).view(torch.uint8).numpy().data)
         self._pieces.setdefault(name, []).append((tuple(tensor.shape), tensor.dtype, offset))
         if frames is not None:
             self._frames[name] = frames
@@ -504,7 +534,8 @@ class TraceWriter:
         }
 
     def _assemble(self) -> None:
-        """The safetensors file: header length, header, then the data with the widest dtypes first (alignment)."""
+        """The safetensors file: header length, header, then the data with the widest dtypes first
+        (alignment)."""
         assert self._spill is not None
         names = sorted(self._pieces, key=execution_key)
         names.sort(key=lambda name: -self._pieces[name][0][1].itemsize)
@@ -543,7 +574,8 @@ def version_of(package: str) -> str:
 def replayed(trace: Trace, preprocess: bool = False) -> dict[str, Tensor]:
     """The inputs of ``trace`` that another run replays, by name: the random draws and the preprocessed image.
 
-    With ``preprocess`` the preprocessing is redone from ``input.source`` instead, and only the draws are replayed.
+    With ``preprocess`` the preprocessing is redone from ``input.source`` instead, and only the draws are
+    replayed.
 
     Raises:
         SvdlabError: an input is missing, or the source is no 8-bit image.
@@ -560,7 +592,8 @@ def replayed(trace: Trace, preprocess: bool = False) -> dict[str, Tensor]:
 
 def _is_8bit(source: Tensor) -> bool:
     levels = source.double() * 255
-    return bool(((levels - levels.round()).abs() < 1e-3).all()) and 0 <= source.min() and source.max() <= 1
+    whole = bool(((levels - levels.round()).abs() < 1e-3).all())
+    return whole and float(source.min()) >= 0 and float(source.max()) <= 1
 
 
 def source_images(source: Tensor) -> list[Image]:
@@ -573,14 +606,15 @@ def source_images(source: Tensor) -> list[Image]:
 
     if source.ndim != 4 or source.shape[1] != 3 or not _is_8bit(source):
         raise SvdlabError(
-            f"image: got a tensor of shape {tuple(source.shape)}, allowed: (batch, 3, height, width) of 8-bit levels / 255"
+            f"image: got a tensor of shape {tuple(source.shape)}, allowed: (batch, 3, height, width) "
+            "of 8-bit levels / 255"
         )
     pixels = (source.double() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [pil.fromarray(frame) for frame in pixels]
 
 
 def replay_images(tensors: Mapping[str, Tensor], settings: GenerationSettings) -> list[Image]:
-    """PIL images for a replay: the source, or black ones where the preprocessed image overrides them anyway."""
+    """PIL images for a replay: the source, or black ones where the replayed pixels override them anyway."""
     from PIL import Image as pil
 
     source = tensors.get("input.source")
@@ -611,11 +645,13 @@ def capture(
         preprocess: redo the preprocessing from the replayed source image instead of replaying its results.
         taps: shell-style patterns of module names (``unet.down_blocks.*``), see ``svdlab.parity.taps``.
         until: stop after this probe.
-        path: stream to this file instead of keeping the tensors in memory (see :class:`TraceWriter` for the bound).
+        path: stream to this file instead of keeping the tensors in memory (see :class:`TraceWriter` for the
+            bound).
         progress: show a bar over the denoising steps.
 
     Raises:
-        SvdlabError: no image and nothing to replay, or a replay that lacks an input, or a pattern that names no module.
+        SvdlabError: no image and nothing to replay, or a replay that lacks an input, or a pattern that names
+            no module.
     """
     settings = settings or (replay.settings if replay is not None else GenerationSettings())
     settings = pipe.resolve(settings.replace(dtype=dtype_name(pipe.dtype)))
@@ -625,7 +661,8 @@ def capture(
     check_until(until, settings)
     run_settings = settings
     if any(name.startswith("vae.decoder") for name in chosen) and not effective_chunk(settings):
-        # Whole clips: the same numbers as the exact decode in chunks, which does not go through the modules' forward.
+        # Whole clips: the same numbers as the exact decode in chunks, which does not go through the modules'
+        # forward.
         run_settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
     writer = TraceWriter(
         settings, "svdlab", implementation_version=version_of("svdlab"), dtype=settings.dtype, path=path
@@ -662,7 +699,9 @@ def check_until(until: str | None, settings: GenerationSettings) -> None:
         return
     probe = probe_of(until)
     if probe is None or (probe[1] or 0) >= num_steps(settings):
-        raise SvdlabError(f"until: got {until!r}, allowed: a probe such as 'image_latents' or 'noise_pred.000'")
+        raise SvdlabError(
+            f"until: got {until!r}, allowed: a probe such as 'image_latents' or 'noise_pred.000'"
+        )
 
 
 def effective_chunk(settings: GenerationSettings) -> int | None:
@@ -692,7 +731,8 @@ def _svdlab_inputs(
             continue
         if tensor.shape != drawn.shape:
             raise SvdlabError(
-                f"{replay.label}: input.{field.name}: shape {tuple(tensor.shape)}, allowed: {tuple(drawn.shape)}"
+                f"{replay.label}: input.{field.name}: shape {tuple(tensor.shape)}, "
+                f"allowed: {tuple(drawn.shape)}"
             )
         values[field.name] = tensor.to(drawn)
     return replace(inputs, **values)
