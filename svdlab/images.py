@@ -89,12 +89,13 @@ def randn(
 
     Source: diffusers ``utils/torch_utils.py:randn_tensor``.
     """
-    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else list(generator)
-    if len(generators) == 1:
-        where = generators[0].device if generators[0] else device
-        return torch.randn(shape, generator=generators[0], device=where, dtype=dtype).to(device)
-    rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generators[: shape[0]]]
-    return torch.cat(rows).to(device)
+    if isinstance(generator, Sequence):
+        if len(generator) > 1:
+            rows = [randn((1, *shape[1:]), g, device, dtype) for g in generator[: shape[0]]]
+            return torch.cat(rows)
+        generator = generator[0]
+    where = generator.device if generator else device
+    return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
 def postprocess(frames: Tensor, output_type: str | None) -> Any:

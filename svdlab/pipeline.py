@@ -241,8 +241,8 @@ class SVDPipeline:
         assert height and width and settings.num_frames
         sources, pixels = images.read_images(image, height, width)
         batch = len(sources)
-        shape = (batch * settings.num_videos_per_prompt, settings.num_frames, self.unet.config.out_channels)
-        shape = (*shape, height // factor, width // factor)
+        videos, channels = batch * settings.num_videos_per_prompt, self.unet.config.out_channels
+        shape = (videos, settings.num_frames, channels, height // factor, width // factor)
         if latents is not None and tuple(latents.shape) != shape:
             raise SvdlabError(f"latents: got shape {tuple(latents.shape)}, allowed: {shape}")
         if isinstance(generator, Sequence) and len(generator) not in (1, shape[0]):
@@ -285,7 +285,7 @@ class SVDPipeline:
     ) -> Tensor:
         """From inputs to clean latents (B, F, 4, h, w)."""
         settings, rules, see = self.resolve(settings), self.rules, probe or _ignore
-        to = {"device": self.device, "dtype": self.dtype}
+        to: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         for name in ("source", "image", "clip_pixels", "noise", "latents"):
             if (value := getattr(inputs, name)) is not None:
                 see(f"input.{name}", value)

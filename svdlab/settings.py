@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from svdlab.errors import SvdlabError
 
-_STRICT = {"strict": True, "allow_inf_nan": False}
-
-
 def _slider(low: float, high: float, step: float, unit: str) -> Any:
     return {"slider": [low, high, step], "unit": unit}
 
@@ -29,40 +26,40 @@ class GenerationSettings(BaseModel):
         SvdlabError: a value that is not allowed, in one line: the field, the value, what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     height: int | None = Field(
-        None, ge=8, multiple_of=8, description="pixels; none: the checkpoint's own", json_schema_extra=_slider(32, 576, 8, "px"), **_STRICT
+        None, ge=8, multiple_of=8, description="pixels; none: the checkpoint's own", json_schema_extra=_slider(32, 576, 8, "px")
     )
     width: int | None = Field(
-        None, ge=8, multiple_of=8, description="pixels; none: the checkpoint's own", json_schema_extra=_slider(32, 1024, 8, "px"), **_STRICT
+        None, ge=8, multiple_of=8, description="pixels; none: the checkpoint's own", json_schema_extra=_slider(32, 1024, 8, "px")
     )
     num_frames: int | None = Field(
-        None, ge=1, description="frames of the clip; none: the checkpoint's own", json_schema_extra=_slider(1, 25, 1, "frames"), **_STRICT
+        None, ge=1, description="frames of the clip; none: the checkpoint's own", json_schema_extra=_slider(1, 25, 1, "frames")
     )
     num_inference_steps: int = Field(
-        25, ge=1, description="denoising steps", json_schema_extra=_slider(1, 50, 1, "steps"), **_STRICT
+        25, ge=1, description="denoising steps", json_schema_extra=_slider(1, 50, 1, "steps")
     )
     sigmas: tuple[float, ...] | None = Field(
         None, description="custom noise levels, falling, the last one where sampling ends; instead of a number of steps"
     )
     min_guidance_scale: float = Field(
-        1.0, ge=0, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale"), **_STRICT
+        1.0, ge=0, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
     max_guidance_scale: float = Field(
-        3.0, ge=0, description="guidance at the last frame", json_schema_extra=_slider(0, 10, 0.1, "scale"), **_STRICT
+        3.0, ge=0, description="guidance at the last frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
     fps: int = Field(
-        7, ge=1, description="frames per second; the model is fed fps - 1", json_schema_extra=_slider(1, 30, 1, "1/s"), **_STRICT
+        7, ge=1, description="frames per second; the model is fed fps - 1", json_schema_extra=_slider(1, 30, 1, "1/s")
     )
     motion_bucket_id: int = Field(
-        127, ge=0, le=1023, description="amount of motion", json_schema_extra=_slider(1, 255, 1, "bucket"), **_STRICT
+        127, ge=0, le=1023, description="amount of motion", json_schema_extra=_slider(1, 255, 1, "bucket")
     )
     noise_aug_strength: float = Field(
-        0.02, ge=0, description="noise added to the image before the encode", json_schema_extra=_slider(0, 1, 0.01, "std"), **_STRICT
+        0.02, ge=0, description="noise added to the image before the encode", json_schema_extra=_slider(0, 1, 0.01, "std")
     )
     decode_chunk_size: int | None = Field(
-        None, ge=1, description="frames decoded at a time; none: as if all at once", json_schema_extra=_slider(1, 25, 1, "frames"), **_STRICT
+        None, ge=1, description="frames decoded at a time; none: as if all at once", json_schema_extra=_slider(1, 25, 1, "frames")
     )
     decode: Literal["parity", "exact"] = Field(
         "parity", description="parity: what diffusers gives for the chunk size; exact: independent of it"
@@ -70,8 +67,8 @@ class GenerationSettings(BaseModel):
     cfg: Literal["batched", "sequential"] = Field(
         "batched", description="guidance in one forward pass, or in two for half the activation memory"
     )
-    num_videos_per_prompt: int = Field(1, ge=1, description="clips an image", **_STRICT)
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random generator", **_STRICT)
+    num_videos_per_prompt: int = Field(1, ge=1, description="clips an image")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random generator")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field("float32", description="of weights and activations")
 
     def __init__(self, **values: Any):

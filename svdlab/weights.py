@@ -327,7 +327,7 @@ def write_random_checkpoint(
         unet: options over ``TINY_UNET``; likewise the other components.
     """
     folder = Path(folder)
-    models = (
+    models: tuple[tuple[str, Any, str, str | None], ...] = (
         ("unet", UNet(UNetConfig(**{**TINY_UNET, **unet})), _UNET_FILE, "UNetSpatioTemporalConditionModel"),
         ("vae", VAE(VAEConfig(**{**TINY_VAE, **vae})), _UNET_FILE, "AutoencoderKLTemporalDecoder"),
         ("image_encoder", CLIPVision(CLIPVisionConfig(**{**TINY_CLIP, **image_encoder})), _CLIP_FILE, None),

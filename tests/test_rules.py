@@ -14,7 +14,7 @@ from svdlab.pipeline import Inputs, SVDPipeline
 from svdlab.rules import BUGS, Rules
 from svdlab.settings import GenerationSettings
 
-SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2)
+SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,11 @@ GROUPS = 32
 class Packed(nn.Module):
     """A layer whose weight oneDNN keeps in its own blocked order on CPUs, made at the first inference call.
 
-    Without it oneDNN reorders the weight in every call, which costs more than the product where activations are small
-    (``svdlab bench`` shows by how much). A 1x1 convolution over the one layout is a linear layer, and on AMD processors
+    Without it oneDNN reorders the weight in every call, which costs more than the product where activations are small;
+    the price is a second copy of the weights in memory. A 1x1 convolution over the one layout is a linear layer, and on AMD processors
     a faster one than MKL's. Training, other devices and ``torch.compile`` read the plain weight.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     _blocked: Tensor | None = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Packed:  # type: ignore[override]
@@ -41,12 +39,11 @@ class Packed(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def convolve(
-        self, images: Tensor, weight: Tensor, padding: int | tuple[int, int], stride: int = 1
+        self, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int | tuple[int, int], stride: int = 1
     ) -> Tensor:
         """``F.conv2d`` of channels_last images (N, C, H, W) with a view of this layer's weight (O, I, kH, kW)."""
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not _packs(images)
-        if plain:
-            return F.conv2d(images, weight, self.bias, stride=stride, padding=padding)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _packs(images):
+            return F.conv2d(images, weight, bias, stride=stride, padding=padding)
         pads = [padding, padding] if isinstance(padding, int) else list(padding)
         strides, dilation = [stride, stride], [1, 1]
         if self._blocked is None:
@@ -55,7 +52,7 @@ class Packed(nn.Module):
                 weight, pads, strides, dilation, 1, size
             )
         return torch.ops.mkldnn._convolution_pointwise(
-            images, self._blocked, self.bias, pads, strides, dilation, 1, "none", [], ""
+            images, self._blocked, bias, pads, strides, dilation, 1, "none", [], ""
         )
 
 
@@ -88,7 +85,7 @@ class Linear(Packed, nn.Linear):
         if torch.is_grad_enabled() or not _packs(x):
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        y = self.convolve(rows, self.weight[:, :, None, None], padding=0)
+        y = self.convolve(rows, self.weight[:, :, None, None], self.bias, padding=0)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -98,7 +95,7 @@ class Conv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         padding, stride = int(self.padding[0]), self.stride[0]
         return layout.from_images(
-            self.convolve(layout.as_images(x), self.weight, padding, stride), x.shape[0]
+            self.convolve(layout.as_images(x), self.weight, self.bias, padding, stride), x.shape[0]
         )
 
 
@@ -109,7 +106,7 @@ class TemporalConv(Packed, nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor, padding: int = 1) -> Tensor:
-        y = self.convolve(layout.as_time_strips(x), self.weight[..., 0], (padding, 0))
+        y = self.convolve(layout.as_time_strips(x), self.weight[..., 0], self.bias, (padding, 0))
         return layout.from_time_strips(y, x.shape[2])
 
 
@@ -436,8 +433,8 @@ class SpatioTemporalTransformer(nn.Module):
         positions = sinusoids(frames, self.channels).to(image_embeddings.dtype)
         return TransformerConditioning(
             self.time_pos_embed(positions)[None, :, None, None],
-            [block.attn2.to_single_token(image_embeddings) for block in self.transformer_blocks],
-            [block.attn2.to_single_token(image_embeddings) for block in self.temporal_transformer_blocks],
+            [block.attn2.to_single_token(image_embeddings) for block in self.transformer_blocks],  # type: ignore[union-attr, operator]
+            [block.attn2.to_single_token(image_embeddings) for block in self.temporal_transformer_blocks],  # type: ignore[union-attr, operator]
         )
 
     def forward(self, x: Tensor, conditioning: TransformerConditioning) -> Tensor:

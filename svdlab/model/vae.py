@@ -239,5 +239,6 @@ class VAE(nn.Module):
             (B, F, 3, H, W) in about [-1, 1].
         """
         z = layout.from_channels_first(latents)
-        whole = chunk is None or chunk >= latents.shape[1]
-        return layout.to_channels_first(self.decoder(z) if whole else self.decoder.in_chunks(z, chunk))
+        if chunk is None or chunk >= latents.shape[1]:
+            return layout.to_channels_first(self.decoder(z))
+        return layout.to_channels_first(self.decoder.in_chunks(z, chunk))
