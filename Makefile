@@ -1,0 +1,24 @@
+# Both commands set everything up on a machine with Python 3.10 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: what runs side by side shares the cores (README, "Threads").
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: report test clean
+
+report: .venv/.stamp
+	$(BIN)/svdlab report --out reports
+
+test: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy svdlab
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+.venv/.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv reports/*.html reports/*.json reports/notebooks

@@ -1,0 +1,130 @@
+"""A generated clip: play it in a notebook, save it, take its frames."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from svdlab.errors import SvdlabError
+from svdlab.files import atomic_path
+from svdlab.settings import GenerationSettings
+
+SUFFIXES = (".mp4", ".gif")
+# Small clips are shown at least this wide, pixel for pixel, so that one sees what there is.
+_SHOWN_WIDTH = 256
+
+
+def check_suffix(path: str | os.PathLike[str]) -> Path:
+    """The path, if its suffix is one that a clip can be saved as.
+
+    Raises:
+        SvdlabError: another suffix.
+    """
+    if (target := Path(path)).suffix.lower() not in SUFFIXES:
+        raise SvdlabError(f"{target}: suffix {target.suffix!r}, allowed: {', '.join(SUFFIXES)}")
+    return target
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames and their rate.
+
+    Attributes:
+        frames: uint8 (F, H, W, 3).
+        fps: frames a second.
+        settings: what made them, where known.
+    """
+
+    frames: np.ndarray
+    fps: int
+    settings: GenerationSettings | None = None
+
+    def __post_init__(self) -> None:
+        f = self.frames
+        if f.dtype != np.uint8 or f.ndim != 4 or f.shape[-1] != 3 or 0 in f.shape:
+            raise SvdlabError(f"frames: got {f.dtype} {f.shape}, allowed: uint8 (frames, height, width, 3)")
+        if self.fps < 1:
+            raise SvdlabError(f"fps: got {self.fps}, allowed: integer >= 1")
+
+    @classmethod
+    def from_tensor(cls, frames: Tensor, fps: int, settings: GenerationSettings | None = None) -> Clip:
+        """From (F, 3, H, W) in about [-1, 1], clamped and rounded as diffusers does for PIL output."""
+        levels = (frames.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() * 255
+        return cls(levels.round().astype(np.uint8), fps, settings)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(F, H, W, 3)."""
+        return self.frames.shape
+
+    def to_numpy(self) -> np.ndarray:
+        """uint8 (F, H, W, 3)."""
+        return self.frames
+
+    def to_pil(self) -> list[Image.Image]:
+        """One image a frame."""
+        return [Image.fromarray(frame) for frame in self.frames]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``.mp4`` (H.264, at the clip's fps) or ``.gif`` (looping), whole or not at all.
+
+        Raises:
+            SvdlabError: another suffix, or a folder that cannot be written.
+        """
+        target = check_suffix(path)
+        with atomic_path(target) as temporary:
+            if target.suffix.lower() == ".mp4":
+                temporary.write_bytes(self._mp4())
+            else:
+                first, *rest = self.to_pil()
+                options = {"save_all": True, "append_images": rest, "loop": 0}
+                first.save(temporary, format="GIF", duration=round(1000 / self.fps), **options)
+        return target
+
+    def _mp4(self) -> bytes:
+        import av
+
+        # H.264 with half-resolution chroma needs even sizes: repeat the last row or column.
+        height, width = self.frames.shape[1:3]
+        frames = np.pad(self.frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=self.fps, options={"crf": "12"})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        return buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        """A looping player that carries its video, for notebooks and for pages read offline."""
+        width = max(self.frames.shape[2], _SHOWN_WIDTH)
+        data = base64.b64encode(self._mp4()).decode()
+        return (
+            f'<video width="{width}" style="image-rendering: pixelated" autoplay loop muted controls playsinline '
+            f'src="data:video/mp4;base64,{data}"></video>'
+        )
+
+
+def side_by_side(clips: Sequence[Clip], gap: int = 4) -> Clip:
+    """Clips of one size next to each other, in one player so that they stay in step.
+
+    Raises:
+        SvdlabError: clips of different sizes or rates, or none.
+    """
+    if len({(c.shape, c.fps) for c in clips}) != 1:
+        raise SvdlabError(f"clips: got {[c.shape for c in clips]}, allowed: one or more of one size and rate")
+    white = np.full((*clips[0].shape[:2], gap, 3), 255, dtype=np.uint8)
+    parts = [part for clip in clips for part in (white, clip.frames)][1:]
+    return Clip(np.concatenate(parts, axis=2), clips[0].fps)
