@@ -37,9 +37,7 @@ class Run:
 
     def planted(self, **arguments: Any) -> Comparison:
         """The verdict on diffusers as it stands now."""
-        candidate = capture_diffusers(
-            self.pipe, replay=self.reference, preprocess=True, taps=["*"], **arguments
-        )
+        candidate = capture_diffusers(self.pipe, replay=self.reference, preprocess=True, taps=["*"], **arguments)
         return compare(self.reference, candidate, self.truth)
 
 
@@ -52,11 +50,7 @@ def run(tiny: Path, photo: Any) -> Run:
 def altered(trace: Trace, settings: GenerationSettings | None = None, **changes: Any) -> Trace:
     """The trace in memory with tensors replaced (None: left out); ``__`` stands for a dot."""
     new = {k.replace("__", "."): v for k, v in changes.items()}
-    held = {
-        k: new.get(k, trace[k])
-        for k in (*trace, *(n for n in new if n not in trace))
-        if new.get(k, 0) is not None
-    }
+    held = {k: new.get(k, trace[k]) for k in (*trace, *(n for n in new if n not in trace)) if new.get(k, 0) is not None}
     return Trace(held, settings or trace.settings, "altered", dtype=trace.dtype)
 
 
@@ -89,9 +83,7 @@ def test_two_images_are_at_parity(tiny: Path, photo: Any, tmp_path: Path) -> Non
     assert comparison.verdict == "parity", comparison.summary()
     names = sorted(p.name for p in (tmp_path / "traces").iterdir())
     assert names == ["reference.safetensors", "svdlab.safetensors", "truth.safetensors"]
-    again = compare(
-        *(Trace.open(tmp_path / "traces" / f"{n}.safetensors") for n in ("reference", "svdlab", "truth"))
-    )
+    again = compare(*(Trace.open(tmp_path / "traces" / f"{n}.safetensors") for n in ("reference", "svdlab", "truth")))
     assert again.probes == comparison.probes
 
 
@@ -268,24 +260,16 @@ def test_bad_traces_are_one_line(run: Run) -> None:
     ):
         compare(run.reference, bad, run.truth)
     two = {"added_time_ids": torch.ones(2, 3)}
-    with pytest.raises(
-        SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"
-    ):
+    with pytest.raises(SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"):
         compare(run.reference, Trace(two, SETTINGS, "port"))
 
 
 def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
     bare = compare(run.reference, run.svdlab)
-    assert (
-        bare.verdict == "parity"
-        and bare.floor_from == "bound"
-        and "bound from the dtype" in bare.floor_text()
-    )
+    assert bare.verdict == "parity" and bare.floor_from == "bound" and "bound from the dtype" in bare.floor_text()
     moved = capture_diffusers(run.pipe, replay=run.reference, perturb=0)
     rerun = compare(run.reference, run.svdlab, perturbed=moved)
-    assert (
-        rerun.verdict == "parity" and rerun.floor_from == "perturbed" and "last place" in rerun.floor_text()
-    )
+    assert rerun.verdict == "parity" and rerun.floor_from == "perturbed" and "last place" in rerun.floor_text()
     with hooked(run.pipe.unet.conv_in, lambda output: output * 1.01):
         candidate = capture_diffusers(run.pipe, replay=run.reference)
     for arguments in ({}, {"perturbed": moved}):
@@ -294,9 +278,7 @@ def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_bound_and_the_perturbation_stand_for_the_truth(
-    tiny: Path, photo: Any, dtype: str, seed: int
-) -> None:
+def test_the_bound_and_the_perturbation_stand_for_the_truth(tiny: Path, photo: Any, dtype: str, seed: int) -> None:
     """Both stand-ins cover the measured floor within the verdict's factor."""
     settings = SETTINGS.replace(dtype=dtype, seed=seed, num_inference_steps=2 * seed)
     pipe = load_diffusers(tiny, settings.torch_dtype)
@@ -309,8 +291,7 @@ def test_the_bound_and_the_perturbation_stand_for_the_truth(
         assert probe.floor <= 4 * bound(probe.name, dtype), probe
         assert probe.floor <= 4 * by_rerun[probe.name].floor, probe
         assert (
-            by_rerun[probe.name].floor <= 8 * max(probe.floor, resolution(dtype))
-            or probe.name == "input.clip_pixels"
+            by_rerun[probe.name].floor <= 8 * max(probe.floor, resolution(dtype)) or probe.name == "input.clip_pixels"
         )
 
 
@@ -328,9 +309,7 @@ def test_tables_and_plots(run: Run) -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison)
     text = console.export_text()
-    assert (
-        "latents.001" in text and "divergence: first at latents.001" in text and "against the truth" in text
-    )
+    assert "latents.001" in text and "divergence: first at latents.001" in text and "against the truth" in text
     page = comparison._repr_html_()
     assert "&lt;port&gt;" in page and "<port>" not in page and "http" not in page
     assert page.count("<rect") == 22 and page.count("#b00020") >= 2
@@ -376,10 +355,7 @@ def test_commands(tiny: Path, photo: Any, tmp_path: Path) -> None:
         == 0
     )
     assert (
-        invoke(
-            "trace", "--implementation", "diffusers", "--out", t, "--inputs", r, "--dtype", "float64", *model
-        )
-        == 0
+        invoke("trace", "--implementation", "diffusers", "--out", t, "--inputs", r, "--dtype", "float64", *model) == 0
     )
     assert invoke("trace", "--implementation", "svdlab", "--out", c, "--inputs", r, "--json", js, *model) == 0
     assert json.loads(js.read_text())["probes"] == list(Trace.open(r).probes)

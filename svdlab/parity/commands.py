@@ -5,18 +5,17 @@ Exit code 0 is parity (or a trace written), 1 divergence, 2 bad input.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 
 from svdlab.errors import SvdlabError
-from svdlab.files import atomic_path
+from svdlab.files import check_folder, write_json
+from svdlab.options import DEVICE, JSON, MODEL, read_image, sample_photo, settings_options
 from svdlab.settings import GenerationSettings
-from svdlab.weights import EMBEDDED
 
 if TYPE_CHECKING:
     from svdlab.parity.compare import Comparison
@@ -29,103 +28,27 @@ _TAPS = click.option(
 )
 _UNTIL = click.option("--until", metavar="PROBE", help="Stop after this probe, such as noise_pred.000.")
 _EVERY = click.option("--every", is_flag=True, help="Print every probe of a long run.")
-_JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
-_MODEL = click.option(
-    "--model", default=EMBEDDED, show_default=True, help="Checkpoint: embedded, a folder, a hub name."
-)
-_DEVICE = click.option(
-    "--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, mps."
-)
-
-
-def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for every field of GenerationSettings; only those that were given arrive, in ``given``."""
-
-    def wrapped(**arguments: Any) -> Any:
-        fields = {name: arguments.pop(name) for name in GenerationSettings.model_fields}
-        given = {name: value for name, value in fields.items() if value is not None}
-        if "sigmas" in given:
-            given["sigmas"] = _numbers(given["sigmas"])
-        return command(given=given, **arguments)
-
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    for name, field in reversed(GenerationSettings.model_fields.items()):
-        kinds = [
-            kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)
-        ]
-        kind: Any = str
-        if get_origin(field.annotation) is Literal:
-            kind = click.Choice(get_args(field.annotation))
-        elif kinds[0] in (int, float):
-            kind = kinds[0]
-        default = "" if field.default is None else f" [default: {field.default}]"
-        option = click.option(
-            f"--{name.replace('_', '-')}", name, type=kind, help=f"{field.description}{default}"
-        )
-        wrapped = option(wrapped)
-    return wrapped
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise SvdlabError(
-            f"sigmas: got {text!r}, allowed: numbers with commas between them, falling"
-        ) from None
-
-
-def read_image(path: str | None) -> Any:
-    """A PIL image from a file, or matplotlib's sample photograph.
-
-    Raises:
-        SvdlabError: no such file, or PIL cannot read it.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if path is None:
-        try:
-            from matplotlib.cbook import get_sample_data
-        except ImportError:
-            raise SvdlabError(
-                "--image: the sample photograph comes with matplotlib, which is not installed"
-            ) from None
-        return Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        raise SvdlabError(f"--image: {path} is no image that can be read") from None
-
-
-def _write_json(path: str | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2)
 
 
 def _report(comparison: Comparison, json_path: str | None, every: bool) -> None:
     from rich.console import Console
 
     Console().print(comparison.table(every))
-    _write_json(json_path, comparison.to_dict())
+    if json_path:
+        write_json(json_path, comparison.to_dict())
     sys.exit(1 if comparison.verdict == "divergence" else 0)
 
 
 @click.command()
-@click.option(
-    "--image", metavar="IMAGE", help="The image to start from; default: matplotlib's sample photograph."
-)
+@click.option("--image", metavar="IMAGE", help="The image to start from; default: matplotlib's sample photograph.")
 @click.option("--keep", metavar="DIR", help="Keep the three traces in this folder.")
 @_TAPS
 @_UNTIL
 @_EVERY
-@_JSON
-@_MODEL
-@_DEVICE
-@_settings_options
+@JSON
+@MODEL
+@DEVICE
+@settings_options
 def parity(
     image: str | None,
     keep: str | None,
@@ -139,36 +62,30 @@ def parity(
 ) -> None:
     """Compare svdlab with diffusers, measured against diffusers in float64."""
     settings = GenerationSettings(**given)
+    check_folder(json_path)
+    picture = read_image(image) if image else sample_photo()
     from svdlab.parity.compare import three_way
 
-    comparison = three_way(
-        model, read_image(image), settings, device=device, taps=taps, until=until, folder=keep, progress=True
-    )
+    comparison = three_way(model, picture, settings, device=device, taps=taps, until=until, folder=keep, progress=True)
     _report(comparison, json_path, every)
 
 
 @click.command()
-@click.option(
-    "--implementation", type=click.Choice(["diffusers", "svdlab"]), required=True, help="Whose tensors."
-)
+@click.option("--implementation", type=click.Choice(["diffusers", "svdlab"]), required=True, help="Whose tensors.")
 @click.option("--out", metavar="FILE", required=True, help="The trace, a safetensors file.")
-@click.option(
-    "--inputs", metavar="TRACE", help="Replay this trace's inputs and settings; options given here override."
-)
+@click.option("--inputs", metavar="TRACE", help="Replay this trace's inputs and settings; options given here override.")
 @click.option(
     "--preprocess",
     is_flag=True,
     help="With --inputs: redo the preprocessing from its source image, replay only the draws.",
 )
-@click.option(
-    "--image", metavar="IMAGE", help="The image to start from; default: matplotlib's sample photograph."
-)
+@click.option("--image", metavar="IMAGE", help="The image to start from; default: matplotlib's sample photograph.")
 @_TAPS
 @_UNTIL
-@_JSON
-@_MODEL
-@_DEVICE
-@_settings_options
+@JSON
+@MODEL
+@DEVICE
+@settings_options
 def trace(
     implementation: str,
     out: str,
@@ -189,7 +106,9 @@ def trace(
         raise SvdlabError("--image: not together with --inputs, which replays that trace's image")
     replay = None if inputs is None else Trace.open(inputs)
     settings = GenerationSettings(**given) if replay is None else replay.settings.replace(**given)
-    picture = None if replay is not None else read_image(image)
+    for path in (out, json_path):
+        check_folder(path)
+    picture = None if replay is not None else read_image(image) if image else sample_photo()
     shared: dict[str, Any] = {
         "replay": replay,
         "preprocess": preprocess,
@@ -210,12 +129,11 @@ def trace(
         weights = settings.torch_dtype if replay is None else DTYPES[replay.dtype]
         if torch.finfo(weights).eps < torch.finfo(settings.torch_dtype).eps:
             weights = settings.torch_dtype
-        diffusers = load_diffusers(
-            checkpoint_folder(model), settings.torch_dtype, device, weights_dtype=weights
-        )
+        diffusers = load_diffusers(checkpoint_folder(model), settings.torch_dtype, device, weights_dtype=weights)
         made = capture_diffusers(diffusers, picture, settings, progress=True, **shared)
     click.echo(f"{out}: {len(made.probes)} probes, {len(made.taps)} taps, {made.implementation} {made.dtype}")
-    _write_json(json_path, {"path": out, "probes": list(made.probes), "taps": list(made.taps)})
+    if json_path:
+        write_json(json_path, {"path": out, "probes": list(made.probes), "taps": list(made.taps)})
 
 
 @click.command()
@@ -228,9 +146,9 @@ def trace(
     help="Without a truth: measure the floor by rerunning diffusers, perturbed (--model).",
 )
 @_EVERY
-@_JSON
-@_MODEL
-@_DEVICE
+@JSON
+@MODEL
+@DEVICE
 def compare(
     reference: str,
     candidate: str,
@@ -247,6 +165,7 @@ def compare(
 
     if truth is not None and rerun:
         raise SvdlabError("--rerun: not together with --truth, which is the better floor")
+    check_folder(json_path)
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
     moved = None
