@@ -47,3 +47,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_folder(path: str | os.PathLike[str] | None) -> None:
+    """Raises: SvdlabError when the folder that a result is to go to does not exist or cannot be written."""
+    if path is not None and not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise SvdlabError(f"{path}: {Path(path).parent} is no folder that can be written")

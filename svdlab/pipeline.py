@@ -166,9 +166,8 @@ class SVDPipeline:
         """
         images.check_output_type(output_type)
         if tuple(callback_on_step_end_tensor_inputs) != ("latents",):
-            raise SvdlabError(
-                f"callback_on_step_end_tensor_inputs: got {list(callback_on_step_end_tensor_inputs)}, allowed: ['latents']"
-            )
+            given = list(callback_on_step_end_tensor_inputs)
+            raise SvdlabError(f"callback_on_step_end_tensor_inputs: got {given}, allowed: ['latents']")
         settings = GenerationSettings(
             height=height,
             width=width,

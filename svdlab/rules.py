@@ -30,7 +30,7 @@ from svdlab.scheduler import (
     scale_model_input,
 )
 
-# --- 1. fps conditioning -------------------------------------------------------------------------------------------
+# --- 1. fps conditioning ---
 
 
 def fps_minus_one(fps: int) -> int:
@@ -53,7 +53,7 @@ def time_ids_motion_first(fps: float, motion_bucket_id: float, noise_aug_strengt
     return [motion_bucket_id, fps, noise_aug_strength]
 
 
-# --- 2. sigmas and timesteps -----------------------------------------------------------------------------------------
+# --- 2. sigmas and timesteps ---
 
 
 def karras_schedule(scheduler: EulerScheduler, num_inference_steps: int) -> Tensor:
@@ -101,7 +101,7 @@ def denoised_from_epsilon(epsilon: Tensor, latents: Tensor, sigma: Tensor) -> Te
     return latents - sigma * epsilon
 
 
-# --- 3. the conditioning image -----------------------------------------------------------------------------------------
+# --- 3. the conditioning image ---
 
 
 def augment_pixels(pixels: Tensor, noise: Tensor, strength: float) -> Tensor:
@@ -188,7 +188,7 @@ def clip_pixels_as_they_are(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor
     return pixels
 
 
-# --- 4. guidance -----------------------------------------------------------------------------------------------------
+# --- 4. guidance ---
 
 
 def guidance_per_frame(low: float, high: float, num_frames: int, num_steps: int) -> Tensor:
@@ -219,7 +219,7 @@ def guide_swapped(uncond: Tensor, cond: Tensor, scale: Tensor) -> Tensor:
     return guide(cond, uncond, scale)
 
 
-# --- 5. decoding -------------------------------------------------------------------------------------------------------
+# --- 5. decoding ---
 
 
 def decode_clip(vae: VAE, latents: Tensor, chunk: int | None, exact: bool) -> Tensor:
@@ -250,7 +250,7 @@ def latents_as_sampled(latents: Tensor, scaling_factor: float) -> Tensor:
     return latents
 
 
-# --- 6. classifier-free guidance in one pass -----------------------------------------------------------------------------
+# --- 6. classifier-free guidance in one pass ---
 
 
 def predict_batched(unet: UNet, model_input: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -266,13 +266,15 @@ def predict_sequentially(unet: UNet, model_input: Tensor, timestep: Tensor, cond
 
 PREDICT = {"batched": predict_batched, "sequential": predict_sequentially}
 
-# --- bugs inside the networks: edits of a module's attributes, or hooks, undone on exit ------------------------------------
+# --- bugs inside the networks: edits of a module's attributes, or hooks, undone on exit ---
 
 Edit = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 @contextmanager
-def _attribute(model: nn.Module, kind: type | tuple[type, ...], name: str, value: Callable[[Any], Any]) -> Iterator[None]:
+def _attribute(
+    model: nn.Module, kind: type | tuple[type, ...], name: str, value: Callable[[Any], Any]
+) -> Iterator[None]:
     modules = [m for m in model.modules() if isinstance(m, kind)]
     before = [getattr(m, name) for m in modules]
     try:
@@ -330,7 +332,7 @@ def sine_first(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# --- the rules and the catalogue -------------------------------------------------------------------------------------------
+# --- the rules and the catalogue ---
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from svdlab.errors import SvdlabError
 
+
 def _slider(low: float, high: float, step: float, unit: str) -> Any:
     return {"slider": [low, high, step], "unit": unit}
 
@@ -29,13 +30,24 @@ class GenerationSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     height: int | None = Field(
-        None, ge=8, multiple_of=8, description="pixels; none: the checkpoint's own", json_schema_extra=_slider(32, 576, 8, "px")
+        None,
+        ge=8,
+        multiple_of=8,
+        description="pixels; none: the checkpoint's own",
+        json_schema_extra=_slider(32, 576, 8, "px"),
     )
     width: int | None = Field(
-        None, ge=8, multiple_of=8, description="pixels; none: the checkpoint's own", json_schema_extra=_slider(32, 1024, 8, "px")
+        None,
+        ge=8,
+        multiple_of=8,
+        description="pixels; none: the checkpoint's own",
+        json_schema_extra=_slider(32, 1024, 8, "px"),
     )
     num_frames: int | None = Field(
-        None, ge=1, description="frames of the clip; none: the checkpoint's own", json_schema_extra=_slider(1, 25, 1, "frames")
+        None,
+        ge=1,
+        description="frames of the clip; none: the checkpoint's own",
+        json_schema_extra=_slider(1, 25, 1, "frames"),
     )
     num_inference_steps: int = Field(
         25, ge=1, description="denoising steps", json_schema_extra=_slider(1, 50, 1, "steps")
@@ -56,10 +68,16 @@ class GenerationSettings(BaseModel):
         127, ge=0, le=1023, description="amount of motion", json_schema_extra=_slider(1, 255, 1, "bucket")
     )
     noise_aug_strength: float = Field(
-        0.02, ge=0, description="noise added to the image before the encode", json_schema_extra=_slider(0, 1, 0.01, "std")
+        0.02,
+        ge=0,
+        description="noise added to the image before the encode",
+        json_schema_extra=_slider(0, 1, 0.01, "std"),
     )
     decode_chunk_size: int | None = Field(
-        None, ge=1, description="frames decoded at a time; none: as if all at once", json_schema_extra=_slider(1, 25, 1, "frames")
+        None,
+        ge=1,
+        description="frames decoded at a time; none: as if all at once",
+        json_schema_extra=_slider(1, 25, 1, "frames"),
     )
     decode: Literal["parity", "exact"] = Field(
         "parity", description="parity: what diffusers gives for the chunk size; exact: independent of it"
@@ -69,7 +87,9 @@ class GenerationSettings(BaseModel):
     )
     num_videos_per_prompt: int = Field(1, ge=1, description="clips an image")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random generator")
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field("float32", description="of weights and activations")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
+        "float32", description="of weights and activations"
+    )
 
     def __init__(self, **values: Any):
         try:

@@ -102,9 +102,7 @@ def load_components(
     )
 
 
-def checkpoint_folder(
-    repo_or_folder: str | Path, variant: str | None = None, revision: str | None = None
-) -> Path:
+def checkpoint_folder(repo_or_folder: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
     """The local folder of a checkpoint, downloaded from the hub when the name is a repository's.
 
     Raises:
@@ -115,9 +113,7 @@ def checkpoint_folder(
     folder = Path(repo_or_folder).expanduser()
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_folder)):
-            raise SvdlabError(
-                f"model: {str(repo_or_folder)!r} is no folder, allowed: a folder, owner/name, embedded"
-            )
+            raise SvdlabError(f"model: {str(repo_or_folder)!r} is no folder, allowed: a folder, owner/name, embedded")
         folder = _download(str(repo_or_folder), variant, revision)
     if not (folder / "model_index.json").is_file():
         raise SvdlabError(f"model: {folder} is no diffusers checkpoint: model_index.json is missing")
@@ -130,12 +126,8 @@ def _download(repo: str, variant: str | None, revision: str | None) -> Path:
     suffix = f".{variant}" if variant else ""
     weights = [f"*/*{suffix}.safetensors", f"*/*{suffix}-*.safetensors", "*/*.safetensors.index*.json"]
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *weights])
-        )
-    except (
-        Exception
-    ) as error:  # the hub client raises a dozen types: no network, no such name, gated, bad token
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *weights]))
+    except Exception as error:  # the hub client raises a dozen types: no network, no such name, gated, bad token
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SvdlabError(f"model: {repo!r} is no folder and the hub did not give it: {reason}") from None
 
@@ -174,13 +166,8 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
             if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
                 raise SvdlabError(f"{where}: weight_map must name the shards beside it")
             return [folder / name for name in names]
-    present = (
-        ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in {".safetensors", ".bin"}))
-        or "nothing"
-    )
-    raise SvdlabError(
-        f"{single}: missing (there is {present}); svdlab reads safetensors only, never a pickle"
-    )
+    present = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in {".safetensors", ".bin"})) or "nothing"
+    raise SvdlabError(f"{single}: missing (there is {present}); svdlab reads safetensors only, never a pickle")
 
 
 def _load(
@@ -204,9 +191,7 @@ def _load(
     if missing := sorted(wanted.keys() - found.keys()):
         raise SvdlabError(f"{where}: weight {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := sorted(found.keys() - wanted.keys() - _INERT_KEYS):
-        raise SvdlabError(
-            f"{where}: weight {extra[0]!r} has no place in this architecture ({len(extra)} in all)"
-        )
+        raise SvdlabError(f"{where}: weight {extra[0]!r} has no place in this architecture ({len(extra)} in all)")
     for key, shape in wanted.items():
         if found[key] != shape:
             raise SvdlabError(f"{where}: weight {key!r} has shape {found[key]}, the config wants {shape}")
@@ -230,9 +215,7 @@ class _open:  # noqa: N801 - used as a function
         try:
             self.file = safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
-            raise SvdlabError(
-                f"{self.path}: not a readable safetensors file: {str(error).splitlines()[0]}"
-            ) from None
+            raise SvdlabError(f"{self.path}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
         return self.file.__enter__()
 
     def __exit__(self, *exception: object) -> None:
@@ -248,7 +231,7 @@ def channels_last(module: nn.Module) -> nn.Module:
     return module
 
 
-# --- a random checkpoint: what tests use, and the default until a trained one ships -----------------------------------------
+# --- a random checkpoint: what tests use, and the default until a trained one ships ---
 
 TINY_UNET: Mapping[str, Any] = dict(
     sample_size=8,

@@ -111,9 +111,7 @@ def test_unet_at_full_size() -> None:
 
 def test_several_context_tokens_are_refused() -> None:
     own, _ = _unets({})
-    with pytest.raises(
-        SvdlabError, match=r"image_embeddings: got shape \(1, 2, 32\), allowed: \(batch, 1, channels\)"
-    ):
+    with pytest.raises(SvdlabError, match=r"image_embeddings: got shape \(1, 2, 32\), allowed: \(batch, 1, channels\)"):
         own.condition(torch.zeros(1, 2, 32), torch.zeros(1, 3), 4)
 
 

@@ -98,7 +98,7 @@ def test_two_different_images(checkpoints: dict[str, Path], photo: Image.Image) 
     assert comparison.verdict == "parity", comparison.summary()
 
 
-# --- the call signature is diffusers' ---------------------------------------------------------------------------------
+# --- the call signature is diffusers' ---------------------------------------------
 
 
 def test_arguments_names_order_and_defaults() -> None:
@@ -177,7 +177,7 @@ def test_images_of_different_sizes(pipe: SVDPipeline, photo: Image.Image) -> Non
     assert frames.shape == (2, 3, 3, 32, 40)
 
 
-# --- what diffusers gets wrong ----------------------------------------------------------------------------------------
+# --- what diffusers gets wrong ---------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_videos_of_one_image_share_its_conditioning(pipe: SVDPipeline, photo: Im
         assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(a, c)
 
 
-# --- decoding and guidance --------------------------------------------------------------------------------------------
+# --- decoding and guidance ---------------------------------------------
 
 
 def test_the_default_decode_is_exact(pipe: SVDPipeline) -> None:
@@ -269,7 +269,7 @@ def test_native_size() -> None:
     assert resolved.num_frames == config.num_frames
 
 
-# --- bad input, refused before any work ---------------------------------------------------------------------------------
+# --- bad input, refused before any work ---------------------------------------------
 
 
 @pytest.mark.parametrize(

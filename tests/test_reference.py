@@ -145,9 +145,7 @@ def test_a_replay_of_another_size_is_refused(diffusers: Any, reference: Trace) -
 
 
 def test_the_truth_is_float64_on_the_same_inputs(tiny: Path, reference: Trace) -> None:
-    truth = capture_diffusers(
-        load_diffusers(tiny, torch.float64, weights_dtype=torch.float32), replay=reference
-    )
+    truth = capture_diffusers(load_diffusers(tiny, torch.float64, weights_dtype=torch.float32), replay=reference)
     assert truth.dtype == "float64" and truth["noise_pred.000"].dtype == torch.float64
     assert truth["input.clip_pixels"].dtype == torch.float64
     for name in ("input.noise", "input.latents", "input.source"):
@@ -194,9 +192,7 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
 
 def test_half_precision_restores_the_upcast_vae(tiny: Path, photo: Any) -> None:
     pipe = load_diffusers(tiny, torch.float16)
-    trace = capture_diffusers(
-        pipe, photo, SETTINGS.replace(num_inference_steps=1), taps=["vae.encoder.conv_in"]
-    )
+    trace = capture_diffusers(pipe, photo, SETTINGS.replace(num_inference_steps=1), taps=["vae.encoder.conv_in"])
     assert trace["vae.encoder.conv_in"].dtype == torch.float32
     assert trace["image_latents"].dtype == torch.float16 and pipe.vae.dtype == torch.float16
 
@@ -212,9 +208,7 @@ def test_half_precision_restores_the_upcast_vae(tiny: Path, photo: Any) -> None:
     assert pipe.unet.dtype == pipe.vae.dtype == pipe.image_encoder.dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    "until", ["input.noise", "image_latents", "guidance_scale", "model_input.000", "latents.000"]
-)
+@pytest.mark.parametrize("until", ["input.noise", "image_latents", "guidance_scale", "model_input.000", "latents.000"])
 def test_until_stops_there(tiny: Path, diffusers: Any, reference: Trace, until: str) -> None:
     theirs = capture_diffusers(diffusers, replay=reference, until=until)
     ours = capture(SVDPipeline.from_pretrained(tiny), replay=reference, until=until)
@@ -241,9 +235,7 @@ def test_a_perturbed_run_moves_by_roundings(diffusers: Any, reference: Trace) ->
         ({"num_frames": 1}, "diffusers fails at a ramp"),
     ],
 )
-def test_what_diffusers_fails_at_is_said(
-    diffusers: Any, photo: Any, changes: dict[str, Any], message: str
-) -> None:
+def test_what_diffusers_fails_at_is_said(diffusers: Any, photo: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SvdlabError, match=message):
         capture_diffusers(diffusers, photo, SETTINGS.replace(**changes))
 

@@ -56,7 +56,9 @@ def test_the_catalogue_is_the_design_s() -> None:
     assert all(bug.name == name and bug.cause and ":" in bug.diffusers for name, bug in BUGS.items())
 
 
-def test_edits_are_undone_when_a_run_fails(pipe: SVDPipeline, clean: dict[str, torch.Tensor], photo: Image.Image) -> None:
+def test_edits_are_undone_when_a_run_fails(
+    pipe: SVDPipeline, clean: dict[str, torch.Tensor], photo: Image.Image
+) -> None:
     buggy = pipe.with_rules(Rules.with_bugs("alpha_swapped_unet", "sincos_order", "gelu_tanh", "alpha_swapped_vae"))
     inputs = buggy.prepare(photo, SETTINGS, torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError):

@@ -66,9 +66,7 @@ def write(path: Path, held: dict[str, Tensor] | None = None, **header: Any) -> P
         "order": sorted(held, key=lambda n: tracing._key_or_last(n)),
     }
     metadata = {k: v for k, v in {**good, **header}.items() if v is not None}
-    save_file(
-        {k: v.contiguous() for k, v in held.items()}, path, metadata={METADATA_KEY: json.dumps(metadata)}
-    )
+    save_file({k: v.contiguous() for k, v in held.items()}, path, metadata={METADATA_KEY: json.dumps(metadata)})
     return path
 
 

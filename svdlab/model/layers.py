@@ -23,14 +23,15 @@ GROUPS = 32
 class Packed(nn.Module):
     """A layer whose weight oneDNN keeps in its own blocked order on CPUs, made at the first inference call.
 
-    Without it oneDNN reorders the weight in every call, which costs more than the product where activations are small;
-    the price is a second copy of the weights in memory. A 1x1 convolution over the one layout is a linear layer, and on AMD processors
-    a faster one than MKL's. Training, other devices and ``torch.compile`` read the plain weight.
+    Without it oneDNN reorders the weight in every call, which costs more than the product where activations are
+    small; the price is a second copy of the weights in memory. A 1x1 convolution over the one layout is a linear
+    layer, and on AMD processors a faster one than MKL's. Training, other devices and ``torch.compile`` read the plain
+    weight.
     """
 
     _blocked: Tensor | None = None
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Packed:  # type: ignore[override]
+    def _apply(self, fn: Callable, recurse: bool = True) -> Packed:
         self._blocked = None  # the weight is about to change its dtype or device
         return super()._apply(fn, recurse)
 
@@ -48,9 +49,7 @@ class Packed(nn.Module):
         strides, dilation = [stride, stride], [1, 1]
         if self._blocked is None:
             size = list(images.shape)
-            self._blocked = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, pads, strides, dilation, 1, size
-            )
+            self._blocked = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, strides, dilation, 1, size)
         return torch.ops.mkldnn._convolution_pointwise(
             images, self._blocked, bias, pads, strides, dilation, 1, "none", [], ""
         )
@@ -58,9 +57,7 @@ class Packed(nn.Module):
 
 def _packs(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
     )
 
 
@@ -71,9 +68,7 @@ def sinusoids(values: Tensor, dim: int) -> Tensor:
     ``downscale_freq_shift=0``.
     """
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=values.device)
-    )
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=values.device))
     angles = values[:, None].float() * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
@@ -136,10 +131,7 @@ class VideoGroupNorm(nn.GroupNorm):
         temporary is larger than a frame.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        moments = [
-            torch.var_mean(f.to(wide).view(-1, GROUPS, f.shape[-1] // GROUPS), (0, 2), correction=0)
-            for f in x
-        ]
+        moments = [torch.var_mean(f.to(wide).view(-1, GROUPS, f.shape[-1] // GROUPS), (0, 2), correction=0) for f in x]
         variances, means = (torch.stack(m) for m in zip(*moments, strict=True))
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
@@ -217,9 +209,7 @@ class TemporalResnetBlock(nn.Module):
             x[frames] += share * update
 
 
-def _halo_chunks(
-    norm: VideoGroupNorm, conv: TemporalConv, x: Tensor, chunk: int
-) -> Iterator[tuple[slice, Tensor]]:
+def _halo_chunks(norm: VideoGroupNorm, conv: TemporalConv, x: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     scale, shift = norm.statistics(x)
     last = x.shape[0]
     for start in range(0, last, chunk):
@@ -331,9 +321,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.ModuleList(
-            [GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)]
-        )
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))

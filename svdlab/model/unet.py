@@ -214,7 +214,7 @@ class UNet(nn.Module):
     def transformers(self) -> list[SpatioTemporalTransformer]:
         """Every transformer, in the order in which ``forward`` runs them."""
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [t for block in blocks for t in block.attentions]  # type: ignore[union-attr]
+        return [t for block in blocks for t in block.attentions]
 
     def condition(self, image_embeddings: Tensor, added_time_ids: Tensor, num_frames: int) -> Conditioning:
         """Compute once what every denoising step of a generation shares.

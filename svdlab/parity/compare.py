@@ -210,9 +210,7 @@ class Comparison:
         worst = self.worst
         text = f"{self.verdict}: worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
         if self.first_divergence:
-            text = (
-                f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
-            )
+            text = f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
         if self.first_module:
             text += f", in module {self.first_module}"
         if self.missing:
@@ -276,9 +274,7 @@ class Comparison:
         if ax is None:
             _, ax = plt.subplots(figsize=(max(6.0, 0.22 * len(self.probes)), 3.5), layout="constrained")
         xs = range(len(self.probes))
-        ax.semilogy(
-            xs, [max(p.divergence, 1e-18) for p in self.probes], "o-", ms=3, label="candidate to truth"
-        )
+        ax.semilogy(xs, [max(p.divergence, 1e-18) for p in self.probes], "o-", ms=3, label="candidate to truth")
         ax.semilogy(xs, [p.floor for p in self.probes], "k--", lw=1, label="floor")
         ax.semilogy(
             xs,
@@ -295,8 +291,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         heads = "".join(
-            f"<th>{h}</th>"
-            for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR")
+            f"<th>{h}</th>" for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR")
         )
         body = []
         for row in self._rows(every=False):
@@ -403,17 +398,13 @@ def compare(
     if truth is not None and truth.dtype != "float64":
         wider = torch.finfo(DTYPES[truth.dtype]).eps < torch.finfo(DTYPES[reference.dtype]).eps
         if not wider:
-            raise SvdlabError(
-                f"{truth.label}: dtype {truth.dtype}, allowed as truth for {reference.dtype}: float64"
-            )
+            raise SvdlabError(f"{truth.label}: dtype {truth.dtype}, allowed as truth for {reference.dtype}: float64")
     common = sorted((n for n in reference if n in candidate), key=execution_key)
     probes = [n for n in common if not is_tap(n)]
     if not probes:
         raise SvdlabError(f"{candidate.label}: no probe in common with {reference.label}")
     order = sorted(reference.probes, key=execution_key)
-    second, floor_from = (
-        (truth, "truth") if truth is not None else (perturbed, "perturbed" if perturbed else "bound")
-    )
+    second, floor_from = (truth, "truth") if truth is not None else (perturbed, "perturbed" if perturbed else "bound")
     results = {
         name: _compare_one(name, reference, candidate, second, floor_from)  # type: ignore[arg-type]
         for name in tqdm(common, desc="compare", disable=not progress)
@@ -430,16 +421,12 @@ def compare(
         truth=None if truth is None else truth.label,
         threshold=threshold,
         traces={
-            k: v
-            for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth))
-            if v is not None
+            k: v for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth)) if v is not None
         },
     )
 
 
-def _compare_one(
-    name: str, reference: Trace, candidate: Trace, second: Trace | None, floor_from: Floor
-) -> ProbeResult:
+def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | None, floor_from: Floor) -> ProbeResult:
     if second is None or name not in second:
         second, floor_from = None, "bound"
     for trace in (candidate, second):

@@ -130,9 +130,7 @@ def resolve(pipe: Any, settings: GenerationSettings) -> GenerationSettings:
     ):
         if getattr(settings, field) is None:
             if own is None:
-                raise SvdlabError(
-                    f"{field}: got none and the checkpoint's config has none, allowed: a number"
-                )
+                raise SvdlabError(f"{field}: got none and the checkpoint's config has none, allowed: a number")
             filled[field] = int(own) * factor
     return settings.replace(**filled)
 
@@ -316,13 +314,11 @@ class _Watch:
 
         spaces: dict[int, dict[str, Any]] = {}
         for method in (type(self.pipe).__call__, type(self.pipe).prepare_latents):
-            space = inspect.unwrap(method).__globals__  # type: ignore[attr-defined]
+            space = inspect.unwrap(method).__globals__
             if "randn_tensor" in space:
                 spaces[id(space)] = space
         if not spaces:
-            raise SvdlabError(
-                f"{type(self.pipe).__name__}: its random draws are not made by diffusers' randn_tensor"
-            )
+            raise SvdlabError(f"{type(self.pipe).__name__}: its random draws are not made by diffusers' randn_tensor")
         for space in spaces.values():
             original = space["randn_tensor"]
             self.stack.callback(space.__setitem__, "randn_tensor", original)
@@ -336,9 +332,7 @@ class _Watch:
             else:
                 drawn = self.replay[name].to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if tuple(drawn.shape) != tuple(shape):
-                    raise SvdlabError(
-                        f"{name}: the replayed shape {tuple(drawn.shape)}, allowed: {tuple(shape)}"
-                    )
+                    raise SvdlabError(f"{name}: the replayed shape {tuple(drawn.shape)}, allowed: {tuple(shape)}")
             return self.record(name, self._nudged(drawn))
 
         return randn_tensor
@@ -386,9 +380,7 @@ class _Watch:
         if given is None:
             return self.record(name, self._nudged(made))
         if given.shape != made.shape:
-            raise SvdlabError(
-                f"{name}: the replayed shape {tuple(given.shape)}, allowed: {tuple(made.shape)}"
-            )
+            raise SvdlabError(f"{name}: the replayed shape {tuple(given.shape)}, allowed: {tuple(made.shape)}")
         # No narrower than replayed: a float16 pipeline keeps the image in float32 until the VAE.
         wide = torch.promote_types(given.dtype, made.dtype) if name == "input.image" else made.dtype
         # In the memory layout of what it replaces, by which kernels are chosen.
@@ -505,9 +497,7 @@ def _activation(name: str, tensor: Tensor, frames: int, size: tuple[int, int] | 
     if tensor.ndim == 4:
         return tensor.unflatten(0, (-1, frames))
     assert size is not None
-    inside_temporal = (
-        "temporal_transformer_blocks" in name and not name.split(".")[-2] == "temporal_transformer_blocks"
-    )
+    inside_temporal = "temporal_transformer_blocks" in name and not name.split(".")[-2] == "temporal_transformer_blocks"
     if inside_temporal:  # (B*H*W, F, C)
         return tensor.unflatten(0, (-1, *size)).permute(0, 3, 4, 1, 2)
     return tensor.unflatten(1, size).unflatten(0, (-1, frames)).permute(0, 1, 4, 2, 3)

@@ -110,9 +110,7 @@ def select(models: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, n
         names = {name for name in tapped if fnmatchcase(name, pattern)}
         if not names:
             near = get_close_matches(pattern, list(tapped), n=1, cutoff=0.0)
-            raise SvdlabError(
-                f"taps: {pattern!r} names no module, allowed: patterns such as {near[0]!r} or 'unet.*'"
-            )
+            raise SvdlabError(f"taps: {pattern!r} names no module, allowed: patterns such as {near[0]!r} or 'unet.*'")
         chosen |= names
     return {name: module for name, module in tapped.items() if name in chosen}
 

@@ -208,9 +208,7 @@ class Trace(Mapping[str, Tensor]):
             if not isinstance(header.get(field), str):
                 raise SvdlabError(f"{self.label}: {field}: got {header.get(field)!r}, allowed: a string")
         if header.get("dtype") not in DTYPES:
-            raise SvdlabError(
-                f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}"
-            )
+            raise SvdlabError(f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}")
         if not isinstance(header.get("settings"), dict):
             raise SvdlabError(f"{self.label}: settings: got {header.get('settings')!r}, allowed: an object")
         try:
@@ -224,9 +222,7 @@ class Trace(Mapping[str, Tensor]):
 
     def _checked_order(self, order: object) -> tuple[str, ...]:
         if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
-            raise SvdlabError(
-                f"{self.label}: order: got {_short(order)}, allowed: a list of every tensor's name"
-            )
+            raise SvdlabError(f"{self.label}: order: got {_short(order)}, allowed: a list of every tensor's name")
         if not self._shapes:
             raise SvdlabError(f"{self.label}: an empty trace: it holds no tensor")
         if len(set(order)) != len(order):
@@ -236,17 +232,13 @@ class Trace(Mapping[str, Tensor]):
             if name not in self._shapes:
                 raise SvdlabError(f"{self.label}: order: names {name}, which is not in the file")
             if probe_of(name) is None and tapping.split(name) is None:
-                raise SvdlabError(
-                    f"{self.label}: {_short(name)}: neither a probe nor a tap of docs/trace-format.md"
-                )
+                raise SvdlabError(f"{self.label}: {_short(name)}: neither a probe nor a tap of docs/trace-format.md")
         if missing := [name for name in self._shapes if name not in set(order)]:
             raise SvdlabError(f"{self.label}: order: leaves out {missing[0]}")
         probes = [name for name in order if not is_tap(name)]
         for before, after in zip(probes, probes[1:], strict=False):
             # Conditioning has no order of its own; denoising steps do.
-            first, second = (
-                key if key[0] > 1 else (key[0], 0, 0) for key in map(execution_key, (before, after))
-            )
+            first, second = (key if key[0] > 1 else (key[0], 0, 0) for key in map(execution_key, (before, after)))
             if second < first:
                 raise SvdlabError(f"{self.label}: order: {after} after {before}, allowed: execution order")
         return tuple(order)
@@ -373,9 +365,7 @@ def _check_shapes(label: str, shapes: Mapping[str, tuple[int, ...]], settings: G
         else:
             (base, step), spec = probe, _SHAPES[probe[0]]
         if step is not None and step >= steps:
-            raise SvdlabError(
-                f"{label}: {name}: step {step}, allowed: 0 to {steps - 1}, as the settings have it"
-            )
+            raise SvdlabError(f"{label}: {name}: step {step}, allowed: 0 to {steps - 1}, as the settings have it")
         good = len(shape) == len(spec) and 0 not in shape
         for size, dim in zip(shape, spec, strict=False):
             if isinstance(dim, int):
@@ -438,7 +428,7 @@ class TraceWriter:
             if not self.path.parent.is_dir():
                 raise SvdlabError(f"{self.path}: the folder {self.path.parent} does not exist")
             self._target = self._stack.enter_context(atomic_path(self.path))
-            self._spill = self._stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))  # type: ignore[arg-type]
+            self._spill = self._stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
         return self
 
     def __exit__(
@@ -535,7 +525,8 @@ class TraceWriter:
 
     def _assemble(self) -> None:
         """The safetensors file: header length, header, then the data with the widest dtypes first
-        (alignment)."""
+        (alignment).
+        """
         assert self._spill is not None
         names = sorted(self._pieces, key=execution_key)
         names.sort(key=lambda name: -self._pieces[name][0][1].itemsize)
@@ -699,9 +690,7 @@ def check_until(until: str | None, settings: GenerationSettings) -> None:
         return
     probe = probe_of(until)
     if probe is None or (probe[1] or 0) >= num_steps(settings):
-        raise SvdlabError(
-            f"until: got {until!r}, allowed: a probe such as 'image_latents' or 'noise_pred.000'"
-        )
+        raise SvdlabError(f"until: got {until!r}, allowed: a probe such as 'image_latents' or 'noise_pred.000'")
 
 
 def effective_chunk(settings: GenerationSettings) -> int | None:
@@ -731,8 +720,7 @@ def _svdlab_inputs(
             continue
         if tensor.shape != drawn.shape:
             raise SvdlabError(
-                f"{replay.label}: input.{field.name}: shape {tuple(tensor.shape)}, "
-                f"allowed: {tuple(drawn.shape)}"
+                f"{replay.label}: input.{field.name}: shape {tuple(tensor.shape)}, allowed: {tuple(drawn.shape)}"
             )
         values[field.name] = tensor.to(drawn)
     return replace(inputs, **values)

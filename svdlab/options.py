@@ -1,0 +1,74 @@
+"""What the commands share: options made from ``GenerationSettings``, images from files, results as JSON."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+
+from svdlab.errors import SvdlabError
+from svdlab.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODEL = click.option(
+    "--model", default="embedded", show_default=True, help="Checkpoint: embedded, a folder, or a name on the hub."
+)
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, mps.")
+JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for every field of ``GenerationSettings``; those that were given arrive as ``given``, a dict."""
+
+    @functools.wraps(command)
+    def wrapped(**arguments: Any) -> Any:
+        fields = {name: arguments.pop(name) for name in GenerationSettings.model_fields}
+        given = {name: value for name, value in fields.items() if value is not None}
+        if "sigmas" in given:
+            given["sigmas"] = _numbers(given["sigmas"])
+        return command(given=given, **arguments)
+
+    for name, field in reversed(GenerationSettings.model_fields.items()):
+        kinds = [k for k in (get_args(field.annotation) or (field.annotation,)) if k is not type(None)]
+        kind: Any = kinds[0] if kinds[0] in (int, float) else str
+        if get_origin(field.annotation) is Literal:
+            kind = click.Choice(get_args(field.annotation))
+        default = "" if field.default is None else f" [default: {field.default}]"
+        option = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=f"{field.description}{default}")
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SvdlabError(f"sigmas: got {text!r}, allowed: numbers with commas between them, falling") from None
+
+
+def sample_photo() -> Image.Image:
+    """A real photograph that is there without a network: Grace Hopper, 512 by 600, matplotlib's sample."""
+    from matplotlib.cbook import get_sample_data
+
+    return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An RGB image from a file.
+
+    Raises:
+        SvdlabError: no such file, or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
+        raise SvdlabError(f"image: {path}: {reason}") from None
