@@ -18,8 +18,8 @@ from svdlab.files import atomic_path
 from svdlab.settings import GenerationSettings
 
 SUFFIXES = (".mp4", ".gif")
-# Small clips are shown at least this wide, pixel for pixel, so that one sees what there is.
-_SHOWN_WIDTH = 256
+# Small clips are enlarged to this height, pixel for pixel, so that one sees what there is.
+_SHOWN_HEIGHT = 256
 
 
 def check_suffix(path: str | os.PathLike[str]) -> Path:
@@ -109,7 +109,8 @@ class Clip:
 
     def _repr_html_(self) -> str:
         """A looping player that carries its video, for notebooks and for pages read offline."""
-        width = max(self.frames.shape[2], _SHOWN_WIDTH)
+        height, width = self.frames.shape[1:3]
+        width = round(width * max(1.0, _SHOWN_HEIGHT / height))
         data = base64.b64encode(self._mp4()).decode()
         return (
             f'<video width="{width}" style="image-rendering: pixelated" autoplay loop muted controls playsinline '

@@ -97,6 +97,8 @@ def cast_diffusers(pipe: Any, dtype: torch.dtype, device: str | torch.device | N
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings and no progress bars of other libraries; only what is ours is on the terminal."""
+    # transformers sets its level when it is first imported, and then warns that torchvision is not there.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")

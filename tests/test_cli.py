@@ -1,0 +1,126 @@
+"""The commands as a user calls them: what they print, write, and exit with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+from svdlab import cli, weights
+from svdlab.options import sample_photo
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["svdlab", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "photo.png"
+    sample_photo().save(path)
+    return str(path)
+
+
+def test_generate(
+    tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, results = tmp_path / "clip.mp4", tmp_path / "results.json"
+    options = "--height 40 --width 64 --num-frames 4 --num-inference-steps 2 --fps 12 --max-guidance-scale 2".split()
+    code, out, _ = run(capsys, monkeypatch, "generate", picture, "--out", str(clip), "--json", str(results), *options)
+    assert code == 0 and "4 frames of 64x40 at 12 fps" in out
+    written = json.loads(results.read_text())
+    assert written["path"] == str(clip) and written["seconds"] > 0
+    assert written["settings"]["fps"] == 12 and written["settings"]["max_guidance_scale"] == 2.0
+    with av.open(str(clip)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PICTURE", "--out", "clip.avi"], "clip.avi: suffix '.avi', allowed: .mp4, .gif"),
+        (["nowhere.png", "--out", "clip.mp4"], "image: nowhere.png: no such file"),
+        (["TEXT", "--out", "clip.mp4"], "not an image that can be read"),
+        (["PICTURE", "--out", "nowhere/clip.mp4"], "nowhere is no folder that can be written"),
+        (["PICTURE", "--out", "clip.mp4", "--fps", "0"], "fps: got 0, allowed: integer >= 1"),
+        (["PICTURE", "--out", "clip.mp4", "--sigmas", "1,x"], "sigmas: got '1,x', allowed: numbers with commas"),
+        (["PICTURE", "--out", "clip.mp4", "--num-videos-per-prompt", "2"], "num_videos_per_prompt: got 2"),
+    ],
+)
+def test_bad_input_is_refused_before_any_weight_is_loaded(
+    tmp_path: Path,
+    picture: str,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "load_components", lambda *args: pytest.fail("weights were loaded"))
+    known = {"PICTURE": picture, "TEXT": str(tmp_path / "text.png")}
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(capsys, monkeypatch, "generate", *(known.get(a, a) for a in arguments))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not out and sorted(tmp_path.iterdir()) == before
+
+
+def test_a_model_that_is_not_there(
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(
+        capsys, monkeypatch, "generate", picture, "--out", str(tmp_path / "c.gif"), "--model", str(tmp_path / "none")
+    )
+    assert code == 2 and "is no folder, allowed: a folder, owner/name, embedded" in err
+
+
+def test_ctrl_c_leaves_nothing(
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdlab.pipeline import SVDPipeline
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SVDPipeline, "denoise", interrupted)
+    code, _, err = run(capsys, monkeypatch, "generate", picture, "--out", str(tmp_path / "c.mp4"))
+    assert code == 130 and "interrupted" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "--help")
+    assert code == 0
+    names = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()]
+    assert {"generate", "parity", "trace", "compare", "report"} <= set(names)
+    for name in names:
+        code, out, _ = run(capsys, monkeypatch, name, "--help")
+        assert code == 0 and "Usage:" in out
+    _, out, _ = run(capsys, monkeypatch, "generate", "--help")
+    assert "--motion-bucket-id" in out and "amount of motion [default: 127]" in " ".join(out.split())
+
+
+def test_importing_svdlab_is_light() -> None:
+    script = (
+        "import sys, svdlab, svdlab.pipeline, svdlab.cli; "
+        "heavy = {'diffusers', 'transformers', 'matplotlib', 'ipywidgets'} & set(sys.modules); "
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sample_photo_is_a_photo() -> None:
+    assert isinstance(sample_photo(), Image.Image) and sample_photo().size == (512, 600)
