@@ -18,6 +18,7 @@ _ELSEWHERE = {
     "parity": "svdlab.parity.commands",
     "trace": "svdlab.parity.commands",
     "compare": "svdlab.parity.commands",
+    "diagnose": "svdlab.parity.commands",
     "report": "svdlab.report",
 }
 

@@ -104,7 +104,7 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: 
     code, out, _ = run(capsys, monkeypatch, "--help")
     assert code == 0
     names = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()]
-    assert {"generate", "parity", "trace", "compare", "report"} <= set(names)
+    assert {"generate", "parity", "trace", "compare", "diagnose", "report"} <= set(names)
     for name in names:
         code, out, _ = run(capsys, monkeypatch, name, "--help")
         assert code == 0 and "Usage:" in out

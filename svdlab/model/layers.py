@@ -35,6 +35,10 @@ class Packed(nn.Module):
         self._blocked = None  # the weight is about to change its dtype or device
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the blocked weight behind; it is made again where it is needed."""
+        return {name: value for name, value in self.__dict__.items() if name != "_blocked"}
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._blocked = None
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""``svdlab parity``, ``trace`` and ``compare``: thin doors to the parity harness.
+"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``: thin doors to the parity harness.
 
 Exit code 0 is parity (or a trace written), 1 divergence, 2 bad input.
 """
@@ -176,3 +176,27 @@ def compare(
         diffusers = load_diffusers(checkpoint_folder(model), DTYPES[one.dtype], device)
         moved = capture_diffusers(diffusers, replay=one, perturb=0, progress=True)
     _report(compare_traces(one, other, exact, perturbed=moved, progress=True), json_path, every)
+
+
+@click.command()
+@click.argument("reference")
+@click.argument("candidate")
+@click.option("--truth", metavar="TRACE", help="The reference in float64, from the same inputs.")
+@JSON
+@MODEL
+@DEVICE
+def diagnose(reference: str, candidate: str, truth: str | None, json_path: str | None, model: str, device: str) -> None:
+    """Name the known bug, or the two, that explain a candidate's trace."""
+    from svdlab.parity.diagnose import diagnose as explain
+    from svdlab.parity.trace import DTYPES, Trace
+    from svdlab.pipeline import SVDPipeline
+
+    check_folder(json_path)
+    one, other = Trace.open(reference), Trace.open(candidate)
+    exact = None if truth is None else Trace.open(truth)
+    pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device)
+    found = explain(one, other, exact, pipe=pipe, progress=True)
+    click.echo(found.summary())
+    if json_path:
+        write_json(json_path, found.to_dict())
+    sys.exit(0 if found.verdict == "parity" else 1)

@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from importlib import metadata as distribution
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from svdlab.settings import GenerationSettings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from svdlab.pipeline import SVDPipeline
+    from svdlab.pipeline import Inputs, SVDPipeline
 
 FORMAT = 1
 METADATA_KEY = "svdlab.trace"
@@ -646,7 +646,12 @@ def capture(
     """
     settings = settings or (replay.settings if replay is not None else GenerationSettings())
     settings = pipe.resolve(settings.replace(dtype=dtype_name(pipe.dtype)))
-    inputs = _svdlab_inputs(pipe, image, settings, replay, preprocess)
+    if replay is not None:
+        inputs = replay_inputs(pipe, settings, replay, preprocess, image)
+    elif image is not None:
+        inputs = pipe.prepare(image, settings, torch.Generator().manual_seed(settings.seed))
+    else:
+        raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
     chosen = tapping.select(models, taps)
     check_until(until, settings)
@@ -700,18 +705,23 @@ def effective_chunk(settings: GenerationSettings) -> int | None:
     return None if whole else chunk
 
 
-def _svdlab_inputs(
-    pipe: SVDPipeline, image: Any, settings: GenerationSettings, replay: Trace | None, preprocess: bool
-) -> Any:
-    if replay is None:
-        if image is None:
-            raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
-        return pipe.prepare(image, settings, torch.Generator().manual_seed(settings.seed))
+def replay_inputs(
+    pipe: SVDPipeline, settings: GenerationSettings, replay: Trace, preprocess: bool = False, image: Any = None
+) -> Inputs:
+    """What svdlab runs on when it replays a trace.
+
+    Args:
+        pipe: whose preprocessing is used where it is redone.
+        settings: resolved.
+        replay: the trace.
+        preprocess: redo the preprocessing from the source image, replay only the draws.
+        image: instead of the trace's source image.
+
+    Raises:
+        SvdlabError: an input is missing or has another shape.
+    """
     tensors = replayed(replay, preprocess)
-    if image is None:
-        image = replay_images(tensors, settings)
-    inputs = pipe.prepare(image, settings)
-    assert is_dataclass(inputs)
+    inputs = pipe.prepare(replay_images(tensors, settings) if image is None else image, settings)
     values = {}
     for field in fields(inputs):
         tensor = tensors.get(f"input.{field.name}")
