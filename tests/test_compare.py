@@ -20,6 +20,7 @@ from svdlab.parity.compare import Comparison, bound, compare, resolution, three_
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import Trace, capture
 from svdlab.pipeline import SVDPipeline
+from svdlab.plots import plot_divergence
 from svdlab.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2, seed=3)
@@ -315,8 +316,11 @@ def test_tables_and_plots(run: Run) -> None:
     long = compare(run.reference, run.svdlab, run.truth)
     rows = list(long._rows(every=False))
     assert None in rows and len(rows) < 48 < len(list(long._rows(every=True)))
-    axes = comparison.plot()
-    assert "latents.001" in axes.get_title()
+    axes = plot_divergence(long, comparison, "latents shifted").axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    at = [label.get_text() for label in axes.get_xticklabels()].index("latents.001")
+    assert lines["latents shifted"][at] > lines["bar of parity: 4 x floor"][at] > lines["svdlab float32"][at]
+    assert "float64" in axes.get_ylabel() and axes.get_yscale() == "log"
 
 
 def invoke(command: str, *arguments: object) -> int:

@@ -267,28 +267,6 @@ class Comparison:
                 yield None
             gap = i not in keep
 
-    def plot(self, ax: Any = None) -> Any:
-        """Divergence and floor along the probes on a log axis; returns the matplotlib axes."""
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(figsize=(max(6.0, 0.22 * len(self.probes)), 3.5), layout="constrained")
-        xs = range(len(self.probes))
-        ax.semilogy(xs, [max(p.divergence, 1e-18) for p in self.probes], "o-", ms=3, label="candidate to truth")
-        ax.semilogy(xs, [p.floor for p in self.probes], "k--", lw=1, label="floor")
-        ax.semilogy(
-            xs,
-            [self.threshold * p.floor for p in self.probes],
-            "k:",
-            lw=1,
-            label=f"{self.threshold:g} x floor",
-        )
-        ax.set_xticks(list(xs), [p.name for p in self.probes], rotation=90, fontsize=6)
-        ax.set_ylabel("relative distance")
-        ax.set_title(self.verdict + (f", first at {self.first_divergence}" if self.first_divergence else ""))
-        ax.legend(fontsize=7)
-        return ax
-
     def _repr_html_(self) -> str:
         heads = "".join(
             f"<th>{h}</th>" for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR")

@@ -1,0 +1,25 @@
+"""The README's picture: what ``svdlab parity`` measures for svdlab, and for a port that has one bug.
+
+Run ``python docs/make_picture.py``; it writes ``docs/parity.png``.
+"""
+
+from pathlib import Path
+
+import torch
+
+from svdlab.options import sample_photo
+from svdlab.parity import capture
+from svdlab.parity.compare import compare, three_way
+from svdlab.pipeline import SVDPipeline
+from svdlab.plots import plot_divergence
+from svdlab.rules import Rules
+from svdlab.settings import GenerationSettings
+
+torch.set_num_threads(1)
+clean = three_way("embedded", sample_photo(), GenerationSettings(num_inference_steps=4, num_frames=6))
+reference, truth = clean.traces["reference"], clean.traces["truth"]
+pipe = SVDPipeline.from_pretrained("embedded").with_rules(Rules.with_bugs("fps_not_decremented"))
+buggy = compare(reference, capture(pipe, replay=reference, preprocess=True), truth)
+label = f"a port that forgot fps - 1 (mean squared error of its frames: {buggy.frames_mse:.0e})"
+figure = plot_divergence(clean, buggy, label, inputs=False)
+figure.savefig(Path(__file__).with_name("parity.png"), dpi=110)
