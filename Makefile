@@ -13,7 +13,7 @@ test: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy svdlab
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -31,8 +31,9 @@ from svdlab.rules import BUGS, Rules, pixels_as_given
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Between THRESHOLD and this a mismatch may still be rounding that the bug itself amplifies: float64 decides.
-_DOUBTFUL = 16.0
+# Between THRESHOLD and this ratio a mismatch may still be rounding that the bug itself amplifies, and a float64 replay
+# decides; unless the tensors differ by this share of their norm, which no rounding explains.
+_DOUBTFUL, _ANOTHER = 1000.0, 0.2
 # Bounds of the tests for a unit Gaussian, in standard errors of the mean and of the variance, and for one value.
 _SIGMAS, _LARGEST = 5.0, 6.0
 
@@ -202,6 +203,8 @@ class _Search:
 
     def ranked(self, solved: Sequence[_State]) -> list[Explanation]:
         """Smallest sets first, then by what is left; one entry for each set of names."""
+        # A tensor that is met digit for digit is no random draw that happens to look like it.
+        solved = [s for s in solved if not _DRAWS.keys() & set(s.bugs)] or solved
         best: dict[tuple[str, ...], _State] = {}
         for state in sorted(solved, key=lambda s: (len(s.bugs), s.ratio)):
             best.setdefault(tuple(sorted(state.bugs)), state)
@@ -263,7 +266,7 @@ class _Search:
         found = self.candidate["image_latents"].double()
         spread = edge - centre
         rounding = self.floors["image_latents"] * float(centre.norm() / math.sqrt(centre.numel()))
-        if not float(spread.abs().min()) > 8 * rounding or not _is_unit_gaussian((found - centre) / spread):
+        if not float(spread.abs().min()) > 8 * rounding or not _is_unit_gaussian((found - centre) / spread, centre):
             return None
         videos = self.settings.num_videos_per_prompt
         return {**centre_variant, "augment_latents": lambda latents, strength: found[::videos].to(latents)}
@@ -301,9 +304,10 @@ class _Search:
         def probe(name: str, tensor: Tensor) -> None:
             if name not in self.floors:
                 return
-            ratios[name] = _distance(self.candidate[name], tensor) / self.floors[name]
+            distance = _distance(self.candidate[name], tensor)
+            ratios[name] = distance / self.floors[name]
             if not ratios[name] <= THRESHOLD:
-                if not ratios[name] <= _DOUBTFUL:
+                if not (ratios[name] <= _DOUBTFUL and distance <= _ANOTHER):
                     raise Stop
                 doubtful[name] = tensor.double().cpu()
 
@@ -347,12 +351,15 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
     return difference / (float(wanted.norm()) or math.sqrt(wanted.numel()))
 
 
-def _is_unit_gaussian(z: Tensor) -> bool:
+def _is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
+    """Whether ``z`` looks like independent draws: mean, variance, largest value, and no trace of the picture in it."""
     n = z.numel()
     mean, variance = float(z.mean()), float(z.var())
+    correlation = float(torch.corrcoef(torch.stack([z.flatten(), centre.flatten()]))[0, 1])
     return (
         abs(mean) <= _SIGMAS / math.sqrt(n)
         and abs(variance - 1) <= _SIGMAS * math.sqrt(2 / n)
+        and abs(correlation) <= _SIGMAS / math.sqrt(n)
         and float(z.abs().max()) <= _LARGEST
     )
 
