@@ -427,12 +427,12 @@ def catalogue_table(rows: Sequence[CatalogueRow]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for column in ("bug", "first divergence", "noise ratio", "frames MSE", "MSE < 1e-3", "ratio <= 4"):
-        table.add_column(column, justify="right" if column in ("noise ratio", "frames MSE") else "left")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in ("bug", "first divergence", "ratio", "frames MSE", "MSE < 1e-3", "ratio <= 4"):
+        table.add_column(column, justify="right" if column in ("ratio", "frames MSE") else "left")
     for row in rows:
-        old = "lets it through" if row.passes_mse_bar else "catches it"
-        new = "catches it" if row.ratio > THRESHOLD else "lets it through"
+        old = "misses it" if row.passes_mse_bar else "catches it"
+        new = "catches it" if row.ratio > THRESHOLD else "misses it"
         table.add_row(row.bug, row.first_divergence or "", f"{row.ratio:.3g}", f"{row.frames_mse:.1e}", old, new)
     missed = [sum(r.passes_mse_bar for r in rows), sum(r.ratio <= THRESHOLD for r in rows)]
     table.caption = f"of {len(rows)} bugs, MSE < 1e-3 lets {missed[0]} through, the noise ratio {missed[1]}"
