@@ -215,20 +215,20 @@ class _Search:
         """One more bug, or two that show at the same probe, so that the replay gets past ``start.wrong``."""
         assert start.wrong is not None
         beyond: list[_State] = []
-        here: list[tuple[str, Variant]] = []
+        # By where a bug's replay goes wrong: at the divergence itself, or before it, where another may undo it.
+        stuck: dict[str, list[tuple[str, Variant]]] = {}
         for name, variant in self.variants(start):
             concrete = self.concrete(name, variant, start)
             state = None if concrete is None else self.walk(start, (name,), (concrete,))
             if state and state.gets_past(start.wrong):
                 beyond.append(state)
-            elif state is None or state.wrong == start.wrong:
-                here.append((name, variant))
+            else:
+                wrong = start.wrong if state is None or state.wrong is None else state.wrong
+                stuck.setdefault(wrong, []).append((name, variant))
         if beyond or len(start.bugs) + 2 > max_bugs:
             return beyond
-        # A draw of the port's own can only be tested with the other bug in place: it comes second.
-        here.sort(key=lambda bug: bug[0] in _DRAWS)
-        for (a, one), (b, other) in combinations(here, 2):
-            if a == b or a in _DRAWS or not _compatible(*start.variants, one, other):
+        for (a, one), (b, other) in _pairs(start.wrong, stuck):
+            if not _compatible(*start.variants, one, other):
                 continue
             concrete = self.concrete(b, other, replace(start, variants=(*start.variants, one)))
             if concrete is None:
@@ -330,10 +330,23 @@ class _Search:
             if name in doubtful:
                 own = _distance(doubtful[name], tensor)
                 ratios[name] = _distance(self.candidate[name], tensor) / max(own, self.floors[name])
-            if name == last:
+            if name == last or not ratios.get(name, 0.0) <= THRESHOLD:
                 raise Stop
 
         self.replay(rules, probe, self.pipes[torch.float64])
+
+
+def _pairs(
+    here: str, stuck: Mapping[str, Sequence[tuple[str, Variant]]]
+) -> Iterator[tuple[tuple[str, Variant], tuple[str, Variant]]]:
+    """Two that show at the first divergence, or two that may undo each other before it, as two factors can."""
+    for wrong, bugs in stuck.items():
+        if wrong != here:
+            bugs = [(name, variant) for name, variant in bugs if not variant.keys() & {"unet_edits", "vae_edits"}]
+        # A draw of the port's own can only be tested with the other bug in place: it comes second.
+        for one, other in combinations(sorted(bugs, key=lambda bug: bug[0] in _DRAWS), 2):
+            if one[0] != other[0] and one[0] not in _DRAWS:
+                yield one, other
 
 
 def _compatible(*variants: Variant) -> bool:
@@ -352,16 +365,23 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def _is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
-    """Whether ``z`` looks like independent draws: mean, variance, largest value, and no trace of the picture in it."""
+    """Whether ``z`` (B, 4, h, w) looks like independent draws.
+
+    Mean, variance and largest value; no trace of the picture in it, and none of a value's neighbours.
+    """
     n = z.numel()
     mean, variance = float(z.mean()), float(z.var())
-    correlation = float(torch.corrcoef(torch.stack([z.flatten(), centre.flatten()]))[0, 1])
+    others = [(z, centre), (z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :])]
     return (
         abs(mean) <= _SIGMAS / math.sqrt(n)
         and abs(variance - 1) <= _SIGMAS * math.sqrt(2 / n)
-        and abs(correlation) <= _SIGMAS / math.sqrt(n)
         and float(z.abs().max()) <= _LARGEST
+        and all(abs(_correlation(a, b)) <= _SIGMAS / math.sqrt(a.numel()) for a, b in others if a.numel() > 2)
     )
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
 
 # Bugs with a random draw of the port's own: rules that give the draw's centre, and centre + one standard deviation.
