@@ -359,6 +359,8 @@ def _compatible(*variants: Variant) -> bool:
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
     """Relative to ``wanted``; absolute, root mean square, where that is zero. NaN stays NaN and matches nothing."""
+    if found.shape != wanted.shape:  # a bug can turn guidance off, and with it half of the batch
+        return math.inf
     wanted = wanted.double().cpu()
     difference = float((found.double() - wanted).norm())
     return difference / (float(wanted.norm()) or math.sqrt(wanted.numel()))
