@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from svdlab.options import sample_photo
 from svdlab.weights import write_random_checkpoint
 
 torch.set_num_threads(1)
@@ -26,10 +28,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photo():  # noqa: ANN201 - PIL is imported here
+def photo() -> Image.Image:
     """A real photograph, larger than what CLIP sees: matplotlib's sample of Grace Hopper."""
-    from matplotlib.cbook import get_sample_data
-    from PIL import Image
-
-    with get_sample_data("grace_hopper.jpg") as file:
-        return Image.open(file).convert("RGB")
+    return sample_photo()

@@ -20,7 +20,7 @@ def to_channels_first(x: Tensor) -> Tensor:
 
 
 def as_images(x: Tensor) -> Tensor:
-    """(B, F, H, W, C) -> (B*F, C, H, W) in channels_last: what spatial convs and per-frame group norms take."""
+    """(B, F, H, W, C) -> (B*F, C, H, W) in channels_last: what spatial convs take."""
     return x.flatten(0, 1).permute(0, 3, 1, 2)
 
 
@@ -32,7 +32,7 @@ def from_images(y: Tensor, batch: int) -> Tensor:
 def as_time_strips(x: Tensor) -> Tensor:
     """(B, F, H, W, C) -> (B, C, F, H*W) in channels_last: time is the height of an image.
 
-    A (3, 1, 1) conv3d becomes a (3, 1) conv2d, and a group norm over (F, H*W) is per video.
+    A (3, 1, 1) conv3d becomes a (3, 1) conv2d.
     """
     return x.flatten(2, 3).permute(0, 3, 1, 2)
 
