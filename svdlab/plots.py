@@ -5,22 +5,62 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; line sty
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
-    from svdlab.parity.compare import Comparison
+    from svdlab.parity.compare import Comparison, ProbeResult
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
 _BOTTOM = 1e-9  # what is equal to the last bit is drawn here, just below the axis
+_DISTANCE = "distance from diffusers float64,\nrelative to its norm"
+_SCALARS = ("input.", "sigmas", "timesteps", "guidance_scale")
+_DPI = 144
+
+
+class Plot(Figure):
+    """A figure that no window system owns, so that any thread can draw it; a page gets it with a text beside it.
+
+    Attributes:
+        alt: what it shows, for those who cannot see it.
+    """
+
+    alt: str = ""
+
+    def _repr_html_(self) -> str:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=_DPI)
+        width = round(self.get_figwidth() * 100)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return (
+            f'<img style="width:{width}px;max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{data}">'
+        )
+
+
+def _plot(width: float, height: float, alt: str) -> Plot:
+    plot = Plot(figsize=(width, height), layout="constrained")
+    plot.alt = alt
+    return plot
+
+
+def _tidy(ax: Axes, x: str, y: str, title: str = "") -> None:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def plot_divergence(
     comparison: Comparison, fix_off: Comparison | None = None, fix_off_label: str = "fix off", inputs: bool = True
-) -> Figure:
+) -> Plot:
     """How far candidates are from the truth along the probes, with the noise floor and the bar of parity.
 
     Args:
@@ -30,29 +70,154 @@ def plot_divergence(
         inputs: whether to show the probes that only replay or count (``input.*``, sigmas, timesteps, guidance).
 
     Returns:
-        A matplotlib figure; the horizontal axis is the order of execution, the vertical one logarithmic.
+        A figure; the horizontal axis is the order of execution, the vertical one logarithmic.
     """
-    scalars = () if inputs else ("input.", "sigmas", "timesteps", "guidance_scale")
-    probes = [p for p in comparison.probes if not p.zero_reference and not p.name.startswith(scalars)]
-    at, floor = range(len(probes)), [p.floor for p in probes]
-    figure, ax = plt.subplots(figsize=(max(8.5, 0.2 * len(probes)), 4.0), layout="constrained")
-    bar = [comparison.threshold * f for f in floor]
-    ax.fill_between(at, bar, _BOTTOM, color=FLOOR, alpha=0.12, lw=0)
-    ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label="bar of parity: 4 x floor")
-    ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {comparison.dtype} (the noise floor)")
-    lines = [(f"svdlab {comparison.dtype}", comparison, SVDLAB, "o-")]
-    if fix_off is not None:
-        lines.append((fix_off_label, fix_off, FIX_OFF, "s-"))
-    for label, of, colour, style in lines:
-        ax.semilogy(
-            at, [max(of[p.name].divergence, _BOTTOM) for p in probes], style, color=colour, ms=3, lw=1, label=label
-        )
-    ax.set_ylim(bottom=2 * _BOTTOM)
+    probes = _shown(comparison, inputs)
+    plot = _plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
+    _draw_probes(plot.subplots(), probes, comparison, fix_off, fix_off_label)
+    return plot
+
+
+def plot_fix(on: Comparison, off: Comparison, bug: str) -> Plot:
+    """The same with the fix on and off, along the probes and, on the right, along the denoising steps.
+
+    Args:
+        on: svdlab's comparison with the fix.
+        off: with the bug in its place, against the same reference.
+        bug: its name in the catalogue.
+    """
+    plot = _plot(10.0, 4.2, f"Distance from diffusers float64. Fix on: {on.summary()}. Fix off: {off.summary()}.")
+    left, right = plot.subplots(1, 2, width_ratios=(3, 1), sharey=True)
+    _draw_probes(left, _shown(on, inputs=True), on, off, f"fix off ({bug})")
+    left.set_title("every tensor", fontsize=10, loc="left")
+    handles = left.get_legend_handles_labels()
+    left.get_legend().remove()
+    plot.legend(*handles, fontsize=8, loc="outside upper center", ncols=4, frameon=False)
+    steps = [p for p in on.probes if p.name.startswith("latents.")]
+    _draw_lines(right, range(1, len(steps) + 1), steps, on, off, "")
+    right.set_xticks(range(1, len(steps) + 1, max(1, len(steps) // 6)))
+    _tidy(right, "denoising step", "", "latents after each step")
+    return plot
+
+
+def _shown(comparison: Comparison, inputs: bool) -> list[ProbeResult]:
+    scalars = () if inputs else _SCALARS
+    return [p for p in comparison.probes if not p.zero_reference and not p.name.startswith(scalars)]
+
+
+def _draw_probes(
+    ax: Axes, probes: Sequence[ProbeResult], on: Comparison, off: Comparison | None, off_label: str
+) -> None:
+    at = range(len(probes))
+    _draw_lines(ax, at, probes, on, off, off_label)
     ax.set_xlim(-0.5, len(probes) - 0.5)
     ax.set_xticks(list(at), [p.name for p in probes], rotation=90, fontsize=7)
-    ax.set_xlabel("probe, in order of execution")
-    ax.set_ylabel("distance from diffusers float64,\nrelative to its norm")
+    _tidy(ax, "probe, in order of execution", _DISTANCE)
     ax.legend(fontsize=8, loc="lower right", framealpha=0.9)
-    ax.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # a notebook shows it once, as the cell's result
-    return figure
+
+
+def _draw_lines(
+    ax: Axes,
+    at: Sequence[int],
+    probes: Sequence[ProbeResult],
+    on: Comparison,
+    off: Comparison | None,
+    off_label: str,
+) -> None:
+    """The grey band of parity, the floor, and one line a candidate."""
+    floor = [p.floor for p in probes]
+    bar = [on.threshold * f for f in floor]
+    ax.fill_between(at, bar, _BOTTOM, color=FLOOR, alpha=0.12, lw=0)
+    ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
+    ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
+    lines = [(f"svdlab {on.dtype}", on, SVDLAB, "o-")]
+    if off is not None:
+        lines.append((off_label, off, FIX_OFF, "s-"))
+    for label, of, colour, style in lines:
+        distance = [max(of[p.name].divergence, _BOTTOM) for p in probes]
+        ax.semilogy(at, distance, style, color=colour, ms=3, lw=1, label=label)
+    ax.set_ylim(bottom=2 * _BOTTOM)
+
+
+def plot_grid(values: Sequence[Any], on: Sequence[Comparison], off: Mapping[str, Sequence[Comparison]], x: str) -> Plot:
+    """The noise ratio of the frames against a setting, with the fix on and with each bug in its place.
+
+    Args:
+        values: the setting's; anything that prints.
+        on: a comparison for each value.
+        off: by bug, a comparison for each value.
+        x: the setting's name and unit.
+    """
+    plot = _plot(6.5, 3.2, f"Noise ratio of the frames against {x}, fix on and off.")
+    ax = plot.subplots()
+    at = range(len(values))
+    threshold = on[0].threshold
+    ax.axhspan(1e-3, threshold, color=FLOOR, alpha=0.12, lw=0)
+    ax.axhline(threshold, ls=":", color=FLOOR, lw=1.5, label=f"bar of parity: {threshold:g}")
+    for (bug, comparisons), style in zip(off.items(), ("s-", "D--", "^:"), strict=False):
+        ax.semilogy(at, _frame_ratios(comparisons), style, color=FIX_OFF, ms=5, lw=1, label=f"fix off ({bug})")
+    ax.semilogy(at, _frame_ratios(on), "o-", color=SVDLAB, ms=5, lw=1, label="fix on")
+    ax.set_xticks(list(at), [str(v) for v in values])
+    ax.set_ylim(bottom=0.1)
+    _tidy(ax, x, "noise ratio of the frames")
+    ax.legend(fontsize=8)
+    return plot
+
+
+def _frame_ratios(comparisons: Sequence[Comparison]) -> list[float]:
+    return [max(c["frames"].ratio, 0.1) for c in comparisons]
+
+
+def plot_curves(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    labels: tuple[str, str],
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    band: tuple[float, float, str] | None = None,
+) -> Plot:
+    """What a rule computes, beside its twins: the first curve is diffusers', the others the bugs'.
+
+    Args:
+        x: common to all curves.
+        curves: by name.
+        labels: of the axes, with units.
+        log_x, log_y: logarithmic axes.
+        band: a range of the vertical axis to shade, and what it is.
+    """
+    plot = _plot(6.5, 3.2, f"{labels[1]} against {labels[0]}: {', '.join(curves)}.")
+    ax = plot.subplots()
+    if band:
+        ax.axhspan(*band[:2], color=FLOOR, alpha=0.12, lw=0, label=band[2])
+    for i, ((name, y), style) in enumerate(zip(curves.items(), ("o-", "s--", "D:", "^-."), strict=False)):
+        ax.plot(x, y, style, color=DIFFUSERS if i == 0 else FIX_OFF, ms=4, lw=1.2, label=name)
+    if log_x:
+        ax.set_xscale("log")
+    if log_y:
+        ax.set_yscale("log")
+    _tidy(ax, *labels)
+    ax.legend(fontsize=8)
+    return plot
+
+
+def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
+    """How far each frame of the clip is from diffusers float64, with the fix on and off."""
+    traces = {"reference": on.traces["reference"], "on": on.traces["candidate"], "off": off.traces["candidate"]}
+    truth = on.traces["truth"]["frames"].double()
+    plot = _plot(6.5, 3.2, f"Distance of each frame from diffusers float64, fix on and off ({bug}).")
+    ax = plot.subplots()
+    norm = truth.flatten(2).norm(dim=2).mean(0)
+    looks = (
+        ("reference", "--", DIFFUSERS, f"diffusers {on.dtype} (the noise floor)"),
+        ("on", "o-", SVDLAB, "fix on"),
+        ("off", "s-", FIX_OFF, f"fix off ({bug})"),
+    )
+    for name, style, colour, label in looks:
+        distance = (traces[name]["frames"].double() - truth).flatten(2).norm(dim=2).mean(0) / norm
+        at = np.arange(1, len(distance) + 1)
+        ax.semilogy(at, distance.clamp_min(_BOTTOM), style, color=colour, ms=4, lw=1.2, label=label)
+    ax.set_xticks(at)
+    _tidy(ax, "frame", _DISTANCE)
+    ax.legend(fontsize=8)
+    return plot

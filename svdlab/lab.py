@@ -1,0 +1,273 @@
+"""What the notebooks about one fix share: diffusers and svdlab on one image, with the fix and without it.
+
+``Lab`` computes, once for each setting; ``Case`` is one position of the sliders; ``Grid`` is several of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from svdlab.clip import Clip, side_by_side
+from svdlab.options import sample_photo
+from svdlab.parity.compare import Comparison, compare
+from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
+from svdlab.pipeline import SVDPipeline
+from svdlab.rules import Rules
+from svdlab.settings import GenerationSettings
+from svdlab.weights import EMBEDDED, checkpoint_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from svdlab.plots import Plot
+
+Watch = Callable[[float, str], None]
+# Traces are kept while they fit; beyond that the oldest go. A case needs four.
+_CACHE_BYTES, _CASE_TRACES = 2**30, 4
+# Where a case's parts begin and end on its progress bar: float64 costs as much as the rest.
+_PARTS = {
+    "reference": (0.0, 0.15, "diffusers"),
+    "on": (0.15, 0.3, "svdlab, fix on"),
+    "off": (0.3, 0.45, "svdlab, fix off"),
+    "truth": (0.45, 1.0, "diffusers in float64"),
+}
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """Leaves a computation that a newer one, or the stop button, has made superfluous."""
+
+
+def sample_image() -> Image.Image:
+    """The image behind the notebooks' clips."""
+    return sample_photo()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One position of the sliders.
+
+    Attributes:
+        settings: resolved.
+        bug: what stands in the fix's place with the fix off, a name of ``rules.BUGS``.
+        on, off: svdlab with the fix and without it, against the same reference; measured once there is a truth.
+    """
+
+    settings: GenerationSettings
+    bug: str
+    on: Comparison
+    off: Comparison
+
+    @property
+    def measured(self) -> bool:
+        """Whether the noise floor is known: the float64 run is done."""
+        return self.on.floor_from == "truth"
+
+    def comparison(self, fix: bool) -> Comparison:
+        """``on`` or ``off``."""
+        return self.on if fix else self.off
+
+    def clips(self, fix: bool) -> str:
+        """diffusers, svdlab and their difference in one player, so that they stay in step: HTML."""
+        of = self.comparison(fix)
+        frames = {name: of.traces[name]["frames"][0].double() for name in ("reference", "candidate")}
+        gain = self._gain()
+        difference = (frames["candidate"] - frames["reference"]).abs() * gain - 1
+        clips = [Clip.from_tensor(f, self.settings.fps) for f in (*frames.values(), difference)]
+        titles = ("diffusers", f"svdlab, fix {'on' if fix else 'off'}", f"difference, {gain:g} times")
+        heads = "".join(f"<span style='flex:1;text-align:center'>{escape(title)}</span>" for title in titles)
+        return (
+            "<div style='display:inline-block;max-width:100%'>"
+            f"<div style='display:flex'>{heads}</div>{side_by_side(clips)._repr_html_()}</div>"
+        )
+
+    def _gain(self) -> float:
+        """By how much the difference is brightened: as far as the one without the fix allows, the same for both."""
+        frames = [self.off.traces[name]["frames"].double() for name in ("reference", "candidate")]
+        peak = np.quantile((frames[1] - frames[0]).abs() / 2, 0.99)
+        return float(2 ** np.clip(np.floor(-np.log2(max(peak, 1e-9))), 0, 10))
+
+    def number(self, fix: bool) -> str:
+        """The verdict's number with what it means: HTML."""
+        of = self.comparison(fix)
+        name = f"Fix {'on' if fix else f'off ({self.bug})'}"
+        mse = f"frames MSE {of.frames_mse:.1e}, {'below' if of.passes_mse_bar else 'above'} the usual bar of 1e-3"
+        if not self.measured:
+            return f"<p>{escape(name)}: {mse}; the noise floor is being measured</p>"
+        where = f"worst at {of.worst.name}" if of.verdict == "parity" else f"first above 4 at {of.first_divergence}"
+        return (
+            f"<p>{escape(name)}: <b>noise ratio <output>{ratio_text(of)}</output>, {of.verdict}</b> "
+            f"({escape(where)}); {mse}</p>"
+        )
+
+    def plot(self) -> Plot:
+        """The divergence along probes and steps, fix off and on."""
+        from svdlab.plots import plot_fix
+
+        return plot_fix(self.on, self.off, self.bug)
+
+
+def ratio_text(comparison: Comparison) -> str:
+    """The worst noise ratio, as tables and widgets show it: 1.30, 2.4e+04."""
+    ratio = comparison.worst.ratio
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.1e}"
+
+
+class Lab:
+    """One checkpoint in diffusers and in svdlab, and every trace that was made of it.
+
+    One computation at a time: a second thread waits, and finds what the first one made.
+
+    Args:
+        model: "embedded", a checkpoint folder, or a name on the hub.
+        device: where both run.
+        dtype: the working dtype; the truth is float64.
+        image: what the clips start from; default: the sample.
+
+    Raises:
+        SvdlabError: a checkpoint that does not load, a dtype that is not known.
+    """
+
+    def __init__(
+        self, model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", image: Image.Image | None = None
+    ):
+        self.image = image or sample_image()
+        self._folder, self._device = checkpoint_folder(model), device
+        self.dtype = GenerationSettings(dtype=dtype).torch_dtype
+        self.pipe = SVDPipeline.from_pretrained(self._folder, dtype=self.dtype, device=device)
+        self._diffusers: Any = None
+        self._traces: OrderedDict[Any, Trace] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the three networks, by which one knows whether a slider can answer at once."""
+        networks = (self.pipe.unet, self.pipe.vae, self.pipe.image_encoder)
+        return sum(p.numel() for network in networks for p in network.parameters())
+
+    def settings(self, **given: Any) -> GenerationSettings:
+        """Settings of this checkpoint and dtype, with what is left out filled in."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self.pipe.resolve(GenerationSettings(**{**given, "dtype": dtype}))
+
+    def case(self, settings: GenerationSettings, bug: str) -> Case:
+        """Everything about one position of the sliders."""
+        *_, case = self.cases(settings, bug)
+        return case
+
+    def cases(self, settings: GenerationSettings, bug: str, watch: Watch | None = None) -> Iterator[Case]:
+        """The case as soon as there are clips, and again once the float64 run has measured the noise floor.
+
+        Args:
+            settings: which generation.
+            bug: a name of ``rules.BUGS``.
+            watch: called with the progress in [0, 1] and a text at every layer that runs; may raise ``Stopped``.
+
+        Raises:
+            SvdlabError: settings at which diffusers fails, a bug that is not known.
+        """
+        rules = Rules.with_bugs(bug)
+        with self._lock:
+            settings = self.pipe.resolve(settings)
+            reference = self.reference(settings, watch)
+            on = self.candidate(settings, watch=watch)
+            off = self._trace(
+                ("off", bug, settings),
+                lambda: capture(self.pipe.with_rules(rules), None, settings, replay=reference, preprocess=True),
+                watch,
+            )
+            yield Case(settings, bug, compare(reference, on), compare(reference, off))
+            truth = self.truth(settings, watch)
+            yield Case(settings, bug, compare(reference, on, truth), compare(reference, off, truth))
+
+    def reference(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
+        """diffusers' trace in the working dtype."""
+        from svdlab.parity.reference import capture_diffusers
+
+        settings = _as_diffusers_knows(self.pipe.resolve(settings))
+        key = ("reference", settings)
+        return self._trace(key, lambda: capture_diffusers(self._pipe_in(self.dtype), self.image, settings), watch)
+
+    def truth(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
+        """diffusers' trace in float64, from the reference's inputs."""
+        from svdlab.parity.reference import capture_diffusers
+
+        settings = _as_diffusers_knows(self.pipe.resolve(settings))
+        reference = self.reference(settings, watch)
+        key = ("truth", settings)
+        return self._trace(key, lambda: capture_diffusers(self._pipe_in(torch.float64), replay=reference), watch)
+
+    def candidate(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
+        """svdlab's trace, from the image and the seed."""
+        settings = self.pipe.resolve(settings)
+        return self._trace(("on", settings), lambda: capture(self.pipe, self.image, settings), watch)
+
+    def grid(
+        self, settings: GenerationSettings, bugs: Sequence[str], changes: Sequence[Mapping[str, Any]]
+    ) -> list[list[Case]]:
+        """A row of cases, one a bug, for each change of the settings."""
+        return [[self.case(settings.replace(**change), bug) for bug in bugs] for change in changes]
+
+    def _pipe_in(self, dtype: torch.dtype) -> Any:
+        """diffusers' pipeline in a dtype: one copy, cast when needed. To float64 and back loses nothing."""
+        from svdlab.parity.reference import cast_diffusers, load_diffusers
+
+        if self._diffusers is None:
+            self._diffusers = load_diffusers(self._folder, self.dtype, self._device)
+        return cast_diffusers(self._diffusers, dtype)
+
+    def _trace(self, key: Any, make: Callable[[], Trace], watch: Watch | None) -> Trace:
+        with self._lock:
+            if key not in self._traces:
+                with _watched(*_PARTS[key[0]], num_steps(key[-1]), watch):
+                    self._traces[key] = make()
+            self._traces.move_to_end(key)
+            while len(self._traces) > _CASE_TRACES and sum(map(_bytes, self._traces.values())) > _CACHE_BYTES:
+                self._traces.popitem(last=False)
+            return self._traces[key]
+
+
+def _bytes(trace: Trace) -> int:
+    return sum(tensor.nbytes for tensor in trace.values())
+
+
+def _as_diffusers_knows(settings: GenerationSettings) -> GenerationSettings:
+    """Without what changes svdlab's memory and not its result, so that one reference serves all of it."""
+    return settings.replace(cfg="batched", decode="parity", decode_chunk_size=effective_chunk(settings))
+
+
+@contextmanager
+def _watched(start: float, end: float, text: str, steps: int, watch: Watch | None) -> Iterator[None]:
+    """Tell ``watch`` of every layer that this thread runs, in either implementation; what it raises ends the run."""
+    if watch is None:
+        yield
+        return
+    me, done = threading.get_ident(), 0
+
+    def before(module: nn.Module, args: Any) -> None:
+        nonlocal done
+        if threading.get_ident() != me:
+            return
+        done = min(steps, done + type(module).__name__.startswith("UNet"))
+        watch(start + (end - start) * done / (steps + 1), f"{text}, step {done} of {steps}")
+
+    handle = nn.modules.module.register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def motion(frames: Tensor) -> float:
+    """How much a clip moves: the mean absolute change from one frame to the next, (F, 3, H, W), in grey levels."""
+    levels = (frames.double() / 2 + 0.5).clamp(0, 1) * 255
+    return float((levels[1:] - levels[:-1]).abs().mean()) if len(levels) > 1 else 0.0

@@ -1,0 +1,184 @@
+"""The sliders: made from the settings, one computation at a time, and what they say is what is computed."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch import nn
+
+from svdlab import widgets
+from svdlab.errors import SvdlabError
+from svdlab.lab import Lab, ratio_text
+from svdlab.parity.compare import three_way
+from svdlab.settings import GenerationSettings
+from svdlab.widgets import Explorer, Worker, control, is_live
+
+BUG = "fps_not_decremented"
+
+
+@pytest.fixture(scope="module")
+def lab(tiny: Path) -> Lab:
+    return Lab(str(tiny), image=Image.linear_gradient("L").convert("RGB").resize((48, 32)))
+
+
+@pytest.fixture
+def explorer(lab: Lab) -> Explorer:
+    settings = lab.settings(num_frames=2, num_inference_steps=2, height=32, width=32)
+    made = Explorer(
+        lab, settings, [BUG], ["fps", "min_guidance_scale", "max_guidance_scale"], [{"fps": 3}, {"fps": 20}]
+    )
+    made.worker.delay = 0.0
+    return made
+
+
+def test_a_control_is_made_from_its_setting() -> None:
+    fps, guidance, cfg = control("fps", 7), control("min_guidance_scale", 1.0), control("cfg", "batched")
+    assert (fps.min, fps.max, fps.step, fps.value) == (1, 30, 1, 7)
+    assert (guidance.min, guidance.max, guidance.step) == (0, 10, 0.1)
+    assert cfg.options == ("batched", "sequential")
+    assert "fed fps - 1" in fps.tooltip and "1/s" in widgets.help_of("fps")
+    assert control("fps", 60).max == 60
+    assert control("decode_chunk_size", 2, high=8).max == 8
+    for name in ("sigmas", "speed"):
+        with pytest.raises(SvdlabError, match=name):
+            control(name, 1)
+
+
+def test_the_newest_request_wins_and_none_runs_beside_another() -> None:
+    worker, running, most, done = Worker(0.0), 0, 0, []
+    started = threading.Event()
+
+    def work(name: int, stop: threading.Event) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        started.set()
+        if name == 0:
+            assert stop.wait(10), "a newer request stops the older one"
+        done.append((name, stop.is_set()))
+        running -= 1
+
+    worker.submit(lambda stop: work(0, stop))
+    assert started.wait(10)
+    for name in (1, 2, 3):
+        worker.submit(lambda stop, name=name: work(name, stop))
+    worker.join()
+    assert most == 1
+    assert done == [(0, True), (3, False)], "what was asked for in between is never run"
+
+
+def test_the_worker_survives_a_stop_and_waits_for_the_hand_to_rest() -> None:
+    worker, done = Worker(0.05), []
+    for name in range(5):
+        worker.submit(lambda stop, name=name: done.append(name))
+    worker.join()
+    assert done == [4]
+    worker.submit(lambda stop: done.append("dropped"))
+    worker.stop()
+    worker.join()
+    worker.submit(lambda stop: done.append(5))
+    worker.join()
+    assert done == [4, 5]
+
+
+def test_the_number_is_what_the_package_computes(explorer: Explorer, lab: Lab, tiny: Path) -> None:
+    explorer.widget()
+    explorer.worker.join()
+    before = (explorer.number.value, explorer.plot.value, explorer.clips.value)
+    explorer.controls["fps"].value = 9
+    explorer.worker.join()
+    assert all(a != b.value for a, b in zip(before, (explorer.number, explorer.plot, explorer.clips), strict=True))
+    settings = explorer.start.replace(fps=9)
+    own = three_way(str(tiny), lab.image, settings)
+    assert f"<output>{ratio_text(own)}</output>, parity" in explorer.number.value
+    explorer.fix.value = False
+    off = lab.case(settings, BUG).off
+    assert off.verdict == "divergence" and off.first_divergence == "added_time_ids"
+    assert f"<output>{ratio_text(off)}</output>, divergence" in explorer.number.value
+    assert "fix off" in explorer.clips.value
+
+
+def test_what_was_computed_is_kept(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    explorer.widget()
+    explorer.worker.join()
+    monkeypatch.setattr("svdlab.lab.capture", None)
+    explorer.controls["fps"].value = 8
+    explorer.controls["fps"].value = 7
+    explorer.worker.join()
+    assert "done" in explorer.status.value, explorer.status.value
+
+
+def test_stop_leaves_at_once_and_breaks_nothing(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    say = explorer._say
+
+    def stop_in_the_middle(html: str) -> None:
+        said.append(html)
+        if "float64, step 1" in html:
+            explorer.stop.click()
+        say(html)
+
+    monkeypatch.setattr(explorer, "_say", stop_in_the_middle)
+    explorer.controls["fps"].value = 11
+    explorer.worker.join()
+    assert said[-1] == "stopped" and not any("step 2" in s for s in said if "float64" in s)
+    assert explorer.number.value == "" or "being measured" in explorer.number.value
+    assert not nn.modules.module._global_forward_pre_hooks
+    monkeypatch.undo()
+    explorer.compute()
+    explorer.worker.join()
+    assert ", parity" in explorer.number.value and explorer.stop.disabled
+
+
+def test_an_error_is_shown_in_the_widget(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    explorer.controls["min_guidance_scale"].value = 3.0
+    explorer.controls["max_guidance_scale"].value = 1.0
+    explorer.worker.join()
+    assert "diffusers fails at a ramp from 3 to 1" in explorer.status.value
+    monkeypatch.setattr(explorer.lab, "cases", None)
+    explorer.controls["max_guidance_scale"].value = 2.0
+    explorer.worker.join()
+    assert "TypeError" in explorer.status.value and "Traceback" in explorer.status.value
+
+
+def test_a_large_checkpoint_waits_for_run(explorer: Explorer) -> None:
+    explorer.live = False
+    explorer.controls["fps"].value = 12
+    assert "press Run" in explorer.status.value and explorer.case is None
+    explorer.run.click()
+    explorer.worker.join()
+    assert explorer.case is not None and explorer.case.settings.fps == 12
+
+
+def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, lab: Lab) -> None:
+    assert not is_live()
+    page = explorer._repr_mimebundle_()["text/html"]
+    rows = re.findall(r"<tr><td>(\d+)</td>", page)
+    assert rows == ["3", "20"], "the grid"
+    for settings in (explorer.start, *(explorer.start.replace(fps=fps) for fps in (3, 20))):
+        case = lab.case(settings, BUG)
+        assert ratio_text(case.on) in page and ratio_text(case.off) in page
+    assert page.count("<video") == 2 and page.count("<img") == 2
+    answer = explorer.answer()
+    assert answer["passed"] and answer["settings"] == 3
+    assert answer["worst_ratio_fix_on"] <= 4 < answer[f"ratio_with_{BUG}"]
+
+
+def test_a_verdict_is_no_where_the_fix_is_broken(explorer: Explorer, lab: Lab) -> None:
+    broken = lab.pipe.rules.with_bugs(BUG)
+    other = Lab(str(lab._folder), image=lab.image)
+    other.pipe = other.pipe.with_rules(broken)
+    made = Explorer(other, explorer.start, [BUG], ["fps"])
+    assert not made.answer()["passed"]
+
+
+def test_one_reference_serves_what_diffusers_does_not_know(lab: Lab) -> None:
+    settings = GenerationSettings(num_frames=2, num_inference_steps=1, height=32, width=32)
+    reference = lab.reference(settings)
+    for same in ({"cfg": "sequential"}, {"decode": "exact", "decode_chunk_size": 1}, {"decode_chunk_size": 2}):
+        assert lab.reference(settings.replace(**same)) is reference
+    assert lab.reference(settings.replace(decode_chunk_size=1)) is not reference
