@@ -41,6 +41,7 @@ _PARTS = {
     "off": (0.3, 0.45, "svdlab, fix off"),
     "truth": (0.45, 1.0, "diffusers in float64"),
 }
+_PICTURE_HEIGHT = 192  # pixels
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -83,7 +84,11 @@ class Case:
         gain = self._gain()
         difference = (frames["candidate"] - frames["reference"]).abs() * gain - 1
         clips = [Clip.from_tensor(f, self.settings.fps) for f in (*frames.values(), difference)]
-        titles = ("diffusers", f"svdlab, fix {'on' if fix else 'off'}", f"difference, {gain:g} times")
+        titles = (
+            "diffusers",
+            f"svdlab, fix {'on' if fix else 'off'}",
+            f"difference{f', {gain:g} times' if gain > 1 else ''}",
+        )
         heads = "".join(f"<span style='flex:1;text-align:center'>{escape(title)}</span>" for title in titles)
         return (
             "<div style='display:inline-block;max-width:100%'>"
@@ -271,3 +276,53 @@ def motion(frames: Tensor) -> float:
     """How much a clip moves: the mean absolute change from one frame to the next, (F, 3, H, W), in grey levels."""
     levels = (frames.double() / 2 + 0.5).clamp(0, 1) * 255
     return float((levels[1:] - levels[:-1]).abs().mean()) if len(levels) > 1 else 0.0
+
+
+def picture(*images: Tensor) -> Image.Image:
+    """Images (1, 3, H, W) in about [-1, 1] next to each other, enlarged pixel for pixel."""
+    from PIL import Image as pil
+
+    strip = side_by_side([Clip.from_tensor(image, 1) for image in images]).to_pil()[0]
+    scale = max(1, _PICTURE_HEIGHT // strip.height)
+    return strip.resize((strip.width * scale, strip.height * scale), pil.Resampling.NEAREST)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a decode in chunks does.
+
+    Attributes:
+        size: frames a chunk.
+        cuts: how far diffusers' frames are from those it decodes at once, relative.
+        parity: svdlab with this chunk size against diffusers with the same.
+        exact: svdlab's exact decode in chunks of this size against diffusers at once.
+        distance: of the frames from diffusers float64 at once: "diffusers", "parity", "exact" and "floor".
+    """
+
+    size: int
+    cuts: float
+    parity: Comparison
+    exact: Comparison
+    distance: dict[str, float]
+
+
+def every_chunk(lab: Lab, settings: GenerationSettings) -> list[Chunk]:
+    """Decode a clip in chunks of every size from 1 to all frames, in diffusers and in svdlab in both ways."""
+    settings = lab.pipe.resolve(settings.replace(decode="parity", decode_chunk_size=None))
+    reference, truth = lab.reference(settings), lab.truth(settings)
+    whole = truth["frames"].double()
+    found = []
+    for size in range(1, (settings.num_frames or 1) + 1):
+        cut, exact = (settings.replace(decode=how, decode_chunk_size=size) for how in ("parity", "exact"))
+        same = compare(lab.reference(cut), lab.candidate(cut), lab.truth(cut))
+        kept = compare(reference, lab.candidate(exact), truth)
+        frames = {
+            "diffusers": same.traces["reference"]["frames"],
+            "parity": same.traces["candidate"]["frames"],
+            "exact": kept.traces["candidate"]["frames"],
+            "floor": reference["frames"],
+        }
+        distance = {name: float((f.double() - whole).norm() / whole.norm()) for name, f in frames.items()}
+        cuts = float((frames["diffusers"] - frames["floor"]).norm() / frames["floor"].norm())
+        found.append(Chunk(size, cuts, same, kept, distance))
+    return found

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from svdlab.lab import Chunk
     from svdlab.parity.compare import Comparison, ProbeResult
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
@@ -130,12 +131,13 @@ def _draw_lines(
     ax.fill_between(at, bar, _BOTTOM, color=FLOOR, alpha=0.12, lw=0)
     ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
     ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
-    lines = [(f"svdlab {on.dtype}", on, SVDLAB, "o-")]
+    # The wider line lies below the narrower one, so that both are seen where they coincide.
+    lines = [(f"svdlab {on.dtype}" + (", fix on" if off_label.startswith("fix off") else ""), on, SVDLAB, "o-", 2.0)]
     if off is not None:
-        lines.append((off_label, off, FIX_OFF, "s-"))
-    for label, of, colour, style in lines:
+        lines.append((off_label, off, FIX_OFF, "s-", 1.0))
+    for label, of, colour, style, width in lines:
         distance = [max(of[p.name].divergence, _BOTTOM) for p in probes]
-        ax.semilogy(at, distance, style, color=colour, ms=3, lw=1, label=label)
+        ax.semilogy(at, distance, style, color=colour, ms=2 + width, lw=width, label=label)
     ax.set_ylim(bottom=2 * _BOTTOM)
 
 
@@ -219,5 +221,28 @@ def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
         ax.semilogy(at, distance.clamp_min(_BOTTOM), style, color=colour, ms=4, lw=1.2, label=label)
     ax.set_xticks(at)
     _tidy(ax, "frame", _DISTANCE)
+    ax.legend(fontsize=8)
+    return plot
+
+
+def plot_chunks(chunks: Sequence[Chunk]) -> Plot:
+    """How far frames decoded in chunks are from those decoded at once, for every chunk size.
+
+    Args:
+        chunks: of ``lab.every_chunk``.
+    """
+    plot = _plot(6.5, 3.2, "Distance of the frames from diffusers float64 decoded at once, against the chunk size.")
+    ax = plot.subplots()
+    looks = (
+        ("diffusers", "D-", DIFFUSERS, 8, "diffusers in chunks"),
+        ("parity", "s--", FIX_OFF, 4, "svdlab, the same chunks"),
+        ("exact", "o-", SVDLAB, 5, "svdlab, exact"),
+        ("floor", "--", FLOOR, 0, "diffusers at once (the noise floor)"),
+    )
+    sizes = [c.size for c in chunks]
+    for name, style, colour, size, label in looks:
+        ax.semilogy(sizes, [c.distance[name] for c in chunks], style, color=colour, ms=size, lw=1.2, label=label)
+    ax.set_xticks(sizes)
+    _tidy(ax, "chunk size (frames)", _DISTANCE)
     ax.legend(fontsize=8)
     return plot

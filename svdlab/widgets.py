@@ -266,7 +266,7 @@ class Explorer:
         answer: dict[str, Any] = {
             "passed": all(c.verdict == "parity" for c in on) and all(c.off.verdict == "divergence" for c in first),
             "worst_ratio_fix_on": worst.worst.ratio,
-            "settings": len({settings for settings, _ in self.seen}),
+            "settings_seen": len({settings for settings, _ in self.seen}),
         }
         for case in first:
             answer[f"ratio_with_{case.bug}"] = case.off.worst.ratio
@@ -300,7 +300,8 @@ class Explorer:
             case = self._look(self.start, bug)
             parts.append(f"<h4>{escape(bug)}: {escape(BUGS[bug].cause)}</h4>")
             parts.append(case.plot()._repr_html_())
-            parts += [part for fix in (False, True) for part in (case.number(fix), case.clips(fix))]
+            parts += [case.number(fix=False), case.clips(fix=False)]
+        parts += [case.number(fix=True), case.clips(fix=True)]
         if self.changes:
             parts.append(self._grid())
         return "".join(parts)
@@ -310,7 +311,7 @@ class Explorer:
         labels = [" to ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in c.values()) for c in self.changes]
         names = list(self.changes[0])
         axis = " to ".join(name.replace("_", " ") for name in names)
-        if unit := unit_of(names[0]):
+        if len(names) == 1 and (unit := unit_of(names[0])):
             axis = f"{axis} ({unit})"
         off = {bug: [row[i].off for row in rows] for i, bug in enumerate(self.bugs)}
         plot = plot_grid(labels, [row[0].on for row in rows], off, axis)
@@ -318,8 +319,8 @@ class Explorer:
         body = []
         for label, row in zip(labels, rows, strict=True):
             for case in row:
-                bar = "lets it through" if case.off.passes_mse_bar else "catches it"
                 first = case.off.first_divergence or "none"
+                bar = "" if case.off.verdict == "parity" else "misses it" if case.off.passes_mse_bar else "catches it"
                 numbers = [ratio_text(case.off), ratio_text(case.on), f"{case.off.frames_mse:.1e}"]
                 body.append("".join(f"<td>{escape(t)}</td>" for t in (label, case.bug, first, *numbers, bar)))
         return (
