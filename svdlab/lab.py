@@ -181,18 +181,17 @@ class Lab:
             SvdlabError: settings at which diffusers fails, a bug that is not known.
         """
         rules = Rules.with_bugs(bug)
-        with self._lock:
-            settings = self.pipe.resolve(settings)
-            reference = self.reference(settings, watch)
-            on = self.candidate(settings, watch=watch)
-            off = self._trace(
-                ("off", bug, settings),
-                lambda: capture(self.pipe.with_rules(rules), None, settings, replay=reference, preprocess=True),
-                watch,
-            )
-            yield Case(settings, bug, compare(reference, on), compare(reference, off))
-            truth = self.truth(settings, watch)
-            yield Case(settings, bug, compare(reference, on, truth), compare(reference, off, truth))
+        settings = self.pipe.resolve(settings)
+        reference = self.reference(settings, watch)
+        on = self.candidate(settings, watch=watch)
+        off = self._trace(
+            ("off", bug, settings),
+            lambda: capture(self.pipe.with_rules(rules), None, settings, replay=reference, preprocess=True),
+            watch,
+        )
+        yield Case(settings, bug, compare(reference, on), compare(reference, off))
+        truth = self.truth(settings, watch)
+        yield Case(settings, bug, compare(reference, on, truth), compare(reference, off, truth))
 
     def reference(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
         """diffusers' trace in the working dtype."""

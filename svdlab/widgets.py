@@ -125,14 +125,14 @@ class Worker:
 
 
 class Explorer:
-    """Sliders, a fix on/off toggle, the plot with its number, and the clips side by side.
+    """One fix at any position of the sliders: a panel where somebody can move them, a page where nobody can.
 
     Args:
         lab: what computes.
         settings: where the sliders start.
         bugs: what can stand in the fix's place, names of ``rules.BUGS``.
         sliders: which settings have a control.
-        grid: changes of the settings that a page without sliders shows instead.
+        grid: changes of the settings that a page shows instead of sliders.
         live: recompute at every move, or wait for the Run button; default: by the checkpoint's size.
     """
 
@@ -145,114 +145,15 @@ class Explorer:
         grid: Sequence[Mapping[str, Any]] = (),
         live: bool | None = None,
     ):
-        self.lab, self.start, self.bugs, self.changes = lab, settings, tuple(bugs), list(grid)
+        self.lab, self.start = lab, settings
+        self.bugs, self.sliders, self.changes = tuple(bugs), tuple(sliders), tuple(grid)
         self.live = lab.parameters <= _LIVE_PARAMETERS if live is None else live
-        self.worker = Worker()
-        self.case: Case | None = None
         self.seen: dict[tuple[GenerationSettings, str], Case] = {}
-        self._drawing = threading.RLock()
-        self.controls = {name: self._control(name) for name in sliders}
-        self.bug = ipywidgets.Dropdown(options=self.bugs, description="the bug", style=_WIDE, layout={"width": "30em"})
-        self.fix = ipywidgets.Checkbox(value=True, description="fix on", indent=False, layout={"width": "6em"})
-        self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
-        self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
-        self.progress = ipywidgets.FloatProgress(max=1.0, layout={"width": "12em"})
-        self.status, self.number = ipywidgets.HTML(), ipywidgets.HTML()
-        self.plot, self.clips = ipywidgets.HTML(), ipywidgets.HTML()
-        for widget in (*self.controls.values(), self.bug):
-            widget.observe(self._moved, "value")
-        self.fix.observe(lambda change: self._draw_choice(), "value")
-        self.run.on_click(lambda button: self.compute())
-        self.stop.on_click(lambda button: self.worker.stop())
 
-    def _control(self, name: str) -> ipywidgets.ValueWidget:
-        high = self.start.num_frames if name == "decode_chunk_size" else None
-        value = getattr(self.start, name)
-        return control(name, high if value is None else value, high)
-
-    @property
-    def settings(self) -> GenerationSettings:
-        """Where the sliders stand.
-
-        Raises:
-            SvdlabError: they stand where the settings do not allow.
-        """
-        values = {name: widget.value for name, widget in self.controls.items()}
-        # A slider in steps of 0.1 says 0.30000000000000004.
-        return self.start.replace(**{n: round(v, 6) if isinstance(v, float) else v for n, v in values.items()})
-
-    def compute(self) -> None:
-        """Ask the worker for the case at which the sliders stand."""
-        try:
-            settings = self.settings
-        except SvdlabError as error:
-            self._say(f"<b>{escape(str(error))}</b>")
-            return
-        bug = self.bug.value
-        self._dim(0.4)
-        self.worker.submit(lambda stop: self._compute(settings, bug, stop))
-
-    def _moved(self, change: Any) -> None:
-        if self.live:
-            self.compute()
-        else:
-            self._say("The sliders have moved: press Run.")
-
-    def _compute(self, settings: GenerationSettings, bug: str, stop: threading.Event) -> None:
-        """In the worker's thread: draw what comes, and show an error where the number would be."""
-        said = ""
-
-        def watch(fraction: float, text: str) -> None:
-            nonlocal said
-            if stop.is_set():
-                raise Stopped
-            if text != said:
-                said = text
-                self.progress.value = fraction
-                self._say(escape(text))
-
-        self.stop.disabled = False
-        try:
-            for case in self.lab.cases(settings, bug, watch):
-                if stop.is_set():
-                    raise Stopped
-                self._draw(case)
-            self._say("done")
-        except Stopped:
-            self._say("stopped")
-        except SvdlabError as error:
-            self._say(f"<b role='alert'>{escape(str(error))}</b>")
-        except Exception as error:  # anything else is shown whole: a thread's traceback would be lost
-            text = escape(traceback.format_exc())
-            self._say(f"<details open><summary>{escape(repr(error))}</summary><pre>{text}</pre></details>")
-        finally:
-            self.progress.value = 0.0
-            self.stop.disabled = True
-            self._dim(1.0)
-
-    def _draw(self, case: Case) -> None:
-        with self._drawing:
-            self.case = case
-            self._draw_choice()
-            if case.measured:
-                self._remember(case)
-                self.plot.value = case.plot()._repr_html_()
-                self.plot.layout.opacity = "1"
-
-    def _draw_choice(self) -> None:
-        """What the toggle changes: the number and the clips. The plot has both lines."""
-        with self._drawing:
-            if self.case is not None:
-                self.number.value = self.case.number(self.fix.value)
-                self.clips.value = self.case.clips(self.fix.value)
-                self.clips.layout.opacity = "1"
-
-    def _dim(self, opacity: float) -> None:
-        for widget in (self.plot, self.clips):
-            widget.layout.opacity = str(opacity)
-
-    def _say(self, html: str) -> None:
-        self.status.value = f"<span role='status'>{html}</span>"
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        if is_live():
+            return Panel(self).show()._repr_mimebundle_()
+        return {"text/html": self.page(), "text/plain": f"Explorer of {', '.join(self.bugs)}"}
 
     def answer(self) -> dict[str, Any]:
         """What the closing cell records, over every position of the sliders that was computed, the first included.
@@ -261,7 +162,7 @@ class Explorer:
             ``passed``: at parity at each of them with the fix, and not at the first without; and the numbers.
         """
         first = [self._look(self.start, bug) for bug in self.bugs]
-        on = [case.on for case in self.seen.values()]
+        on = [case.on for case in list(self.seen.values())]
         worst = max(on, key=lambda c: c.worst.ratio)
         answer: dict[str, Any] = {
             "passed": all(c.verdict == "parity" for c in on) and all(c.off.verdict == "divergence" for c in first),
@@ -274,24 +175,13 @@ class Explorer:
         return answer
 
     def _look(self, settings: GenerationSettings, bug: str) -> Case:
-        return self._remember(self.lab.case(settings, bug))
+        return self.remember(self.lab.case(settings, bug))
 
-    def _remember(self, case: Case) -> Case:
+    def remember(self, case: Case) -> Case:
+        """Count a case for the answer, without its tensors."""
         slim = {name: replace(getattr(case, name), traces={}) for name in ("on", "off")}
         self.seen[case.settings, case.bug] = replace(case, **slim)
         return case
-
-    def widget(self) -> ipywidgets.Widget:
-        """All of it as one widget."""
-        rows = [
-            ipywidgets.HBox([w, ipywidgets.HTML(f"<small>{escape(help_of(name))}</small>")])
-            for name, w in self.controls.items()
-        ]
-        if len(self.bugs) > 1:
-            rows.append(self.bug)
-        buttons = [self.fix, *([] if self.live else [self.run]), self.stop, self.progress, self.status]
-        self.compute()
-        return ipywidgets.VBox([*rows, ipywidgets.HBox(buttons), self.plot, self.number, self.clips])
 
     def page(self) -> str:
         """What a page without sliders shows: the start with the fix off and on, then the grid. HTML."""
@@ -329,10 +219,136 @@ class Explorer:
             f"<tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
         )
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        if is_live():
-            return self.widget()._repr_mimebundle_()
-        return {"text/html": self.page(), "text/plain": f"Explorer of {', '.join(self.bugs)}"}
+
+class Panel:
+    """Sliders, a fix on/off toggle, the plot with its number, and the clips side by side.
+
+    Args:
+        explorer: what it is about.
+    """
+
+    def __init__(self, explorer: Explorer):
+        self.explorer = explorer
+        self.worker = Worker()
+        self.case: Case | None = None
+        self._drawing = threading.RLock()
+        self.controls = {name: self._control(name) for name in explorer.sliders}
+        self.bug = ipywidgets.Dropdown(
+            options=explorer.bugs, description="the bug", style=_WIDE, layout={"width": "30em"}
+        )
+        self.fix = ipywidgets.Checkbox(value=True, description="fix on", indent=False, layout={"width": "6em"})
+        self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
+        self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
+        self.progress = ipywidgets.FloatProgress(max=1.0, layout={"width": "12em"})
+        self.status, self.number = ipywidgets.HTML(), ipywidgets.HTML()
+        self.plot, self.clips = ipywidgets.HTML(), ipywidgets.HTML()
+        for widget in (*self.controls.values(), self.bug):
+            widget.observe(self._moved, "value")
+        self.fix.observe(lambda change: self._draw_choice(), "value")
+        self.run.on_click(lambda button: self.compute())
+        self.stop.on_click(lambda button: self.worker.stop())
+
+    def _control(self, name: str) -> ipywidgets.ValueWidget:
+        start = self.explorer.start
+        high = start.num_frames if name == "decode_chunk_size" else None
+        value = getattr(start, name)
+        return control(name, high if value is None else value, high)
+
+    def show(self) -> ipywidgets.Widget:
+        """All of it as one widget, and the first case under way."""
+        rows = [
+            ipywidgets.HBox([widget, ipywidgets.HTML(f"<small>{escape(help_of(name))}</small>")])
+            for name, widget in self.controls.items()
+        ]
+        if len(self.explorer.bugs) > 1:
+            rows.append(self.bug)
+        buttons = [self.fix, *([] if self.explorer.live else [self.run]), self.stop, self.progress, self.status]
+        self.compute()
+        return ipywidgets.VBox([*rows, ipywidgets.HBox(buttons), self.plot, self.number, self.clips])
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """Where the sliders stand.
+
+        Raises:
+            SvdlabError: they stand where the settings do not allow.
+        """
+        values = {name: widget.value for name, widget in self.controls.items()}
+        # A slider in steps of 0.1 says 0.30000000000000004.
+        return self.explorer.start.replace(**{n: round(v, 6) if isinstance(v, float) else v for n, v in values.items()})
+
+    def compute(self) -> None:
+        """Ask the worker for the case at which the sliders stand."""
+        try:
+            settings = self.settings
+        except SvdlabError as error:
+            self._say(f"<b>{escape(str(error))}</b>")
+            return
+        bug = self.bug.value
+        self._dim(0.4)
+        self.worker.submit(lambda stop: self._compute(settings, bug, stop))
+
+    def _moved(self, change: Any) -> None:
+        if self.explorer.live:
+            self.compute()
+        else:
+            self._say("The sliders have moved: press Run.")
+
+    def _compute(self, settings: GenerationSettings, bug: str, stop: threading.Event) -> None:
+        """In the worker's thread: draw what comes, and show an error where the number would be."""
+        said = ""
+
+        def watch(fraction: float, text: str) -> None:
+            nonlocal said
+            if stop.is_set():
+                raise Stopped
+            if text != said:
+                said = text
+                self.progress.value = fraction
+                self._say(escape(text))
+
+        self.stop.disabled = False
+        try:
+            for case in self.explorer.lab.cases(settings, bug, watch):
+                if stop.is_set():
+                    raise Stopped
+                self._draw(case)
+            self._say("done")
+        except Stopped:
+            self._say("stopped")
+        except SvdlabError as error:
+            self._say(f"<b role='alert'>{escape(str(error))}</b>")
+        except Exception as error:  # anything else is shown whole: a thread's traceback would be lost
+            text = escape(traceback.format_exc())
+            self._say(f"<details open><summary>{escape(repr(error))}</summary><pre>{text}</pre></details>")
+        finally:
+            self.progress.value = 0.0
+            self.stop.disabled = True
+            self._dim(1.0)
+
+    def _draw(self, case: Case) -> None:
+        with self._drawing:
+            self.case = case
+            self._draw_choice()
+            if case.measured:
+                self.explorer.remember(case)
+                self.plot.value = case.plot()._repr_html_()
+                self.plot.layout.opacity = "1"
+
+    def _draw_choice(self) -> None:
+        """What the toggle changes: the number and the clips. The plot has both lines."""
+        with self._drawing:
+            if self.case is not None:
+                self.number.value = self.case.number(self.fix.value)
+                self.clips.value = self.case.clips(self.fix.value)
+                self.clips.layout.opacity = "1"
+
+    def _dim(self, opacity: float) -> None:
+        for widget in (self.plot, self.clips):
+            widget.layout.opacity = str(opacity)
+
+    def _say(self, html: str) -> None:
+        self.status.value = f"<span role='status'>{html}</span>"
 
 
 def help_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What every notebook in git keeps to."""
+"""What every notebook in git keeps to, and what one says when nobody is there to move its sliders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+
+from svdlab.report import run_report
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -27,3 +29,14 @@ def test_a_notebook_is_clean(path: Path) -> None:
         source = "".join(cell["source"])
         ast.parse(source)
         assert len(source.splitlines()) <= 25, "a code cell fits on a screen"
+
+
+def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path) -> None:
+    (path,) = (p for p in NOTEBOOKS if p.stem == "01_fps_conditioning")
+    small = {"model": str(tiny), "num_frames": 2, "height": 32, "width": 32, "num_inference_steps": 1, "fps_grid": [3]}
+    (result,) = run_report([path], tmp_path, small)
+    assert result.status == "passed", result.error
+    assert result.verdicts[0]["numbers"]["settings_seen"] == 2, "the start and the grid"
+    page = (tmp_path / result.page).read_text()
+    assert "At other positions of the sliders" in page and page.count("<video") == 2
+    assert "widget-view" not in page, "there is no kernel behind the page"

@@ -15,7 +15,7 @@ from svdlab.errors import SvdlabError
 from svdlab.lab import Lab, ratio_text
 from svdlab.parity.compare import three_way
 from svdlab.settings import GenerationSettings
-from svdlab.widgets import Explorer, Worker, control, is_live
+from svdlab.widgets import Explorer, Panel, Worker, control, is_live
 
 BUG = "fps_not_decremented"
 
@@ -28,9 +28,14 @@ def lab(tiny: Path) -> Lab:
 @pytest.fixture
 def explorer(lab: Lab) -> Explorer:
     settings = lab.settings(num_frames=2, num_inference_steps=2, height=32, width=32)
-    made = Explorer(
+    return Explorer(
         lab, settings, [BUG], ["fps", "min_guidance_scale", "max_guidance_scale"], [{"fps": 3}, {"fps": 20}]
     )
+
+
+@pytest.fixture
+def panel(explorer: Explorer) -> Panel:
+    made = Panel(explorer)
     made.worker.delay = 0.0
     return made
 
@@ -85,73 +90,73 @@ def test_the_worker_survives_a_stop_and_waits_for_the_hand_to_rest() -> None:
     assert done == [4, 5]
 
 
-def test_the_number_is_what_the_package_computes(explorer: Explorer, lab: Lab, tiny: Path) -> None:
-    explorer.widget()
-    explorer.worker.join()
-    before = (explorer.number.value, explorer.plot.value, explorer.clips.value)
-    explorer.controls["fps"].value = 9
-    explorer.worker.join()
-    assert all(a != b.value for a, b in zip(before, (explorer.number, explorer.plot, explorer.clips), strict=True))
-    settings = explorer.start.replace(fps=9)
+def test_the_number_is_what_the_package_computes(panel: Panel, lab: Lab, tiny: Path) -> None:
+    panel.show()
+    panel.worker.join()
+    before = (panel.number.value, panel.plot.value, panel.clips.value)
+    panel.controls["fps"].value = 9
+    panel.worker.join()
+    assert all(a != b.value for a, b in zip(before, (panel.number, panel.plot, panel.clips), strict=True))
+    settings = panel.explorer.start.replace(fps=9)
     own = three_way(str(tiny), lab.image, settings)
-    assert f"<output>{ratio_text(own)}</output>, parity" in explorer.number.value
-    explorer.fix.value = False
+    assert f"<output>{ratio_text(own)}</output>, parity" in panel.number.value
+    panel.fix.value = False
     off = lab.case(settings, BUG).off
     assert off.verdict == "divergence" and off.first_divergence == "added_time_ids"
-    assert f"<output>{ratio_text(off)}</output>, divergence" in explorer.number.value
-    assert "fix off" in explorer.clips.value
+    assert f"<output>{ratio_text(off)}</output>, divergence" in panel.number.value
+    assert "fix off" in panel.clips.value
 
 
-def test_what_was_computed_is_kept(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    explorer.widget()
-    explorer.worker.join()
+def test_what_was_computed_is_kept(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel.show()
+    panel.worker.join()
     monkeypatch.setattr("svdlab.lab.capture", None)
-    explorer.controls["fps"].value = 8
-    explorer.controls["fps"].value = 7
-    explorer.worker.join()
-    assert "done" in explorer.status.value, explorer.status.value
+    panel.controls["fps"].value = 8
+    panel.controls["fps"].value = 7
+    panel.worker.join()
+    assert "done" in panel.status.value, panel.status.value
 
 
-def test_stop_leaves_at_once_and_breaks_nothing(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_leaves_at_once_and_breaks_nothing(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    say = explorer._say
+    say = panel._say
 
     def stop_in_the_middle(html: str) -> None:
         said.append(html)
         if "float64, step 1" in html:
-            explorer.stop.click()
+            panel.stop.click()
         say(html)
 
-    monkeypatch.setattr(explorer, "_say", stop_in_the_middle)
-    explorer.controls["fps"].value = 11
-    explorer.worker.join()
+    monkeypatch.setattr(panel, "_say", stop_in_the_middle)
+    panel.controls["fps"].value = 11
+    panel.worker.join()
     assert said[-1] == "stopped" and not any("step 2" in s for s in said if "float64" in s)
-    assert explorer.number.value == "" or "being measured" in explorer.number.value
+    assert panel.number.value == "" or "being measured" in panel.number.value
     assert not nn.modules.module._global_forward_pre_hooks
     monkeypatch.undo()
-    explorer.compute()
-    explorer.worker.join()
-    assert ", parity" in explorer.number.value and explorer.stop.disabled
+    panel.compute()
+    panel.worker.join()
+    assert ", parity" in panel.number.value and panel.stop.disabled
 
 
-def test_an_error_is_shown_in_the_widget(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    explorer.controls["min_guidance_scale"].value = 3.0
-    explorer.controls["max_guidance_scale"].value = 1.0
-    explorer.worker.join()
-    assert "diffusers fails at a ramp from 3 to 1" in explorer.status.value
-    monkeypatch.setattr(explorer.lab, "cases", None)
-    explorer.controls["max_guidance_scale"].value = 2.0
-    explorer.worker.join()
-    assert "TypeError" in explorer.status.value and "Traceback" in explorer.status.value
+def test_an_error_is_shown_in_the_widget(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel.controls["min_guidance_scale"].value = 3.0
+    panel.controls["max_guidance_scale"].value = 1.0
+    panel.worker.join()
+    assert "diffusers fails at a ramp from 3 to 1" in panel.status.value
+    monkeypatch.setattr(panel.explorer.lab, "cases", None)
+    panel.controls["max_guidance_scale"].value = 2.0
+    panel.worker.join()
+    assert "TypeError" in panel.status.value and "Traceback" in panel.status.value
 
 
-def test_a_large_checkpoint_waits_for_run(explorer: Explorer) -> None:
-    explorer.live = False
-    explorer.controls["fps"].value = 12
-    assert "press Run" in explorer.status.value and explorer.case is None
-    explorer.run.click()
-    explorer.worker.join()
-    assert explorer.case is not None and explorer.case.settings.fps == 12
+def test_a_large_checkpoint_waits_for_run(panel: Panel) -> None:
+    panel.explorer.live = False
+    panel.controls["fps"].value = 12
+    assert "press Run" in panel.status.value and panel.case is None
+    panel.run.click()
+    panel.worker.join()
+    assert panel.case is not None and panel.case.settings.fps == 12
 
 
 def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, lab: Lab) -> None:
