@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -277,13 +278,21 @@ def motion(frames: Tensor) -> float:
     return float((levels[1:] - levels[:-1]).abs().mean()) if len(levels) > 1 else 0.0
 
 
-def picture(*images: Tensor) -> Image.Image:
-    """Images (1, 3, H, W) in about [-1, 1] next to each other, enlarged pixel for pixel."""
+def picture(alt: str, *images: Tensor) -> Any:
+    """Images (1, 3, H, W) in about [-1, 1] next to each other, enlarged pixel for pixel, for a notebook to show.
+
+    Args:
+        alt: what they show, for those who cannot see it.
+        images: of one size.
+    """
+    from IPython.display import Image as Shown
     from PIL import Image as pil
 
     strip = side_by_side([Clip.from_tensor(image, 1) for image in images]).to_pil()[0]
     scale = max(1, _PICTURE_HEIGHT // strip.height)
-    return strip.resize((strip.width * scale, strip.height * scale), pil.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    strip.resize((strip.width * scale, strip.height * scale), pil.Resampling.NEAREST).save(buffer, "PNG")
+    return Shown(data=buffer.getvalue(), alt=alt)
 
 
 @dataclass(frozen=True)

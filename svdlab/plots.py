@@ -198,6 +198,8 @@ def plot_curves(
         ax.set_xscale("log")
     if log_y:
         ax.set_yscale("log")
+    elif min(map(min, curves.values())) >= 0:
+        ax.set_ylim(bottom=0)  # a small change shall look small
     _tidy(ax, *labels)
     ax.legend(fontsize=8)
     return plot

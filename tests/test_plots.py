@@ -1,0 +1,79 @@
+"""Figures and pictures: drawn without a window, each with a text beside it, and right where it counts."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from svdlab import plots
+from svdlab.lab import Case, Lab, every_chunk, motion, picture
+
+BUG = "guidance_constant"
+
+
+@pytest.fixture(scope="module")
+def lab(tiny: Path) -> Lab:
+    return Lab(str(tiny), image=Image.linear_gradient("L").convert("RGB").resize((48, 32)))
+
+
+@pytest.fixture(scope="module")
+def case(lab: Lab) -> Case:
+    return lab.case(lab.settings(num_frames=3, num_inference_steps=2, height=32, width=32), BUG)
+
+
+def lines(ax: object) -> dict[str, list[float]]:
+    return {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}  # type: ignore[attr-defined]
+
+
+def test_every_figure_has_axes_with_names_and_a_text(case: Case) -> None:
+    on, off = case.on, case.off
+    figures = [
+        plots.plot_divergence(on),
+        plots.plot_divergence(on, off, "a port", inputs=False),
+        plots.plot_fix(on, off, BUG),
+        plots.plot_grid(["1", "2"], [on, on], {BUG: [off, off]}, "fps (1/s)"),
+        plots.plot_curves([1, 2], {"a": [1, 2], "b": [2, 3]}, ("x (s)", "y (m)"), log_x=True, band=(0, 1, "band")),
+        plots.plot_frames(on, off, BUG),
+    ]
+    for figure in figures:
+        html = figure._repr_html_()
+        assert re.search(r'<img [^>]*alt="[^"]{20,}" src="data:image/png;base64,iVBOR', html)
+        assert figure.axes[0].get_ylabel() and all(ax.get_xlabel() for ax in figure.axes)
+
+
+def test_the_lines_are_the_numbers(case: Case) -> None:
+    probes, steps = plots.plot_fix(case.on, case.off, BUG).axes
+    drawn = lines(probes)
+    assert drawn[f"fix off ({BUG})"] == [max(p.divergence, 1e-9) for p in case.off.probes]
+    assert drawn["diffusers float32 (the noise floor)"] == [p.floor for p in case.on.probes]
+    assert all(len(line.get_ydata()) == 2 for line in steps.get_lines()), "one point a step"
+    frames = lines(plots.plot_frames(case.on, case.off, BUG).axes[0])
+    assert frames[f"fix off ({BUG})"][0] > 100 * frames["fix on"][0], "the first frame is guided wrongly"
+
+
+def test_a_chunk_changes_diffusers_and_not_the_exact_decode(lab: Lab, case: Case) -> None:
+    chunks = every_chunk(lab, case.settings)
+    assert [c.size for c in chunks] == [1, 2, 3]
+    assert all(c.parity.verdict == c.exact.verdict == "parity" for c in chunks)
+    assert chunks[0].cuts > chunks[1].cuts > 1e-3 and chunks[2].cuts == 0
+    assert chunks[0].distance["exact"] < 1e-3 * chunks[0].distance["parity"]
+    drawn = lines(plots.plot_chunks(chunks).axes[0])
+    assert drawn["svdlab, exact"] == [c.distance["exact"] for c in chunks]
+
+
+def test_a_picture_has_a_text_and_whole_pixels() -> None:
+    shown = picture("two greys", torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
+    assert shown.alt == "two greys"
+    with Image.open(io.BytesIO(shown.data)) as image:
+        assert image.height == 192 and image.width > 2 * 192
+
+
+def test_motion_is_the_change_from_frame_to_frame() -> None:
+    frames = torch.stack([torch.full((3, 4, 4), level / 127.5 - 1) for level in (0.0, 10.0, 30.0)])
+    assert motion(frames) == pytest.approx(15.0, abs=1e-4)
+    assert motion(frames[:1]) == 0.0
