@@ -20,6 +20,8 @@ _ELSEWHERE = {
     "compare": "svdlab.parity.commands",
     "diagnose": "svdlab.parity.commands",
     "report": "svdlab.report",
+    "train-tiny": "svdlab.training.commands",
+    "evaluate": "svdlab.training.commands",
 }
 
 
@@ -29,7 +31,7 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _ELSEWHERE:
-            return getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
+            return getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name.replace("-", "_"))
         return super().get_command(ctx, cmd_name)
 
 

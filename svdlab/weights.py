@@ -309,20 +309,47 @@ def write_random_checkpoint(
         seed: of the weights.
         unet: options over ``TINY_UNET``; likewise the other components.
     """
+    models = (
+        UNet(UNetConfig(**{**TINY_UNET, **unet})),
+        VAE(VAEConfig(**{**TINY_VAE, **vae})),
+        CLIPVision(CLIPVisionConfig(**{**TINY_CLIP, **image_encoder})),
+    )
+    for i, model in enumerate(models):
+        randomize_(model, seed + i)
+    return write_checkpoint(folder, *models, scheduler=scheduler)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    unet: UNet,
+    vae: VAE,
+    image_encoder: CLIPVision,
+    *,
+    scheduler: Mapping[str, Any] = {},  # noqa: B006 - read only
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write modules as a checkpoint in diffusers' folder format, which diffusers and svdlab load alike.
+
+    Args:
+        folder: made if needed.
+        unet, vae, image_encoder: their weights and configs.
+        scheduler: options over ``SVD_SCHEDULER``.
+        dtype: of the weights in the files.
+    """
     folder = Path(folder)
     models: tuple[tuple[str, Any, str, str | None], ...] = (
-        ("unet", UNet(UNetConfig(**{**TINY_UNET, **unet})), _UNET_FILE, "UNetSpatioTemporalConditionModel"),
-        ("vae", VAE(VAEConfig(**{**TINY_VAE, **vae})), _UNET_FILE, "AutoencoderKLTemporalDecoder"),
-        ("image_encoder", CLIPVision(CLIPVisionConfig(**{**TINY_CLIP, **image_encoder})), _CLIP_FILE, None),
+        ("unet", unet, _UNET_FILE, "UNetSpatioTemporalConditionModel"),
+        ("vae", vae, _UNET_FILE, "AutoencoderKLTemporalDecoder"),
+        ("image_encoder", image_encoder, _CLIP_FILE, None),
     )
-    for i, (name, model, stem, class_name) in enumerate(models):
+    for name, model, stem, class_name in models:
         config: dict[str, Any] = asdict(model.config)
         if class_name:
             config["_class_name"] = class_name
         else:
             config |= {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]}
         _write_json(folder / name / "config.json", config)
-        state = {k: v.contiguous() for k, v in randomize_(model, seed + i).state_dict().items()}
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
         save_file(state, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
     _write_json(
         folder / "scheduler/scheduler_config.json",

@@ -1,0 +1,136 @@
+"""The UNet: EDM's preconditioning and loss over encoded clips.
+
+Source: Karras et al. 2022 (arXiv 2206.00364), section 5 and table 1; SVD paper (arXiv 2311.15127), appendix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from svdlab import rules, scheduler
+from svdlab.data import Scene
+from svdlab.model import VAE, CLIPVision, UNet
+from svdlab.model.layers import ResnetBlock, SpatioTemporalTransformer, TemporalResnetBlock
+from svdlab.training.autoencoder import draw_motion, to_tensor
+from svdlab.training.recipe import Recipe
+from svdlab.training.tower import clip_pixels
+
+
+class Denoiser(nn.Module):
+    """A training batch through the UNet: noisy latents beside image latents, and all conditioning."""
+
+    def __init__(self, unet: UNet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timesteps: Tensor, image_embeddings: Tensor, added_time_ids: Tensor) -> Tensor:
+        dtype = self.unet.conv_in.weight.dtype
+        conditioning = self.unet.condition(image_embeddings.to(dtype), added_time_ids, sample.shape[1])
+        return self.unet(sample.to(dtype), timesteps, conditioning)
+
+
+def initialise_(unet: UNet) -> UNet:
+    """Every residual branch starts at zero, and so does the prediction."""
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock, TemporalResnetBlock)):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, SpatioTemporalTransformer):
+            nn.init.zeros_(module.proj_out.weight)
+    nn.init.zeros_(unet.conv_out.weight)
+    return unet
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded clips.
+
+    Attributes:
+        latents: (N, F, 4, h, w), times the VAE's scaling factor.
+        image_latents: (N, K, 4, h, w), K noise-augmented first frames, unscaled.
+        strengths: (N, K), their noise_aug_strength.
+        image_embeddings: (N, 1, D).
+        motion: (N, 2), fps - 1 and the motion bucket.
+        weight: (N, F, 1, h, w), of each latent in the loss.
+    """
+
+    latents: Tensor
+    image_latents: Tensor
+    strengths: Tensor
+    image_embeddings: Tensor
+    motion: Tensor
+    weight: Tensor
+
+
+@torch.no_grad()
+def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: torch.device) -> tuple[Pool, float]:
+    """Draw and encode the clips; the pool and the VAE's scaling factor, 1 / standard deviation of its latents."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    rows: list[tuple[Tensor, ...]] = []
+    for _ in tqdm(range(recipe.clips), desc="encode clips", unit="clip", mininterval=2):
+        scene = Scene.from_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        fps, bucket = draw_motion(generator, recipe)
+        path = scene.path(8, fps, bucket)
+        frames = to_tensor(scene.render(path))
+        mean, spread = recipe.noise_aug
+        strengths = torch.randn(recipe.augmentations, generator=generator).mul(spread).add(mean).exp().clamp(max=1.0)
+        noisy = [
+            rules.augment_pixels(frames[:1], torch.randn(frames[:1].shape, generator=generator), float(s))
+            for s in strengths
+        ]
+        latents = vae.encode(torch.cat([frames, *noisy]).to(device))[0].cpu()
+        pixels = clip_pixels(frames[:1], image_encoder.config.image_size)
+        embedding = image_encoder(pixels.to(device))[0].cpu()
+        body = torch.from_numpy(scene.coverage(path)[0]).float()[:, None]
+        near = F.max_pool2d(body, kernel_size=8)
+        motion = torch.tensor([float(rules.fps_minus_one(fps)), float(bucket)])
+        rows.append((latents[:8], latents[8:], strengths, embedding, motion, 1 + recipe.shape_weight * near))
+    pool = Pool(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    scaling_factor = round(1 / float(pool.latents.std()), 5)
+    return replace(pool, latents=pool.latents * scaling_factor), scaling_factor
+
+
+def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
+    """EDM's loss in v: with SVD's preconditioning the weight lambda(sigma) * c_out^2 is 1 at every sigma."""
+    weight = pool.weight / pool.weight.mean()
+
+    def of(call: Callable[..., Any], generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pool.latents), (recipe.unet.batch,), generator=generator)
+        column = torch.randint(pool.strengths.shape[1], rows.shape, generator=generator)
+        clean, num_frames = pool.latents[rows], pool.latents.shape[1]
+        sigmas = draw_sigmas(recipe, generator)
+        sigma = sigmas.view(-1, 1, 1, 1, 1)
+        noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
+
+        both, embedding, latents = np.cumsum([recipe.drop_both, recipe.drop_embedding, recipe.drop_latents])
+        chance = torch.rand(rows.shape, generator=generator)
+        keep_embedding = (chance >= embedding).float().view(-1, 1, 1)
+        keep_latents = ((chance >= latents) | ((chance >= both) & (chance < embedding))).float().view(-1, 1, 1, 1)
+        image_latents = (pool.image_latents[rows, column] * keep_latents)[:, None].repeat(1, num_frames, 1, 1, 1)
+        ids = torch.cat([pool.motion[rows], pool.strengths[rows, column, None]], dim=1)
+
+        sample = torch.cat([scheduler.scale_model_input(noisy, sigma), image_latents], dim=2)
+        v = call(sample, 0.25 * sigmas.log(), pool.image_embeddings[rows] * keep_embedding, ids).float()
+        target = (clean - noisy / (sigma**2 + 1)) * (-((sigma**2 + 1) ** 0.5) / sigma)
+        return ((v - target.to(v.device)).square() * weight[rows].to(v.device)).mean()
+
+    return of
+
+
+def draw_sigmas(recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """One sigma a clip (B,): log-normal, some log-uniform; stratified over the batch, for a steadier loss."""
+    batch = recipe.unet.batch
+    level = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    mean, spread = recipe.sigma
+    normal = mean + spread * torch.special.ndtri(level.clamp(1e-4, 1 - 1e-4))
+    low, high = math.log(0.002), math.log(700.0)
+    uniform = low + (high - low) * torch.rand(batch, generator=generator)
+    return torch.where(torch.rand(batch, generator=generator) < recipe.sigma_uniform, uniform, normal).exp()

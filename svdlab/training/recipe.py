@@ -1,0 +1,103 @@
+"""What the embedded checkpoint is: architectures, data and optimisation in one place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
+
+# The last decoder level needs more than two channels a group-norm group, or flat colour is normalised away.
+VAE = VAEConfig(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    block_out_channels=(96, 64, 96, 128),
+    layers_per_block=1,
+    sample_size=64,
+)
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(64, 128),
+    down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+    up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    layers_per_block=1,
+    num_attention_heads=(2, 4),
+    cross_attention_dim=32,
+    addition_time_embed_dim=32,
+    projection_class_embeddings_input_dim=96,
+    num_frames=8,
+)
+IMAGE_ENCODER = CLIPVisionConfig(
+    hidden_size=96,
+    intermediate_size=192,
+    projection_dim=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=224,
+    patch_size=32,
+    hidden_act="gelu",
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one network is optimised: AdamW, linear warm-up, cosine decay, exponential moving average of the weights."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    ema_decay: float = 0.999
+    warmup: int = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, with the seed.
+
+    Attributes:
+        image_encoder, vae_images, vae_clips, unet: the four stages; the VAE learns from single images first (the same
+            loss, a batch of images) and from whole clips after (one clip a step).
+        clips: how many clips the UNet learns from, encoded once.
+        augmentations: noisy first frames a clip.
+        noise_aug: mean and standard deviation of ln(noise_aug_strength).
+        sigma: mean and standard deviation of ln(sigma), as SVD trains image-to-video (arXiv 2311.15127, appendix D).
+        sigma_uniform: share of sigmas drawn log-uniformly over the sampler's whole range instead.
+        drop_both, drop_embedding, drop_latents: shares of clips trained without both conditions, or without one.
+        fps, motion_bucket_id: ranges, both ends included; ``max_displacement`` in pixels a frame bounds their ratio.
+        shape_weight: how much more a pixel or latent on the shape counts than one of the background.
+        kl_weight: of the VAE's posterior.
+        seed: of all draws.
+    """
+
+    image_encoder: Schedule = Schedule(steps=400, batch=32, learning_rate=1e-3)
+    vae_images: Schedule = Schedule(steps=460, batch=8, learning_rate=1e-3, ema_decay=0.99)
+    vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
+    unet: Schedule = Schedule(steps=5200, batch=8, learning_rate=7e-4, warmup=300)
+    clips: int = 3600
+    augmentations: int = 1
+    noise_aug: tuple[float, float] = (-3.0, 1.0)
+    sigma: tuple[float, float] = (0.7, 1.6)
+    sigma_uniform: float = 0.15
+    drop_both: float = 0.1
+    drop_embedding: float = 0.05
+    drop_latents: float = 0.05
+    fps: tuple[int, int] = (4, 30)
+    motion_bucket_id: tuple[int, int] = (1, 255)
+    max_displacement: float = 4.6
+    shape_weight: float = 4.0
+    kl_weight: float = 1e-6
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the model card and to tell one recipe's files from another's."""
+        return asdict(self)
+
+    def smoke(self) -> Recipe:
+        """The same stages in about a minute: enough for every loss to fall, not for a model."""
+        return replace(
+            self,
+            image_encoder=replace(self.image_encoder, steps=25, batch=8, warmup=5),
+            vae_images=replace(self.vae_images, steps=20, batch=2, warmup=3),
+            vae_clips=replace(self.vae_clips, steps=4, warmup=1),
+            unet=replace(self.unet, steps=30, batch=2, warmup=3),
+            clips=12,
+        )

@@ -1,0 +1,67 @@
+"""The CLIP tower, taught to say what the first frame shows: shape, direction, colours, place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdlab import rules
+from svdlab.data import DIRECTIONS, SHAPES, SIZE, Scene
+from svdlab.model import CLIPVision
+from svdlab.training.autoencoder import to_tensor
+from svdlab.training.recipe import Recipe
+from svdlab.weights import ImageNormalization
+
+_NUMBERS = 3 + 6 + 2 + 1  # colour, two background colours, start, radius
+
+
+class Described(nn.Module):
+    """Pixels (B, 3, S, S) to logits of the shape and the direction, and the numbers that describe the scene."""
+
+    def __init__(self, image_encoder: CLIPVision):
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.head = nn.Linear(image_encoder.config.projection_dim, len(SHAPES) + len(DIRECTIONS) + _NUMBERS)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        pixels = pixels.to(self.head.weight.dtype)
+        return self.head(self.image_encoder(pixels)[:, 0]).split([len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1)
+
+
+def clip_pixels(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as the tower sees them, by the pipeline's own rules."""
+    statistics = ImageNormalization()
+    mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
+    return rules.normalise_clip((rules.resize_antialiased(images, size) + 1) / 2, mean, std)
+
+
+def loss(recipe: Recipe, size: int) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
+    """Cross-entropy of shape and direction, and the squared error of the numbers."""
+
+    def of(call: Callable[..., Any], generator: torch.Generator) -> Tensor:
+        seeds = torch.randint(2**31, (recipe.image_encoder.batch,), generator=generator)
+        scenes = [Scene.from_seed(int(seed)) for seed in seeds]
+        frames = np.concatenate([scene.render(np.array([scene.start])) for scene in scenes])
+        shape, direction, numbers = (t.float() for t in call(clip_pixels(to_tensor(frames), size)))
+        shapes = torch.tensor([SHAPES.index(s.shape) for s in scenes], device=shape.device)
+        directions = torch.tensor([list(DIRECTIONS).index(s.direction) for s in scenes], device=shape.device)
+        truth = torch.tensor([_numbers(s) for s in scenes], device=shape.device)
+        return F.cross_entropy(shape, shapes) + F.cross_entropy(direction, directions) + 4 * F.mse_loss(numbers, truth)
+
+    return of
+
+
+def _numbers(scene: Scene) -> list[float]:
+    place = [2 * c / SIZE - 1 for c in scene.start]
+    return [*scene.colour, *scene.background[0], *scene.background[1], *place, scene.radius / 8 - 1]
+
+
+@torch.no_grad()
+def normalise_(image_encoder: CLIPVision, pixels: Tensor) -> None:
+    """Scale the projection so that embeddings have unit standard deviation: the UNet should hear them."""
+    image_encoder.visual_projection.weight.div_(image_encoder(pixels).std())

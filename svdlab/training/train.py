@@ -1,0 +1,94 @@
+"""The four stages in order, and the checkpoint that they end in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from svdlab.data import Scene
+from svdlab.files import atomic_path
+from svdlab.model import VAE, CLIPVision, UNet
+from svdlab.training import autoencoder, denoiser, tower
+from svdlab.training import recipe as recipes
+from svdlab.training.fit import Stage, fit
+from svdlab.training.recipe import Recipe
+from svdlab.weights import write_checkpoint
+
+
+def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[str, list[float]]:
+    """Train every network from nothing and write a checkpoint in diffusers' format.
+
+    Args:
+        recipe: what to train, and for how long.
+        work: folder of the stages' files; a run that was interrupted goes on from there.
+        out: folder of the checkpoint (float16 weights), whole or not at all.
+        device: where to train.
+
+    Returns:
+        Each stage's losses, of the steps that this call ran.
+
+    Raises:
+        SvdlabError: ``work`` holds files of another recipe.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    image_encoder, vae = CLIPVision(recipes.IMAGE_ENCODER), autoencoder.initialise_(VAE(recipes.VAE))
+    unet = denoiser.initialise_(UNet(recipes.UNET))
+    losses: dict[str, list[float]] = {}
+
+    def run(name: str, network: torch.nn.Module, loss: object, depends_on: tuple[str, ...]) -> None:
+        stage = Stage(name, network, loss, getattr(recipe, name), _fingerprint(recipe, (name, *depends_on)))  # type: ignore[arg-type]
+        losses[name] = fit(stage, work, recipe.seed, device)
+
+    size = image_encoder.config.image_size
+    run("image_encoder", tower.Described(image_encoder), tower.loss(recipe, size), ())
+    tower.normalise_(image_encoder, _first_frames(recipe, 256, size).to(device))
+    network = autoencoder.Autoencoder(vae)
+    run("vae_images", network, autoencoder.loss(recipe, images=True), _VAE_FIELDS)
+    run("vae_clips", network, autoencoder.loss(recipe, images=False), (*_VAE_FIELDS, "vae_images"))
+    pool, scaling_factor = _pool(recipe, vae, image_encoder, work, device)
+    vae.config = replace(vae.config, scaling_factor=scaling_factor)
+    run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), tuple(recipe.to_dict()))
+
+    write_checkpoint(out, unet, vae, image_encoder, dtype=torch.float16)
+    return losses
+
+
+_VAE_FIELDS = ("shape_weight", "kl_weight", "fps", "motion_bucket_id", "max_displacement")
+_POOL_FIELDS = ("image_encoder", "vae_images", "vae_clips", "clips", "augmentations", "noise_aug")
+
+
+def _fingerprint(recipe: Recipe, fields: tuple[str, ...]) -> str:
+    chosen = {name: value for name, value in recipe.to_dict().items() if name in (*fields, "seed")}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _first_frames(recipe: Recipe, count: int, size: int) -> torch.Tensor:
+    seeds = torch.randint(2**31, (count,), generator=torch.Generator().manual_seed(recipe.seed))
+    scenes = [Scene.from_seed(int(seed)) for seed in seeds]
+    frames = np.concatenate([scene.render(np.array([scene.start])) for scene in scenes])
+    return tower.clip_pixels(autoencoder.to_tensor(frames), size)
+
+
+def _pool(
+    recipe: Recipe, vae: VAE, image_encoder: CLIPVision, work: Path, device: torch.device
+) -> tuple[denoiser.Pool, float]:
+    """The encoded clips, from the work folder if they are there."""
+    path, fingerprint = work / "pool.safetensors", _fingerprint(recipe, (*_VAE_FIELDS, *_POOL_FIELDS))
+    if path.exists():
+        with safe_open(str(path), framework="pt") as file:
+            if (about := file.metadata())["fingerprint"] == fingerprint:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return denoiser.Pool(**tensors), float(about["scaling_factor"])
+    pool, scaling_factor = denoiser.encode_pool(recipe, vae, image_encoder, device)
+    with atomic_path(path) as temporary:
+        about = {"fingerprint": fingerprint, "scaling_factor": str(scaling_factor)}
+        save_file({k: v.contiguous() for k, v in vars(pool).items()}, temporary, metadata=about)
+    return pool, scaling_factor
