@@ -10,10 +10,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, write_json, write_text
-from svdlab.options import JSON
+from svdlab.options import DEVICE, JSON, MODEL, settings_options
+from svdlab.settings import GenerationSettings
 
 VERDICT = "application/vnd.svdlab.verdict+json"
 _PACKAGES = ("svdlab", "torch", "diffusers", "transformers", "numpy", "papermill")
@@ -60,7 +63,17 @@ def record(name: str, passed: bool, **numbers: float | int | str) -> Verdict:
 
 @dataclass
 class NotebookResult:
-    """One notebook's run: ``status`` is "passed", "failed" (a verdict is no) or "error" (a cell raised)."""
+    """One notebook's run.
+
+    Attributes:
+        name: the file's, without its suffix.
+        status: "passed", "failed" (a verdict is no) or "error" (a cell raised, or it took too long).
+        seconds: for the run and its page.
+        verdicts: what its cells recorded, in order.
+        error: the last line of what went wrong, or nothing.
+        page: its HTML file.
+        thumbnail: the page's first player or picture, as HTML.
+    """
 
     name: str
     status: str
@@ -68,29 +81,60 @@ class NotebookResult:
     verdicts: list[dict[str, Any]]
     error: str = ""
     page: str = ""
+    thumbnail: str = field(default="", repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``results.json`` holds: all but the thumbnail."""
+        return {name: value for name, value in asdict(self).items() if name != "thumbnail"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A verdict that is not what it was: ``was`` and ``now`` are "yes", "NO" or "absent"."""
+
+    notebook: str
+    verdict: str
+    was: str
+    now: str
+
+    @property
+    def regression(self) -> bool:
+        """Whether a verdict that was yes no longer is."""
+        return self.was == "yes"
 
 
 def run_report(
-    notebooks: Sequence[Path], out: Path, parameters: dict[str, Any] | None = None, workers: int = 2
+    notebooks: Sequence[Path],
+    out: Path,
+    parameters: Mapping[str, Any] | None = None,
+    workers: int = 2,
+    timeout: float | None = None,
+    previous: Mapping[str, Any] | None = None,
 ) -> list[NotebookResult]:
-    """Run notebooks with papermill, two at a time, and write a page for each, ``index.html`` and ``results.json``.
+    """Run notebooks with papermill and write a page for each, ``index.html``, ``results.json`` and ``report.xml``.
+
+    Every file is self-contained; the index links to the pages beside it.
 
     Args:
         notebooks: the files.
         out: folder for the pages, made if needed.
-        parameters: papermill parameters for every notebook.
+        parameters: papermill parameters; each notebook gets those that its parameters cell has.
         workers: how many run at once; the cores are divided among them.
+        timeout: seconds a notebook may take.
+        previous: an earlier report's ``results.json``, to show what changed.
 
     Returns:
-        One result a notebook, in the given order. A failing notebook does not stop the others.
+        One result a notebook, in the given order. A failing notebook does not stop the others; an interruption leaves
+        the report of those that are done.
     """
     out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spinning OpenMP teams that share cores are tens of times slower: every process gets its own share.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     results: dict[Path, NotebookResult] = {}
+    given = dict(parameters or {})
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(notebooks), desc="notebooks", unit="notebook") as bar:
-        futures = {pool.submit(_run_one, path, out, parameters or {}, environment): path for path in notebooks}
+        futures = {pool.submit(_run_one, path, out, given, environment, timeout): path for path in notebooks}
         try:
             for future in as_completed(futures):
                 result = results[futures[future]] = future.result()
@@ -99,26 +143,41 @@ def run_report(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    ordered = [results[path] for path in notebooks]
-    versions = _versions()
-    write_json(out / "results.json", {"versions": versions, "notebooks": [asdict(r) for r in ordered]})
-    write_text(out / "index.html", _index(ordered, versions))
-    return ordered
+        finally:
+            _write(out, [results[path] for path in notebooks if path in results], given, previous)
+    return [results[path] for path in notebooks]
 
 
-def _run_one(path: Path, out: Path, parameters: dict[str, Any], environment: dict[str, str]) -> NotebookResult:
+def _write(
+    out: Path, results: Sequence[NotebookResult], parameters: Mapping[str, Any], previous: Mapping[str, Any] | None
+) -> None:
+    about = {"parameters": dict(parameters), "versions": _versions()}
+    write_json(out / "results.json", {**about, "notebooks": [r.to_dict() for r in results]})
+    write_text(out / "report.xml", _junit(results))
+    write_text(out / "index.html", index_page(results, previous=previous, **about))
+
+
+def _run_one(
+    path: Path, out: Path, parameters: dict[str, Any], environment: dict[str, str], timeout: float | None
+) -> NotebookResult:
     """One notebook in a process of its own, then its page."""
     started = time.perf_counter()
+    thumbnail = ""
     with atomic_path(out / f".{path.stem}.executed.ipynb") as executed:
         script = (
-            "import sys, json, papermill; papermill.execute_notebook(sys.argv[1], sys.argv[2], "
-            "parameters=json.loads(sys.argv[3]), kernel_name='python3', cwd=sys.argv[4], progress_bar=False)"
+            "import sys, json, papermill; known = papermill.inspect_notebook(sys.argv[1]); "
+            "given = {k: v for k, v in json.loads(sys.argv[3]).items() if k in known}; "
+            "papermill.execute_notebook(sys.argv[1], sys.argv[2], parameters=given, "
+            "kernel_name='python3', cwd=sys.argv[4], progress_bar=False)"
         )
         command = [sys.executable, "-c", script, str(path), str(executed), json.dumps(parameters), str(path.parent)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        error = "" if run.returncode == 0 else (run.stderr.strip().splitlines() or ["no message"])[-1]
         try:
-            verdicts = read_verdicts(executed)
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+            error = "" if run.returncode == 0 else (run.stderr.strip().splitlines() or ["no message"])[-1]
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {timeout:g} s (--timeout)"
+        try:
+            verdicts, thumbnail = read_verdicts(executed), first_picture(executed)
             page = f"{path.stem}.html"
             write_text(out / page, _page(executed))
         except (ValueError, KeyError) as problem:
@@ -126,14 +185,73 @@ def _run_one(path: Path, out: Path, parameters: dict[str, Any], environment: dic
     (out / f".{path.stem}.executed.ipynb").unlink(missing_ok=True)
     passed = all(v["passed"] for v in verdicts)
     status = "error" if error else "passed" if passed else "failed"
-    return NotebookResult(path.stem, status, time.perf_counter() - started, verdicts, error, page)
+    return NotebookResult(path.stem, status, time.perf_counter() - started, verdicts, error, page, thumbnail)
+
+
+def _outputs(executed: Path) -> list[dict[str, Any]]:
+    """The displayed data of an executed notebook, in order, by type."""
+    cells = json.loads(executed.read_text())["cells"]
+    return [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
 
 
 def read_verdicts(executed: Path) -> list[dict[str, Any]]:
     """What ``record`` left in an executed notebook, in order."""
-    cells = json.loads(executed.read_text())["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return [output["data"][VERDICT] for output in outputs if VERDICT in output.get("data", {})]
+    return [data[VERDICT] for data in _outputs(executed) if VERDICT in data]
+
+
+def first_picture(executed: Path) -> str:
+    """The first player that carries its clip, or else the first picture, as HTML that carries it too; or nothing."""
+    outputs = _outputs(executed)
+    for data in outputs:
+        if found := re.search(r'src="(data:video/mp4;base64,[A-Za-z0-9+/=]+)"', "".join(data.get("text/html", ""))):
+            return f'<video autoplay loop muted playsinline src="{found[1]}"></video>'
+    for data in outputs:
+        if png := re.fullmatch(r"[A-Za-z0-9+/=\s]+", "".join(data.get("image/png", ""))):
+            return f'<img alt="" src="data:image/png;base64,{"".join(png[0].split())}">'
+    return ""
+
+
+def changes(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> list[Change]:
+    """Which verdicts differ from an earlier ``results.json``; one that is gone counts as changed.
+
+    Raises:
+        SvdlabError: ``previous`` is no report's results.
+    """
+    try:
+        before = {(n["name"], v["name"]): v["passed"] for n in previous["notebooks"] for v in n["verdicts"]}
+    except (KeyError, TypeError):
+        raise SvdlabError("--previous: no results of a report, allowed: a results.json or its folder") from None
+    now = {(r.name, v["name"]): v["passed"] for r in results for v in r.verdicts}
+    words = {True: "yes", False: "NO", None: "absent"}
+    keys = list(dict.fromkeys([*before, *now]))
+    return [
+        Change(*key, words[before.get(key)], words[now.get(key)]) for key in keys if before.get(key) != now.get(key)
+    ]
+
+
+def _junit(results: Sequence[NotebookResult]) -> str:
+    """A test suite a notebook, a test case a verdict."""
+    suites = ET.Element("testsuites", name="svdlab report")
+    for r in results:
+        failures, error = sum(not v["passed"] for v in r.verdicts), int(r.status == "error")
+        cases = len(r.verdicts) + error
+        about = {"name": r.name, "tests": cases, "failures": failures, "errors": error, "time": round(r.seconds, 3)}
+        suite = ET.SubElement(suites, "testsuite", {k: str(v) for k, v in about.items()})
+        for v in r.verdicts:
+            case = ET.SubElement(suite, "testcase", classname=r.name, name=v["name"])
+            if not v["passed"]:
+                numbers = ", ".join(f"{k} {_shown(n)}" for k, n in v["numbers"].items())
+                ET.SubElement(case, "failure", message=numbers)
+        if error:
+            case = ET.SubElement(suite, "testcase", classname=r.name, name="runs to its end")
+            ET.SubElement(case, "error", message=_printable(r.error))
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _printable(text: str) -> str:
+    """XML allows no terminal colours."""
+    return "".join(c for c in re.sub(r"\x1b\[[0-9;]*m", "", text) if c.isprintable())
 
 
 def _page(executed: Path) -> str:
@@ -158,71 +276,97 @@ def _shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0 2rem; }
-th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid #d0d0d0; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.passed { color: #00664f; font-weight: 600; } .failed, .error { color: #a32a00; font-weight: 600; }
-.lead { font-size: 1.15rem; }
-"""
+def index_page(
+    results: Sequence[NotebookResult],
+    versions: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    previous: Mapping[str, Any] | None = None,
+) -> str:
+    """``index.html``: every verdict, with a picture, what changed, and what it was made with."""
+    from jinja2 import Environment, PackageLoader
 
-
-def _index(results: Sequence[NotebookResult], versions: dict[str, str]) -> str:
-    good = sum(r.status == "passed" for r in results)
+    environment = Environment(loader=PackageLoader("svdlab"), autoescape=True, trim_blocks=True)
+    environment.filters["shown"] = _shown
     verdicts = [v for r in results for v in r.verdicts]
-    rows = []
-    for r in results:
-        found = "<br>".join(
-            f'<span class="{"passed" if v["passed"] else "failed"}">{"yes" if v["passed"] else "NO"}</span> '
-            f"{escape(v['name'])}"
-            + "".join(f"; {escape(k.replace('_', ' '))} {escape(_shown(n))}" for k, n in v["numbers"].items())
-            for v in r.verdicts
-        )
-        title = f'<a href="{escape(r.page)}">{escape(r.name)}</a>' if r.page else escape(r.name)
-        rows.append(
-            f'<tr><td>{title}</td><td class="{r.status}">{r.status}</td><td>{found}{escape(r.error)}</td>'
-            f'<td class="number">{r.seconds:.0f}</td></tr>'
-        )
-    facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in versions.items())
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>svdlab report</title>'
-        f"<style>{_STYLE}</style><h1>svdlab report</h1>"
-        f'<p class="lead">{good} of {len(results)} notebooks passed; '
-        f"{sum(v['passed'] for v in verdicts)} of {len(verdicts)} verdicts are yes.</p>"
-        "<table><thead><tr><th>notebook</th><th>status</th><th>what it found</th><th>seconds</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-        "<p>A verdict compares the distance from a float64 run with that of diffusers itself: a noise ratio of at most "
-        "4 means that svdlab is as close to the truth as diffusers is.</p>"
-        f"<h2>Made with</h2><table><tbody>{facts}</tbody></table></html>"
+    return environment.get_template("report.html").render(
+        results=results,
+        passed=sum(r.status == "passed" for r in results),
+        verdicts=len(verdicts),
+        yes=sum(v["passed"] for v in verdicts),
+        changes=None if previous is None else changes(results, previous),
+        parameters=parameters,
+        versions=versions,
     )
+
+
+def _read_previous(path: str) -> dict[str, Any]:
+    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        previous = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise SvdlabError(f"--previous: {file} is not readable, allowed: a results.json or its folder") from None
+    changes([], previous)
+    return previous
+
+
+def _side_by_side(model: str) -> int:
+    """Two notebooks at a time where the memory holds both: diffusers twice (one in float64), svdlab and its packing."""
+    import psutil
+
+    from svdlab.weights import checkpoint_folder
+
+    weights = sum(file.stat().st_size for file in checkpoint_folder(model).glob("*/*.safetensors"))
+    return 2 if 2 * 12 * weights < psutil.virtual_memory().available else 1
 
 
 @click.command()
 @click.option("--out", default="reports", show_default=True, metavar="DIR", help="Where the pages go.")
 @click.option("--notebooks", "folder", metavar="DIR", help="Which notebooks; default: those of the checkout.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Notebooks at a time.")
-@click.option(
-    "-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE", help="For every notebook, as papermill's."
-)
+@click.option("--workers", type=click.IntRange(1), help="Notebooks at a time; default: 2 where the memory allows.")
+@click.option("--timeout", default=1800.0, show_default=True, type=click.FloatRange(1), help="Seconds a notebook.")
+@click.option("--previous", metavar="DIR", help="An earlier report: show what changed, exit 1 on a regression.")
+@click.option("-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE", help="Any other papermill parameter.")
+@MODEL
+@DEVICE
 @JSON
+@settings_options
 def report(
-    out: str, folder: str | None, workers: int, parameter: Sequence[tuple[str, str]], json_path: str | None
+    out: str,
+    folder: str | None,
+    workers: int | None,
+    timeout: float,
+    previous: str | None,
+    parameter: Sequence[tuple[str, str]],
+    model: str,
+    device: str,
+    json_path: str | None,
+    given: dict[str, Any],
 ) -> None:
-    """Run every notebook into HTML pages with an index."""
+    """Run every notebook into HTML pages with an index.
+
+    Each notebook takes the settings that its parameters cell names.
+    """
     source = Path(folder) if folder else Path(__file__).parent.parent / "notebooks"
     notebooks = sorted(p for p in source.glob("*.ipynb"))
     if not notebooks:
         raise SvdlabError(f"notebooks: {source} holds no *.ipynb; give --notebooks DIR")
-    results = run_report(notebooks, Path(out), {name: _value(text) for name, text in parameter}, workers)
+    GenerationSettings(**given)  # refused here rather than in every notebook
+    parameters = {"model": model, "device": device, **given, **{name: _value(text) for name, text in parameter}}
+    before = _read_previous(previous) if previous else None
+    results = run_report(notebooks, Path(out), parameters, workers or _side_by_side(model), timeout, before)
     for r in results:
         click.echo(f"{r.status:7} {r.seconds:5.0f} s  {r.name}  {r.error}")
         for v in r.verdicts:
             click.echo(f"        {'yes' if v['passed'] else 'NO '}  {v['name']}")
+    changed = changes(results, before) if before else []
+    for change in changed:
+        word = "REGRESSION" if change.regression else "changed"
+        click.echo(f"{word}: {change.notebook}: {change.verdict}: was {change.was}, is {change.now}")
     click.echo(f"{Path(out) / 'index.html'}")
     if json_path:
-        write_json(json_path, {"notebooks": [asdict(r) for r in results]})
-    sys.exit(0 if all(r.status == "passed" for r in results) else 1)
+        write_json(json_path, {"notebooks": [r.to_dict() for r in results], "changes": [asdict(c) for c in changed]})
+    good = all(r.status == "passed" for r in results) and not any(c.regression for c in changed)
+    sys.exit(0 if good else 1)
 
 
 def _value(text: str) -> Any:

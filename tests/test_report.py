@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import nbformat
 import pytest
 from click.testing import CliRunner
 
-from svdlab.report import NotebookResult, _index, record, report, run_report
+from svdlab.report import NotebookResult, changes, index_page, record, report, run_report
 
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
@@ -42,7 +46,7 @@ def test_a_failing_notebook_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "b &amp; &lt;i&gt;passes" in index and "<i>" not in index and "one is &lt;1&gt;" in index
     assert "1 of 3 notebooks passed; 1 of 2 verdicts are yes" in index
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        ["a_raises.html", "b & <i>passes.html", "c_is_no.html", "index.html", "results.json"]
+        ["a_raises.html", "b & <i>passes.html", "c_is_no.html", "index.html", "report.xml", "results.json"]
     )
     for page in (tmp_path / "out").glob("*.html"):
         remote = re.findall(r"(?:src|href)=[\"']?(?:https?:)?//[^\"' >]+", page.read_text())
@@ -69,5 +73,101 @@ def test_record_shows_itself() -> None:
 
 
 def test_the_index_names_what_made_it() -> None:
-    page = _index([NotebookResult("x", "passed", 1.0, [], "", "x.html")], {"python": sys.version.split()[0]})
+    result = NotebookResult("x", "passed", 1.0, [], "", "x.html")
+    page = index_page([result], {"python": sys.version.split()[0]}, {"model": "<b>mine</b>", "fps": 9})
     assert sys.version.split()[0] in page and 'href="x.html"' in page
+    assert "&lt;b&gt;mine" in page and "<td>9</td>" in page
+
+
+def test_junit_names_what_failed(tmp_path: Path) -> None:
+    books = [
+        notebook(tmp_path / "a.ipynb", PASSES, PASSES.replace("True", "False").replace("one is", "two is")),
+        notebook(tmp_path / "b.ipynb", "raise ValueError('\\x1b[31mred')"),
+    ]
+    run_report(books, tmp_path / "out", {})
+    a, b = ET.parse(tmp_path / "out/report.xml").getroot()
+    assert (a.get("tests"), a.get("failures"), b.get("errors")) == ("2", "1", "1")
+    assert [case.find("failure") is not None for case in a] == [False, True]
+    assert "red" in b[0].find("error").get("message")  # type: ignore[union-attr, operator]
+
+
+def test_a_report_shows_the_first_clip_of_each_notebook(tmp_path: Path) -> None:
+    cells = ["import numpy as np\nfrom svdlab.clip import Clip\nClip(np.zeros((2, 8, 8, 3), np.uint8), 7)", PASSES]
+    run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
+    assert (
+        '<video autoplay loop muted playsinline src="data:video/mp4;base64,'
+        in (tmp_path / "out/index.html").read_text()
+    )
+
+
+def test_a_notebook_that_hangs_is_stopped(tmp_path: Path) -> None:
+    (result,) = run_report([notebook(tmp_path / "one.ipynb", "while True: pass")], tmp_path / "out", {}, timeout=8)
+    assert result.status == "error" and "--timeout" in result.error
+
+
+def test_settings_reach_the_notebooks_that_have_them(tmp_path: Path) -> None:
+    notebook(tmp_path / "one.ipynb", PASSES.replace("True", "'fps' not in globals()"))
+    arguments = ["--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), "--fps", "9", "-p", "depth", "5"]
+    result = CliRunner().invoke(report, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out/results.json").read_text())
+    assert written["notebooks"][0]["verdicts"][0]["numbers"]["n"] == 5
+    assert written["parameters"] == {"model": "embedded", "device": "cpu", "fps": 9, "depth": 5}
+
+
+def test_a_wrong_setting_is_refused_before_any_notebook_runs(tmp_path: Path) -> None:
+    notebook(tmp_path / "one.ipynb", PASSES)
+    result = CliRunner().invoke(report, ["--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), "--fps", "0"])
+    assert "fps: got 0" in str(result.exception) and not (tmp_path / "out").exists()
+
+
+def verdict(name: str, passed: bool) -> dict[str, object]:
+    return {"name": name, "passed": passed, "numbers": {}}
+
+
+def test_what_changed_since_the_previous_report() -> None:
+    before = {
+        "notebooks": [{"name": "a", "verdicts": [verdict("kept", True), verdict("lost", True), verdict("bad", False)]}]
+    }
+    now = [NotebookResult("a", "failed", 1.0, [verdict("kept", True), verdict("bad", True), verdict("new", False)])]
+    found = {c.verdict: (c.was, c.now, c.regression) for c in changes(now, before)}
+    assert found == {"lost": ("yes", "absent", True), "bad": ("NO", "yes", False), "new": ("absent", "NO", False)}
+
+
+def test_a_regression_exits_with_one(tmp_path: Path) -> None:
+    # Every notebook passes, but a verdict of the previous report is no longer there.
+    notebook(tmp_path / "one.ipynb", PASSES)
+    (tmp_path / "old").mkdir()
+    old = {"notebooks": [{"name": "one", "verdicts": [verdict("one is <1>", True), verdict("gone", True)]}]}
+    (tmp_path / "old/results.json").write_text(json.dumps(old))
+    arguments = ["--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), "--previous", str(tmp_path / "old")]
+    result = CliRunner().invoke(report, arguments)
+    assert result.exit_code == 1 and "REGRESSION: one: gone: was yes, is absent" in result.output
+    assert "regression" in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["{", '{"notebooks": 3}', "[]"])
+def test_a_previous_report_that_is_none(tmp_path: Path, text: str) -> None:
+    notebook(tmp_path / "one.ipynb", PASSES)
+    (tmp_path / "old.json").write_text(text)
+    arguments = ["--notebooks", str(tmp_path), "--previous", str(tmp_path / "old.json")]
+    assert "--previous" in str(CliRunner().invoke(report, arguments).exception)
+
+
+def test_a_broken_rule_turns_the_right_notebook_red(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    shutil.copytree(root / "svdlab", tmp_path / "svdlab", ignore=shutil.ignore_patterns("__pycache__"))
+    rules = tmp_path / "svdlab/rules.py"
+    right = "return fps - 1"
+    assert rules.read_text().count(right) == 1
+    rules.write_text(rules.read_text().replace(right, "return fps"))
+    (tmp_path / "notebooks").mkdir()
+    for name in ("01_fps_conditioning", "02_timestep_scaling"):
+        shutil.copy(root / f"notebooks/{name}.ipynb", tmp_path / "notebooks")
+    command = "-m svdlab.cli report --out out --workers 1 --num-inference-steps 1 -p fps_grid [7]"
+    program = f"import sys; sys.argv[1:] = {command.split()[2:]}; from svdlab.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())["notebooks"]
+    assert [r["status"] for r in results] == ["failed", "passed"], results
