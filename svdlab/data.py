@@ -63,8 +63,8 @@ class Scene:
     def from_seed(cls, seed: int) -> Scene:
         """The scene of a seed; seeds from ``HELD_OUT`` on are never trained on.
 
-        The start lies in the rear part of the picture, so that the shape stays inside it for eight frames at up to
-        four and a half pixels a frame.
+        The start lies in the rear part of the picture, so that the shape stays inside it for eight frames at the
+        reference speed, 3.2 pixels a frame, and its centre at half as much again.
         """
         rng = np.random.default_rng(seed)
         background = _muted(rng), _muted(rng)

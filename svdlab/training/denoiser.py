@@ -33,9 +33,7 @@ class Denoiser(nn.Module):
         self.unet = unet
 
     def forward(self, sample: Tensor, timesteps: Tensor, image_embeddings: Tensor, added_time_ids: Tensor) -> Tensor:
-        dtype = self.unet.conv_in.weight.dtype
-        conditioning = self.unet.condition(image_embeddings.to(dtype), added_time_ids, sample.shape[1])
-        return self.unet(sample.to(dtype), timesteps, conditioning)
+        return self.unet(sample, timesteps, self.unet.condition(image_embeddings, added_time_ids, sample.shape[1]))
 
 
 def initialise_(unet: UNet) -> UNet:
@@ -118,7 +116,7 @@ def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Gene
         ids = torch.cat([pool.motion[rows], pool.strengths[rows, column, None]], dim=1)
 
         sample = torch.cat([scheduler.scale_model_input(noisy, sigma), image_latents], dim=2)
-        v = call(sample, 0.25 * sigmas.log(), pool.image_embeddings[rows] * keep_embedding, ids).float()
+        v = call(sample, 0.25 * sigmas.log(), pool.image_embeddings[rows] * keep_embedding, ids)
         target = (clean - noisy / (sigma**2 + 1)) * (-((sigma**2 + 1) ** 0.5) / sigma)
         return ((v - target.to(v.device)).square() * weight[rows].to(v.device)).mean()
 

@@ -1,4 +1,4 @@
-"""One training loop for every network: mixed precision, EMA, progress, and files to resume from."""
+"""One training loop for every network: EMA, progress, and files to resume from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -25,7 +24,7 @@ from svdlab.training.recipe import Schedule
 
 # A pure function of the step's generator and of the network's call, so that a resumed run draws what it would have.
 Loss = Callable[[Callable[..., Any], torch.Generator], Tensor]
-_SAVE_EVERY = 250
+_SAVE_EVERY = 100
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,7 +50,7 @@ class Stage:
 def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[float]:
     """Train until the schedule's end, from the last saved step if there is one; leave the averaged weights.
 
-    Forward and backward run in bfloat16 on float32 weights; the loss and the optimiser in float32.
+    All in float32: in bfloat16 the autoencoder's loss fell several times more slowly, step for step.
 
     Args:
         stage: see there. Its network ends with the moving average of the weights.
@@ -73,8 +72,7 @@ def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[flo
     losses: list[float] = []
 
     def call(*args: Tensor) -> Any:
-        weights = {name: p.to(torch.bfloat16) for name, p in network.named_parameters()}
-        return functional_call(network, weights, tuple(a.to(device) for a in args))
+        return network(*(a.to(device) for a in args))
 
     with tqdm(total=schedule.steps, initial=start, desc=stage.name, unit="step", mininterval=2) as bar:
         for step in range(start, schedule.steps):

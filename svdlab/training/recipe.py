@@ -54,8 +54,8 @@ class Recipe:
     """Everything that decides the weights, with the seed.
 
     Attributes:
-        image_encoder, vae_images, vae_clips, unet: the four stages; the VAE learns from single images first (the same
-            loss, a batch of images) and from whole clips after (one clip a step).
+        image_encoder, vae_crops, vae_images, vae_clips, unet: the stages; the VAE learns from quarters of images
+            first, which are four times cheaper, then from images, then from clips.
         clips: how many clips the UNet learns from, encoded once.
         augmentations: noisy first frames a clip.
         noise_aug: mean and standard deviation of ln(noise_aug_strength).
@@ -69,10 +69,11 @@ class Recipe:
     """
 
     image_encoder: Schedule = Schedule(steps=400, batch=32, learning_rate=1e-3)
-    vae_images: Schedule = Schedule(steps=460, batch=8, learning_rate=1e-3, ema_decay=0.99)
-    vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
-    unet: Schedule = Schedule(steps=5200, batch=8, learning_rate=7e-4, warmup=300)
-    clips: int = 3600
+    vae_crops: Schedule = Schedule(steps=2500, batch=8, learning_rate=2e-3, ema_decay=0.99)
+    vae_images: Schedule = Schedule(steps=500, batch=4, learning_rate=1e-3, ema_decay=0.99, warmup=20)
+    vae_clips: Schedule = Schedule(steps=120, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
+    unet: Schedule = Schedule(steps=6000, batch=8, learning_rate=7e-4, warmup=300)
+    clips: int = 5000
     augmentations: int = 1
     noise_aug: tuple[float, float] = (-3.0, 1.0)
     sigma: tuple[float, float] = (0.7, 1.6)
@@ -96,7 +97,8 @@ class Recipe:
         return replace(
             self,
             image_encoder=replace(self.image_encoder, steps=25, batch=8, warmup=5),
-            vae_images=replace(self.vae_images, steps=20, batch=2, warmup=3),
+            vae_crops=replace(self.vae_crops, steps=40, batch=4, warmup=3),
+            vae_images=replace(self.vae_images, steps=4, batch=2, warmup=1),
             vae_clips=replace(self.vae_clips, steps=4, warmup=1),
             unet=replace(self.unet, steps=30, batch=2, warmup=3),
             clips=12,

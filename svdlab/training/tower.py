@@ -29,7 +29,6 @@ class Described(nn.Module):
         self.head = nn.Linear(image_encoder.config.projection_dim, len(SHAPES) + len(DIRECTIONS) + _NUMBERS)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        pixels = pixels.to(self.head.weight.dtype)
         return self.head(self.image_encoder(pixels)[:, 0]).split([len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1)
 
 
@@ -47,7 +46,7 @@ def loss(recipe: Recipe, size: int) -> Callable[[Callable[..., Any], torch.Gener
         seeds = torch.randint(2**31, (recipe.image_encoder.batch,), generator=generator)
         scenes = [Scene.from_seed(int(seed)) for seed in seeds]
         frames = np.concatenate([scene.render(np.array([scene.start])) for scene in scenes])
-        shape, direction, numbers = (t.float() for t in call(clip_pixels(to_tensor(frames), size)))
+        shape, direction, numbers = call(clip_pixels(to_tensor(frames), size))
         shapes = torch.tensor([SHAPES.index(s.shape) for s in scenes], device=shape.device)
         directions = torch.tensor([list(DIRECTIONS).index(s.direction) for s in scenes], device=shape.device)
         truth = torch.tensor([_numbers(s) for s in scenes], device=shape.device)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from svdlab.data import Scene
+from svdlab.data import SIZE, Scene
 from svdlab.files import atomic_path
 from svdlab.model import VAE, CLIPVision, UNet
 from svdlab.training import autoencoder, denoiser, tower
@@ -51,8 +51,11 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
     run("image_encoder", tower.Described(image_encoder), tower.loss(recipe, size), ())
     tower.normalise_(image_encoder, _first_frames(recipe, 256, size).to(device))
     network = autoencoder.Autoencoder(vae)
-    run("vae_images", network, autoencoder.loss(recipe, images=True), _VAE_FIELDS)
-    run("vae_clips", network, autoencoder.loss(recipe, images=False), (*_VAE_FIELDS, "vae_images"))
+    latent = (vae.config.latent_channels, vae.config.scale_factor)
+    before: tuple[str, ...] = _VAE_FIELDS
+    for name, num_frames, window in (("vae_crops", 1, SIZE // 2), ("vae_images", 1, SIZE), ("vae_clips", 8, SIZE)):
+        run(name, network, autoencoder.loss(recipe, getattr(recipe, name).batch, num_frames, window, latent), before)
+        before = (*before, name)
     pool, scaling_factor = _pool(recipe, vae, image_encoder, work, device)
     vae.config = replace(vae.config, scaling_factor=scaling_factor)
     run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), tuple(recipe.to_dict()))
@@ -62,7 +65,7 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
 
 
 _VAE_FIELDS = ("shape_weight", "kl_weight", "fps", "motion_bucket_id", "max_displacement")
-_POOL_FIELDS = ("image_encoder", "vae_images", "vae_clips", "clips", "augmentations", "noise_aug")
+_POOL_FIELDS = ("image_encoder", "vae_crops", "vae_images", "vae_clips", "clips", "augmentations", "noise_aug")
 
 
 def _fingerprint(recipe: Recipe, fields: tuple[str, ...]) -> str:

@@ -1,0 +1,193 @@
+"""Training: every stage learns, goes on where it was interrupted, and ends in a checkpoint that diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from svdlab import scheduler
+from svdlab.data import HELD_OUT, sample_image, sample_scene
+from svdlab.errors import SvdlabError
+from svdlab.parity.reference import load_diffusers
+from svdlab.pipeline import SVDPipeline
+from svdlab.training import autoencoder, denoiser, evaluate
+from svdlab.training.commands import train_tiny
+from svdlab.training.fit import Stage, fit
+from svdlab.training.recipe import Recipe, Schedule
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    folder = tmp_path_factory.mktemp("smoke")
+    arguments = ["--smoke", "--out", str(folder / "out"), "--json", str(folder / "r.json")]
+    result = CliRunner().invoke(train_tiny, arguments)
+    assert result.exit_code == 0, result.output
+    return folder / "out", json.loads((folder / "r.json").read_text())["losses"]
+
+
+@pytest.mark.parametrize("stage", ["image_encoder", "vae_crops", "unet"])
+def test_a_smoke_run_lowers_the_loss(smoke: tuple[Path, dict[str, list[float]]], stage: str) -> None:
+    losses = smoke[1][stage]
+    assert np.mean(losses[-8:]) < 0.95 * np.mean(losses[:4])
+
+
+def test_the_checkpoint_is_one_for_both(smoke: tuple[Path, dict[str, list[float]]]) -> None:
+    folder = smoke[0]
+    assert sum(f.stat().st_size for f in folder.rglob("*")) < 20e6
+    ours, theirs = SVDPipeline.from_pretrained(folder), load_diffusers(folder)
+    theirs.set_progress_bar_config(disable=True)
+    options = dict(height=64, width=64, num_frames=8, num_inference_steps=2)
+    image = sample_image()
+    mine = ours(image, output_type="np", progress=False, generator=torch.Generator().manual_seed(1), **options).frames
+    other = theirs(image, output_type="np", generator=torch.Generator().manual_seed(1), **options).frames
+    np.testing.assert_allclose(mine, other, atol=2e-3)
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert (config["sigma_min"], config["sigma_max"], config["prediction_type"]) == (0.002, 700.0, "v_prediction")
+    latents = denoiser.encode_pool(Recipe().smoke(), ours.vae, ours.image_encoder, CPU)[0].latents
+    assert float(latents.std()) == pytest.approx(1, abs=0.05), "the scaling factor is that of these latents"
+
+
+def line(steps: int, learning_rate: float = 0.1) -> Stage:
+    """Fit y = 2 x."""
+
+    def loss(call: object, generator: torch.Generator) -> torch.Tensor:
+        x = torch.randn(16, 1, generator=generator)
+        return (call(x) - 2 * x).square().mean()  # type: ignore[operator]
+
+    torch.manual_seed(0)
+    return Stage("line", nn.Linear(1, 1), loss, Schedule(steps, 16, learning_rate, ema_decay=0.9, warmup=5), "f")
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdlab.training.fit._SAVE_EVERY", 10)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = line(40)
+    losses = fit(whole, tmp_path / "whole", 0, CPU)
+    assert losses[-1] < 1e-2 * losses[0]
+    cut, steps = line(40), iter(range(40))
+    inner = cut.loss
+
+    def interrupted(call: object, generator: torch.Generator) -> torch.Tensor:
+        if next(steps) == 25:
+            raise KeyboardInterrupt
+        return inner(call, generator)  # type: ignore[arg-type]
+
+    cut.loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, tmp_path / "cut", 0, CPU)
+    again = line(40)
+    assert len(fit(again, tmp_path / "cut", 0, CPU)) == 20, "from the last saved step"
+    assert torch.equal(again.network.weight, whole.network.weight)  # type: ignore[arg-type]
+
+
+def test_files_of_another_recipe_are_refused(tmp_path: Path) -> None:
+    fit(line(3), tmp_path, 0, CPU)
+    with pytest.raises(SvdlabError, match=r"line\.safetensors: made by another recipe"):
+        fit(replace(line(3), fingerprint="other"), tmp_path, 0, CPU)
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    with pytest.raises(SvdlabError, match="the loss of step 0 is nan"):
+        fit(replace(line(3), loss=lambda call, _: call(torch.full((1, 1), float("nan"))).mean()), tmp_path, 0, CPU)
+
+
+def test_the_loss_is_zero_at_the_right_v() -> None:
+    """The v that the loss asks for is the one that the sampler reads back to the clean latents."""
+    recipe = replace(Recipe().smoke(), drop_both=0.0, drop_embedding=0.0, drop_latents=0.0)
+    clean = torch.randn(3, 8, 4, 2, 2)
+    pool = denoiser.Pool(
+        clean,
+        torch.randn(3, 1, 4, 2, 2),
+        torch.full((3, 1), 0.1),
+        torch.randn(3, 1, 5),
+        torch.ones(3, 2),
+        torch.ones(3, 8, 1, 2, 2),
+    )
+    seen = {}
+
+    def call(sample: torch.Tensor, timesteps: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sigma = (4 * timesteps).exp().view(-1, 1, 1, 1, 1)
+        noisy = sample[:, :, :4] * (sigma**2 + 1) ** 0.5
+        row = [int((clean - n).abs().flatten(1).mean(1).argmin()) for n in noisy]
+        v = (clean[row] - noisy / (sigma**2 + 1)) * (-((sigma**2 + 1) ** 0.5) / sigma)
+        seen["denoised"] = scheduler.denoised_from_v(v, noisy, sigma) - clean[row]
+        return v
+
+    recipe = replace(recipe, sigma=(-3.0, 0.5), sigma_uniform=0.0)
+    assert float(denoiser.loss(recipe, pool)(call, torch.Generator().manual_seed(0))) < 1e-6
+    assert float(seen["denoised"].abs().max()) < 1e-4
+
+
+def test_conditions_are_dropped_as_often_as_the_recipe_says() -> None:
+    recipe = replace(Recipe(), unet=replace(Recipe().unet, batch=4000))
+    pool = denoiser.Pool(
+        torch.ones(1, 1, 4, 1, 1),
+        torch.ones(1, 1, 4, 1, 1),
+        torch.ones(1, 1),
+        torch.ones(1, 1, 2),
+        torch.ones(1, 2),
+        torch.ones(1, 1, 1, 1, 1),
+    )
+    kept = {}
+
+    def call(sample: torch.Tensor, _: torch.Tensor, embeddings: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        kept["latents"], kept["embedding"] = sample[:, 0, 4, 0, 0] != 0, embeddings[:, 0, 0] != 0
+        return sample[:, :, :4]
+
+    denoiser.loss(recipe, pool)(call, torch.Generator().manual_seed(0))
+    latents, embedding = kept["latents"], kept["embedding"]
+    assert float((~latents & ~embedding).float().mean()) == pytest.approx(recipe.drop_both, abs=0.02)
+    assert float((latents & ~embedding).float().mean()) == pytest.approx(recipe.drop_embedding, abs=0.02)
+    assert float((~latents & embedding).float().mean()) == pytest.approx(recipe.drop_latents, abs=0.02)
+
+
+def test_training_never_draws_what_is_held_out() -> None:
+    frames, _ = autoencoder.draw(torch.Generator().manual_seed(0), Recipe(), 8, 64)
+    assert frames.shape == (8, 3, 64, 64) and HELD_OUT > 2**31
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    result = CliRunner().invoke(train_tiny, ["--smoke", "--out", str(tmp_path)])
+    assert "exists, allowed: a new folder" in str(result.exception)
+
+
+def test_figures_of_a_perfect_model_pass_and_of_a_still_one_do_not() -> None:
+    """The bars themselves, on clips made by the truth instead of a model."""
+
+    class Truth(evaluate._Sampler):
+        def __init__(self) -> None:
+            self.scenes, self.num_frames = [sample_scene(i) for i in range(8)], 8
+
+    sample = Truth()
+
+    def clips(fps: float, bucket: float = 127) -> np.ndarray:
+        return np.stack([s.clip(8, fps, bucket) for s in sample.scenes])
+
+    forward = {fps: sample.forward(clips(fps)) for fps in (7, 14, 28)}
+    by_bucket = {b: sample.forward(clips(7, b)) for b in (20, 127, 255)}
+    still = {b: 0 * d for b, d in by_bucket.items()}
+    for figure in (
+        evaluate._ratio("", forward[7], forward[28], 4),
+        evaluate._accuracy(forward, by_bucket),
+        evaluate._rank(by_bucket),
+        evaluate._direction(sample, [clips(7), clips(28)]),
+        evaluate._first_frame(sample, clips(7)),
+        evaluate._decrement(forward[7], forward[7] + 0.01, sample.forward(clips(8))),
+    ):
+        assert figure.passed, figure
+    assert not evaluate._ratio("", forward[7], forward[14], 4).passed
+    assert not evaluate._accuracy(forward, still).passed
+    assert not evaluate._rank({b: -d for b, d in by_bucket.items()}).passed
+    assert not evaluate._direction(sample, [clips(7)[:, ::-1]]).passed
+    assert not evaluate._first_frame(sample, clips(7)[:, ::-1]).passed
+    assert not evaluate._decrement(forward[7], forward[7] + 0.01, sample.forward(clips(6))).passed
