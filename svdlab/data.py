@@ -23,12 +23,12 @@ DIRECTIONS = {"right": (1.0, 0.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "up"
 # Scenes that training never draws: their seeds lie above this.
 HELD_OUT = 2**32
 _NOSE = np.array((1.0, 1.0, 1.0))
-# At motion bucket 127 and 7 frames per second a shape moves 3.2 pixels a frame.
-_REFERENCE_SPEED, _REFERENCE_BUCKET = 22.4, 127
+# At motion bucket 127 and 7 frames per second a shape moves 2.8 pixels a frame.
+_REFERENCE_SPEED, _REFERENCE_BUCKET = 19.6, 127
 
 
 def speed(motion_bucket_id: float) -> float:
-    """Pixels a second for a motion bucket: it rises with the bucket's square root, 22.4 at 127."""
+    """Pixels a second for a motion bucket: it rises with the bucket's square root, 19.6 at 127."""
     return _REFERENCE_SPEED * (motion_bucket_id / _REFERENCE_BUCKET) ** 0.5
 
 
@@ -64,7 +64,7 @@ class Scene:
         """The scene of a seed; seeds from ``HELD_OUT`` on are never trained on.
 
         The start lies in the rear part of the picture, so that the shape stays inside it for eight frames at the
-        reference speed, 3.2 pixels a frame, and its centre at half as much again.
+        reference speed, 2.8 pixels a frame, and its centre at half as much again.
         """
         rng = np.random.default_rng(seed)
         background = _muted(rng), _muted(rng)
@@ -147,7 +147,7 @@ def _vivid(rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def _muted(rng: np.random.Generator) -> tuple[float, float, float]:
-    return colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.45), rng.uniform(0.15, 0.6))
+    return colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.15, 0.6))
 
 
 def sample_scene(index: int = 0) -> Scene:

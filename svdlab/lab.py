@@ -194,6 +194,10 @@ class Lab:
         truth = self.truth(settings, watch)
         yield Case(settings, bug, compare(reference, on, truth), compare(reference, off, truth))
 
+    def comparison(self, settings: GenerationSettings) -> Comparison:
+        """svdlab against diffusers, measured by the float64 run."""
+        return compare(self.reference(settings), self.candidate(settings), self.truth(settings))
+
     def reference(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
         """diffusers' trace in the working dtype."""
         from svdlab.parity.reference import capture_diffusers
@@ -276,6 +280,35 @@ def motion(frames: Tensor) -> float:
     """How much a clip moves: the mean absolute change from one frame to the next, (F, 3, H, W), in grey levels."""
     levels = (frames.double() / 2 + 0.5).clamp(0, 1) * 255
     return float((levels[1:] - levels[:-1]).abs().mean()) if len(levels) > 1 else 0.0
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """A table for a notebook to show; numbers in it are what the caller made of them."""
+    from IPython.display import HTML
+
+    head, *body = (
+        f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in row)}</tr>"
+        for tag, row in (("th", heads), *(("td", row) for row in rows))
+    )
+    return HTML(f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>")
+
+
+def stage_table(comparison: Comparison) -> Any:
+    """The stages that a port is usually judged by: the worst probe of each, for a notebook to show."""
+    rows = []
+    for stage, prefix in (
+        ("image embedding", "image_embeddings"),
+        ("image latents", "image_latents"),
+        ("noise prediction, every step", "noise_pred."),
+        ("frames", "frames"),
+    ):
+        probes = [p for p in comparison.probes if p.name.startswith(prefix)]
+        worst = max(probes, key=lambda p: p.ratio)
+        mse, largest = max(p.mse for p in probes), max(p.max_abs for p in probes)
+        rows.append((stage, len(probes), f"{worst.ratio:.2f}", f"{worst.floor:.1e}", f"{largest:.1e}", f"{mse:.1e}"))
+    return table(
+        ("stage", "tensors", "worst noise ratio", "its noise floor", "largest difference", "mean squared error"), rows
+    )
 
 
 def picture(alt: str, *images: Tensor) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from svdlab.lab import Chunk
     from svdlab.parity.compare import Comparison, ProbeResult
+    from svdlab.parity.diagnose import CatalogueRow
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
 _BOTTOM = 1e-9  # what is equal to the last bit is drawn here, just below the axis
@@ -247,4 +248,50 @@ def plot_chunks(chunks: Sequence[Chunk]) -> Plot:
     ax.set_xticks(sizes)
     _tidy(ax, "chunk size (frames)", _DISTANCE)
     ax.legend(fontsize=8)
+    return plot
+
+
+def plot_steps(comparison: Comparison) -> Plot:
+    """How far every tensor of a denoising step is from the truth, over the steps.
+
+    Args:
+        comparison: svdlab's, of ``parity.compare``.
+    """
+    plot = _plot(10.0, 3.6, f"Distance from diffusers float64 over the steps: {comparison.summary()}.")
+    kinds = ("model_input", "noise_pred_uncond", "noise_pred_cond", "noise_pred", "latents")
+    for ax, kind in zip(plot.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+        probes = [p for p in comparison.probes if p.name.rpartition(".")[0] == kind]
+        at = range(1, len(probes) + 1)
+        _draw_lines(ax, at, probes, comparison, None, "")
+        ax.set_xticks(at[:: max(1, len(at) // 4)])
+        _tidy(ax, "step", _DISTANCE if kind == kinds[0] else "", kind)
+    plot.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3, frameon=False)
+    return plot
+
+
+def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
+    """What two bars say of every bug: each is a point, and each bar a line that it has to cross to be caught.
+
+    Args:
+        rows: of ``parity.diagnose.catalogue``.
+    """
+    from svdlab.parity.compare import MSE_BAR, THRESHOLD
+
+    missed = [row.bug for row in rows if row.passes_mse_bar and row.ratio > THRESHOLD]
+    plot = _plot(9.0, 5.0, f"Noise ratio against mean squared error, a point a bug. Only the ratio catches {missed}.")
+    ax = plot.subplots()
+    # Equal to the last bit has no place on a logarithmic axis: it is drawn at its left end.
+    smallest = min((row.frames_mse for row in rows if row.frames_mse > 0), default=MSE_BAR) / 3
+    looks = {True: ("o", FIX_OFF, "let through by the mean squared error"), False: ("s", FLOOR, "caught by it")}
+    for passes, (marker, colour, label) in looks.items():
+        chosen = [row for row in rows if row.passes_mse_bar is passes]
+        at = [(max(row.frames_mse, smallest), row.ratio) for row in chosen]
+        ax.loglog(*zip(*at, strict=True), marker, color=colour, ms=5, label=f"{len(chosen)} {label}")
+        for row, point in zip(chosen, at, strict=True):
+            if passes:
+                ax.annotate(row.bug, point, xytext=(5, 3), textcoords="offset points", fontsize=7)
+    ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"usual bar: mean squared error {MSE_BAR:g}")
+    ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"bar of parity: noise ratio {THRESHOLD:g}")
+    _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
+    ax.legend(fontsize=8, loc="lower right")
     return plot

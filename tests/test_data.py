@@ -10,7 +10,7 @@ from svdlab.errors import SvdlabError
 
 
 def test_motion_falls_with_the_frame_rate_and_rises_with_the_bucket() -> None:
-    assert displacement(7, 127) == pytest.approx(3.2)
+    assert displacement(7, 127) == pytest.approx(2.8)
     assert displacement(7, 127) / displacement(28, 127) == pytest.approx(4)
     speeds = [speed(bucket) for bucket in range(1, 256)]
     assert speeds == sorted(speeds) and len(set(speeds)) == len(speeds)
@@ -22,7 +22,7 @@ def test_the_shape_moves_where_its_nose_points_and_stays_inside(index: int) -> N
     clip = scene.clip(8, 7, 127)
     assert clip.shape == (8, SIZE, SIZE, 3) and clip.min() >= 0 and clip.max() <= 1
     moved = np.diff(scene.track(clip), axis=0)
-    np.testing.assert_allclose(moved, np.tile(np.multiply(DIRECTIONS[scene.direction], 3.2), (7, 1)), atol=0.2)
+    np.testing.assert_allclose(moved, np.tile(np.multiply(DIRECTIONS[scene.direction], 2.8), (7, 1)), atol=0.2)
     edge = np.abs(clip - scene.backdrop()).max(-1)
     assert max(edge[:, 0].max(), edge[:, -1].max(), edge[:, :, 0].max(), edge[:, :, -1].max()) < 1e-9
 

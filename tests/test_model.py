@@ -16,7 +16,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
 from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.model.layers import group_norm
+from svdlab.model.layers import Conv2d, group_norm
 from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
 
@@ -240,6 +240,14 @@ def test_fourteen_frames_in_every_chunk_size(dtype: torch.dtype) -> None:
     for chunk in (1, 2, 3, 5, 8, 14):
         assert ratio(own.decode(latents, chunk)[0], whole, truth) <= 4
     assert ratio(chunked, whole, truth) > 20
+
+
+def test_what_an_optimizer_does_to_the_weights_is_seen_by_the_next_inference() -> None:
+    layer, x = Conv2d(4, 4, 3, padding=1), torch.randn(1, 2, 8, 8, 4)
+    before = layer(x)
+    layer.weight.mul_(2)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * before)
 
 
 def test_vae_decoder_trains() -> None:

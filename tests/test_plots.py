@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from svdlab import plots
-from svdlab.lab import Case, Lab, every_chunk, motion, picture
+from svdlab.lab import Case, Lab, every_chunk, motion, picture, stage_table, table
+from svdlab.parity.diagnose import CatalogueRow, row_of
 
 BUG = "guidance_constant"
 
@@ -39,6 +40,8 @@ def test_every_figure_has_axes_with_names_and_a_text(case: Case) -> None:
         plots.plot_grid(["1", "2"], [on, on], {BUG: [off, off]}, "fps (1/s)"),
         plots.plot_curves([1, 2], {"a": [1, 2], "b": [2, 3]}, ("x (s)", "y (m)"), log_x=True, band=(0, 1, "band")),
         plots.plot_frames(on, off, BUG),
+        plots.plot_steps(on),
+        plots.plot_catalogue([row_of(BUG, off), row_of("another", on)]),
     ]
     for figure in figures:
         html = figure._repr_html_()
@@ -54,6 +57,30 @@ def test_the_lines_are_the_numbers(case: Case) -> None:
     assert all(len(line.get_ydata()) == 2 for line in steps.get_lines()), "one point a step"
     frames = lines(plots.plot_frames(case.on, case.off, BUG).axes[0])
     assert frames[f"fix off ({BUG})"][0] > 100 * frames["fix on"][0], "the first frame is guided wrongly"
+
+
+def test_the_steps_and_the_catalogue_are_the_numbers(case: Case) -> None:
+    last = plots.plot_steps(case.on).axes[-1]
+    assert lines(last)["svdlab float32"] == [case.on[f"latents.00{i}"].divergence for i in range(2)]
+    quiet = CatalogueRow("quiet", "frames", 1e4, 1e-5, True)
+    loud = CatalogueRow("loud", "frames", 1e6, 1e-1, False)
+    ax = plots.plot_catalogue([quiet, loud]).axes[0]
+    points = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+    assert points["1 let through by the mean squared error"] == ([1e-5], [1e4])
+    assert points["1 caught by it"] == ([1e-1], [1e6])
+    assert [text.get_text() for text in ax.texts] == ["quiet"], "the bugs that only the ratio catches are named"
+
+
+def test_the_stages_show_their_worst_probe(case: Case) -> None:
+    html = stage_table(case.off).data
+    worst = max(p.ratio for p in case.off.probes if p.name.startswith("noise_pred."))
+    row = re.search("<tr><td>noise prediction, every step</td><td>2</td><td>([^<]+)</td>", html)
+    assert row and row[1] == f"{worst:.2f}"
+    assert all(stage in html for stage in ("image embedding", "image latents", "frames"))
+
+
+def test_a_table_shows_what_it_is_given_and_no_markup() -> None:
+    assert "<td>&lt;b&gt;</td>" in table(["name"], [["<b>"]]).data
 
 
 def test_a_chunk_changes_diffusers_and_not_the_exact_decode(lab: Lab, case: Case) -> None:

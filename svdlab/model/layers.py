@@ -30,6 +30,7 @@ class Packed(nn.Module):
     """
 
     _blocked: Tensor | None = None
+    _blocked_version = -1  # of the weight that was blocked: an optimizer changes it in place
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Packed:
         self._blocked = None  # the weight is about to change its dtype or device
@@ -51,8 +52,9 @@ class Packed(nn.Module):
             return F.conv2d(images, weight, bias, stride=stride, padding=padding)
         pads = [padding, padding] if isinstance(padding, int) else list(padding)
         strides, dilation = [stride, stride], [1, 1]
-        if self._blocked is None:
+        if self._blocked is None or self._blocked_version != weight._version:
             size = list(images.shape)
+            self._blocked_version = weight._version
             self._blocked = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, strides, dilation, 1, size)
         return torch.ops.mkldnn._convolution_pointwise(
             images, self._blocked, bias, pads, strides, dilation, 1, "none", [], ""

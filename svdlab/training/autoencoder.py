@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from svdlab.data import DIRECTIONS, SIZE, Scene, displacement
 from svdlab.model import VAE
-from svdlab.model.layers import ResnetBlock, TemporalResnetBlock
+from svdlab.model.layers import Downsample, ResnetBlock, TemporalResnetBlock, Upsample
+from svdlab.model.vae import AttentionBlock
 from svdlab.training.recipe import Recipe
 
 
@@ -30,31 +31,57 @@ class Autoencoder(nn.Module):
 
 
 def initialise_(vae: VAE) -> VAE:
-    """Residual branches start at zero, and the temporal ones stay there while single images train the spatial ones.
+    """Start as a blurred copy: what a shape's colour and place are is there to be read from the first step on.
 
-    The posterior starts narrow: at the unit width of an untrained layer its noise would drown what the mean says. The
-    first biases are large: beside a constant pattern that dominates a group's statistics, the norms are nearly linear
-    in the picture, and a flat colour, which they would otherwise take away, gets through from the start.
+    Residual branches start at zero; what is left averages on the way down and repeats on the way up. The latents start
+    at about unit size, and the posterior narrow: at the unit width of an untrained layer its noise would drown what the
+    mean says. The first biases are large: beside a constant pattern that dominates a group's statistics, the norms are
+    nearly linear in the picture, and a flat colour, which they would otherwise take away, gets through. The temporal
+    branches stay at zero while single images train the spatial ones.
     """
-    for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
-        nn.init.normal_(conv.bias)  # type: ignore[arg-type]
+    encoder, decoder, latent = vae.encoder, vae.decoder, vae.config.latent_channels
+    corner, centre = (slice(2), slice(2)), (1, 1)
     for module in vae.modules():
-        if isinstance(module, (ResnetBlock, TemporalResnetBlock)):
+        if isinstance(module, Downsample):
+            _pass_through_(module.conv, corner, 0.25)
+        elif isinstance(module, Upsample):
+            _pass_through_(module.conv, centre)
+        elif isinstance(module, AttentionBlock):
+            nn.init.zeros_(module.to_out[0].weight)
+        elif isinstance(module, (ResnetBlock, TemporalResnetBlock)):
             nn.init.zeros_(module.conv2.weight)
-            module.conv2.bias.data.zero_()  # type: ignore[union-attr]
-    vae.quant_conv.bias.data[vae.config.latent_channels :] = -8.0  # type: ignore[union-attr]
-    identity = vae.decoder.time_conv_out
-    nn.init.zeros_(identity.weight)
-    identity.bias.data.zero_()  # type: ignore[union-attr]
+            nn.init.zeros_(module.conv2.bias)
+            if getattr(module, "conv_shortcut", None) is not None:
+                _pass_through_(module.conv_shortcut, (0, 0))
+    nn.init.normal_(encoder.conv_in.bias)
+    nn.init.normal_(decoder.conv_in.bias, std=0.7)
     with torch.no_grad():
-        identity.weight[:, :, 1, 0, 0] = torch.eye(len(identity.weight))
+        encoder.conv_out.weight[:latent] *= 6
+        encoder.conv_out.weight[latent:] *= 0.1
+        decoder.conv_in.weight *= 3
+    _pass_through_(vae.quant_conv, (0, 0))
+    vae.quant_conv.bias.data[latent:] = -8.0  # type: ignore[union-attr]
+    _pass_through_(decoder.time_conv_out, (1, 0, 0))
     return vae
+
+
+@torch.no_grad()
+def _pass_through_(conv: nn.Module, taps: tuple[int | slice, ...], weight: float = 1.0) -> None:
+    """Each output channel starts as one input channel at the given taps of the kernel, in turns."""
+    kernel, bias = cast(Tensor, conv.weight), cast(Tensor, conv.bias)
+    for channel in range(len(kernel)):
+        kernel[channel] = 0
+        kernel[(channel, channel % kernel.shape[1], *taps)] = weight
+    bias.zero_()
 
 
 def loss(
     recipe: Recipe, batch: int, num_frames: int, size: int, latent: tuple[int, int]
 ) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
     """Mean absolute and squared error, the shape's pixels weighted, and the KL to a unit Gaussian.
+
+    The mean of the error over each latent's pixels counts once more: edges dominate the rest, and a background that is
+    a shade off would cost next to nothing.
 
     Args:
         recipe: weights and ranges.
@@ -70,9 +97,11 @@ def loss(
         frames, weight = map(torch.stack, zip(*drawn, strict=True))
         noise = torch.randn(batch, num_frames, channels, size // factor, size // factor, generator=generator)
         rebuilt, mean, std = call(frames, noise)
-        error = (rebuilt - frames.to(rebuilt.device)).abs()
+        difference = rebuilt - frames.to(rebuilt.device)
+        error, shade = difference.abs(), F.avg_pool2d(difference.flatten(0, 1), factor).abs().mean()
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).flatten(1).sum(1).mean()
-        return ((error + 4 * error.square()) * weight.to(error.device)).mean() + recipe.kl_weight * kl
+        error = ((error + 4 * error.square()) * weight.to(error.device)).mean()
+        return error + recipe.shade_weight * shade + recipe.kl_weight * kl
 
     return of
 

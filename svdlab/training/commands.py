@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_folder, write_json, write_text
 from svdlab.options import DEVICE, JSON, MODEL
 
 
@@ -58,16 +58,20 @@ def _mean(values: list[float]) -> float:
 @DEVICE
 @click.option("--images", default=32, show_default=True, type=click.IntRange(2), help="Held-out first frames.")
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Denoising steps.")
+@click.option("--card", metavar="FILE", help="Write the checkpoint's model card, in Markdown.")
 @JSON
-def evaluate(model: str, device: str, images: int, steps: int, json_path: str | None) -> None:
+def evaluate(model: str, device: str, images: int, steps: int, card: str | None, json_path: str | None) -> None:
     """Measure a checkpoint of moving shapes through diffusers' pipeline: motion, direction, guidance, conditioning."""
-    if json_path:
-        check_folder(json_path)
+    for path in (card, json_path):
+        check_folder(path)
     from svdlab.training.evaluate import evaluate as measure
+    from svdlab.training.evaluate import model_card
 
     figures = measure(model, images=images, steps=steps, device=device)
     for figure in figures:
-        click.echo(f"{'yes' if figure.passed else 'NO ':4}{figure.name:34}{figure.text()}")
+        click.echo(f"{'yes' if figure.passed else 'NO ':4}{figure.name:34}{figure.numbers()}  ({figure.bar})")
+    if card:
+        write_text(card, model_card(model, figures, images, steps))
     if json_path:
         write_json(json_path, {"figures": [figure.to_dict() for figure in figures]})
     raise SystemExit(0 if all(figure.passed for figure in figures) else 1)

@@ -6,6 +6,7 @@ the two.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from svdlab.data import DIRECTIONS, SIZE, displacement, sample_scene
+from svdlab.data import DIRECTIONS, SIZE, displacement, sample_scene, speed
 from svdlab.parity.reference import load_diffusers
 from svdlab.pipeline import SVDPipeline
+from svdlab.training.recipe import Recipe
 from svdlab.weights import checkpoint_folder
 
 _BATCH = 16
@@ -44,9 +46,9 @@ class Figure:
     bar: str
     values: dict[str, float] = field(default_factory=dict)
 
-    def text(self) -> str:
-        """One line."""
-        return ", ".join(f"{k} {v:.3g}" for k, v in self.values.items()) + f"  ({self.bar})"
+    def numbers(self) -> str:
+        """The values, on one line."""
+        return ", ".join(f"{k} {v:.3g}" for k, v in self.values.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -149,6 +151,25 @@ def evaluate(model: str = "embedded", images: int = 32, steps: int = 25, device:
         _decrement(forward[7], sample.forward(other_seed), sample.forward(not_decremented)),
         _seconds(model, sample, device),
     ]
+
+
+def model_card(model: str, figures: list[Figure], images: int, steps: int) -> str:
+    """The checkpoint's README, in Markdown: data, recipe, the figures that ``evaluate`` measured, limits."""
+    from jinja2 import Environment, PackageLoader
+
+    pipe, folder = SVDPipeline.from_pretrained(model), checkpoint_folder(model)
+    networks = {"UNet": pipe.unet, "VAE": pipe.vae, "image encoder": pipe.image_encoder}
+    loader = Environment(loader=PackageLoader("svdlab"), keep_trailing_newline=True)
+    return loader.get_template("model_card.md").render(
+        megabytes=round(sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6, 1),
+        num_frames=pipe.unet.config.num_frames,
+        speed=speed(127),
+        parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+        recipe=json.dumps(Recipe().to_dict(), indent=2),
+        figures=figures,
+        images=images,
+        steps=steps,
+    )
 
 
 def _ratio(name: str, fast: np.ndarray, slow: np.ndarray, truth: float) -> Figure:

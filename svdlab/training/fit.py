@@ -66,7 +66,8 @@ def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[flo
     """
     network, schedule = stage.network.to(device).train(), stage.schedule
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema_decay))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    options = dict(lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), **options)  # type: ignore[arg-type]
     path = folder / f"{stage.name}.safetensors"
     start = _restore(path, stage, averaged, optimizer) if path.exists() else 0
     losses: list[float] = []

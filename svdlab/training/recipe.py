@@ -7,10 +7,10 @@ from typing import Any
 
 from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
 
-# The last decoder level needs more than two channels a group-norm group, or flat colour is normalised away.
+# Every level has two channels a group-norm group or more: one alone would be an instance norm, without flat colour.
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
-    block_out_channels=(96, 64, 96, 128),
+    block_out_channels=(64, 64, 96, 128),
     layers_per_block=1,
     sample_size=64,
 )
@@ -64,15 +64,16 @@ class Recipe:
         drop_both, drop_embedding, drop_latents: shares of clips trained without both conditions, or without one.
         fps, motion_bucket_id: ranges, both ends included; ``max_displacement`` in pixels a frame bounds their ratio.
         shape_weight: how much more a pixel or latent on the shape counts than one of the background.
+        shade_weight: of the autoencoder's error in the mean over each latent's pixels.
         kl_weight: of the VAE's posterior.
         seed: of all draws.
     """
 
     image_encoder: Schedule = Schedule(steps=400, batch=32, learning_rate=1e-3)
-    vae_crops: Schedule = Schedule(steps=2500, batch=8, learning_rate=2e-3, ema_decay=0.99)
-    vae_images: Schedule = Schedule(steps=500, batch=4, learning_rate=1e-3, ema_decay=0.99, warmup=20)
-    vae_clips: Schedule = Schedule(steps=120, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
-    unet: Schedule = Schedule(steps=6000, batch=8, learning_rate=7e-4, warmup=300)
+    vae_crops: Schedule = Schedule(steps=3000, batch=8, learning_rate=2e-3, ema_decay=0.99)
+    vae_images: Schedule = Schedule(steps=400, batch=4, learning_rate=1e-3, ema_decay=0.99, warmup=20)
+    vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
+    unet: Schedule = Schedule(steps=3000, batch=8, learning_rate=9e-4, warmup=200)
     clips: int = 5000
     augmentations: int = 1
     noise_aug: tuple[float, float] = (-3.0, 1.0)
@@ -83,8 +84,9 @@ class Recipe:
     drop_latents: float = 0.05
     fps: tuple[int, int] = (4, 30)
     motion_bucket_id: tuple[int, int] = (1, 255)
-    max_displacement: float = 4.6
+    max_displacement: float = 4.2
     shape_weight: float = 4.0
+    shade_weight: float = 4.0
     kl_weight: float = 1e-6
     seed: int = 0
 
