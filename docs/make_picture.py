@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from svdlab.options import sample_photo
+from svdlab.options import sample_picture
 from svdlab.parity import capture
 from svdlab.parity.compare import compare, three_way
 from svdlab.pipeline import SVDPipeline
@@ -16,7 +16,7 @@ from svdlab.rules import Rules
 from svdlab.settings import GenerationSettings
 
 torch.set_num_threads(1)
-clean = three_way("embedded", sample_photo(), GenerationSettings(num_inference_steps=4, num_frames=6))
+clean = three_way("embedded", sample_picture("embedded"), GenerationSettings(num_inference_steps=4, num_frames=6))
 reference, truth = clean.traces["reference"], clean.traces["truth"]
 pipe = SVDPipeline.from_pretrained("embedded").with_rules(Rules.with_bugs("fps_not_decremented"))
 buggy = compare(reference, capture(pipe, replay=reference, preprocess=True), truth)

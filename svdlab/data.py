@@ -83,16 +83,16 @@ class Scene:
         shape, angle = str(rng.choice(SHAPES)), rng.uniform(0, 2 * np.pi)
         return cls(shape, direction, colour, background, angle, radius, (float(start[0]), float(start[1])))
 
-    def backdrop(self) -> np.ndarray:
-        """The background alone, float64 (SIZE, SIZE, 3) in [0, 1]."""
-        y, x = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5
+    def backdrop(self, scale: int = 1) -> np.ndarray:
+        """The background alone, float64 (S, S, 3) in [0, 1] with S = scale * SIZE."""
+        y, x = np.mgrid[: SIZE * scale, : SIZE * scale] / (SIZE * scale - 1) - 0.5
         ramp = 0.5 + (x * np.cos(self.angle) + y * np.sin(self.angle)) / np.sqrt(2)
         first, second = (np.array(c) for c in self.background)
         return first + ramp[..., None] * (second - first)
 
-    def coverage(self, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How much of each pixel the shape and its nose cover, (F, SIZE, SIZE) each in [0, 1], centres (F, 2)."""
-        y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    def coverage(self, centres: np.ndarray, scale: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """How much of each pixel the shape and its nose cover, (F, S, S) each in [0, 1], centres (F, 2)."""
+        y, x = (np.mgrid[: SIZE * scale, : SIZE * scale] + 0.5) / scale
         dx, dy = x - centres[:, 0, None, None], y - centres[:, 1, None, None]
         ahead_x, ahead_y = DIRECTIONS[self.direction]
         ahead, aside = dx * ahead_x + dy * ahead_y, np.abs(dy * ahead_x - dx * ahead_y)
@@ -105,12 +105,12 @@ class Scene:
             slope = np.hypot(1.1, 2.1)
             distance = np.maximum(-ahead - 0.8 * r, (1.1 * (ahead - 1.3 * r) + 2.1 * aside) / slope)
         nose = np.hypot(ahead - 0.45 * r, aside) - 0.32 * r
-        return np.clip(0.5 - distance, 0, 1), np.clip(0.5 - nose, 0, 1)
+        return np.clip(0.5 - distance * scale, 0, 1), np.clip(0.5 - nose * scale, 0, 1)
 
-    def render(self, centres: np.ndarray) -> np.ndarray:
-        """Frames float64 (F, SIZE, SIZE, 3) in [0, 1] with the shape at the given centres (F, 2)."""
-        body, nose = (c[..., None] for c in self.coverage(centres))
-        frames = self.backdrop() * (1 - body) + np.array(self.colour) * body
+    def render(self, centres: np.ndarray, scale: int = 1) -> np.ndarray:
+        """Frames float64 (F, S, S, 3) in [0, 1] with the shape at the given centres (F, 2), in units of SIZE."""
+        body, nose = (c[..., None] for c in self.coverage(centres, scale))
+        frames = self.backdrop(scale) * (1 - body) + np.array(self.colour) * body
         return frames * (1 - nose) + _NOSE * nose
 
     def path(self, num_frames: int, fps: float, motion_bucket_id: float) -> np.ndarray:
@@ -122,9 +122,9 @@ class Scene:
         """The true clip: float64 (F, SIZE, SIZE, 3) in [0, 1]."""
         return self.render(self.path(num_frames, fps, motion_bucket_id))
 
-    def image(self) -> Image.Image:
-        """The first frame."""
-        return Image.fromarray((self.render(np.array([self.start]))[0] * 255).round().astype(np.uint8))
+    def image(self, scale: int = 1) -> Image.Image:
+        """The first frame, scale * SIZE pixels square."""
+        return Image.fromarray((self.render(np.array([self.start]), scale)[0] * 255).round().astype(np.uint8))
 
     def track(self, frames: np.ndarray) -> np.ndarray:
         """Where the shape is in frames (F, SIZE, SIZE, 3) in [0, 1]: centroids (F, 2) of what is not background.
@@ -156,5 +156,5 @@ def sample_scene(index: int = 0) -> Scene:
 
 
 def sample_image(index: int = 0) -> Image.Image:
-    """A held-out first frame by number, 64 by 64: what the embedded checkpoint animates."""
-    return sample_scene(index).image()
+    """A held-out first frame by number, 256 by 256: larger than the clip and than what CLIP sees, as photographs are."""
+    return sample_scene(index).image(scale=4)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlab.clip import Clip, side_by_side
-from svdlab.options import sample_photo
+from svdlab.options import sample_picture
 from svdlab.parity.compare import Comparison, compare
 from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
 from svdlab.pipeline import SVDPipeline
@@ -47,11 +47,6 @@ _PICTURE_HEIGHT = 192  # pixels
 
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Leaves a computation that a newer one, or the stop button, has made superfluous."""
-
-
-def sample_image() -> Image.Image:
-    """The image behind the notebooks' clips."""
-    return sample_photo()
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class Lab:
         model: "embedded", a checkpoint folder, or a name on the hub.
         device: where both run.
         dtype: the working dtype; the truth is float64.
-        image: what the clips start from; default: the sample.
+        image: what the clips start from; default: ``options.sample_picture``.
 
     Raises:
         SvdlabError: a checkpoint that does not load, a dtype that is not known.
@@ -146,7 +141,7 @@ class Lab:
     def __init__(
         self, model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", image: Image.Image | None = None
     ):
-        self.image = image or sample_image()
+        self.image = image or sample_picture(model)
         self._folder, self._device = checkpoint_folder(model), device
         self.dtype = GenerationSettings(dtype=dtype).torch_dtype
         self.pipe = SVDPipeline.from_pretrained(self._folder, dtype=self.dtype, device=device)

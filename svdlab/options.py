@@ -58,6 +58,13 @@ def sample_photo() -> Image.Image:
     return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
+def sample_picture(model: str) -> Image.Image:
+    """What is animated when no image is given: a moving shape for the embedded checkpoint, a photograph for others."""
+    from svdlab.data import sample_image
+
+    return sample_image() if model == "embedded" else sample_photo()
+
+
 def read_image(path: str | Path) -> Image.Image:
     """An RGB image from a file.
 

@@ -42,7 +42,13 @@ def test_scenes_are_varied_and_repeatable() -> None:
     assert {s.shape for s in scenes} == set(SHAPES) and {s.direction for s in scenes} == set(DIRECTIONS)
     assert {s.background[0] == s.background[1] for s in scenes} == {True, False}
     assert sample_scene(3) == Scene.from_seed(HELD_OUT + 3) != sample_scene(4)
-    assert sample_image(3).size == (SIZE, SIZE)
+
+
+def test_a_large_first_frame_is_the_small_one_with_more_pixels() -> None:
+    small, large = np.array(sample_scene(3).image(), float), np.array(sample_image(3), float)
+    assert large.shape == (4 * SIZE, 4 * SIZE, 3)
+    np.testing.assert_allclose(large.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3)), small, atol=40)
+    assert np.abs(large.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3)) - small).mean() < 1
 
 
 def test_tracking_refuses_another_size() -> None:

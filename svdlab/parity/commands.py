@@ -14,7 +14,7 @@ import torch
 
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
-from svdlab.options import DEVICE, JSON, MODEL, read_image, sample_photo, settings_options
+from svdlab.options import DEVICE, JSON, MODEL, read_image, sample_picture, settings_options
 from svdlab.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def parity(
     """Compare svdlab with diffusers, measured against diffusers in float64."""
     settings = GenerationSettings(**given)
     check_folder(json_path)
-    picture = read_image(image) if image else sample_photo()
+    picture = read_image(image) if image else sample_picture(model)
     from svdlab.parity.compare import three_way
 
     comparison = three_way(model, picture, settings, device=device, taps=taps, until=until, folder=keep, progress=True)
@@ -108,7 +108,7 @@ def trace(
     settings = GenerationSettings(**given) if replay is None else replay.settings.replace(**given)
     for path in (out, json_path):
         check_folder(path)
-    picture = None if replay is not None else read_image(image) if image else sample_photo()
+    picture = None if replay is not None else read_image(image) if image else sample_picture(model)
     shared: dict[str, Any] = {
         "replay": replay,
         "preprocess": preprocess,
