@@ -156,5 +156,5 @@ def sample_scene(index: int = 0) -> Scene:
 
 
 def sample_image(index: int = 0) -> Image.Image:
-    """A held-out first frame by number, 256 by 256: larger than the clip and than what CLIP sees, as photographs are."""
-    return sample_scene(index).image(scale=4)
+    """A held-out first frame by number, 512 by 512: larger than the clip and what CLIP sees, as photographs are."""
+    return sample_scene(index).image(scale=8)

@@ -133,7 +133,8 @@ def _draw_lines(
     ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
     ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
     # The wider line lies below the narrower one, so that both are seen where they coincide.
-    lines = [(f"svdlab {on.dtype}" + (", fix on" if off_label.startswith("fix off") else ""), on, SVDLAB, "o-", 2.0)]
+    fix_on = ", fix on" if off is not None and off_label.startswith("fix off") else ""
+    lines = [(f"svdlab {on.dtype}{fix_on}", on, SVDLAB, "o-", 2.0)]
     if off is not None:
         lines.append((off_label, off, FIX_OFF, "s-", 1.0))
     for label, of, colour, style, width in lines:
@@ -287,9 +288,10 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
         chosen = [row for row in rows if row.passes_mse_bar is passes]
         at = [(max(row.frames_mse, smallest), row.ratio) for row in chosen]
         ax.loglog(*zip(*at, strict=True), marker, color=colour, ms=5, label=f"{len(chosen)} {label}")
-        for row, point in zip(chosen, at, strict=True):
-            if passes:
-                ax.annotate(row.bug, point, xytext=(5, 3), textcoords="offset points", fontsize=7)
+        for i, (row, point) in enumerate(zip(chosen, at, strict=True)):
+            if passes:  # above and below in turns, so that neighbours can be read
+                place = (6, -9 if i % 2 else 3)
+                ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7)
     ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"usual bar: mean squared error {MSE_BAR:g}")
     ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"bar of parity: noise ratio {THRESHOLD:g}")
     _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")

@@ -168,7 +168,7 @@ def _run_one(
             "import sys, json, papermill; known = papermill.inspect_notebook(sys.argv[1]); "
             "given = {k: v for k, v in json.loads(sys.argv[3]).items() if k in known}; "
             "papermill.execute_notebook(sys.argv[1], sys.argv[2], parameters=given, "
-            "kernel_name='python3', cwd=sys.argv[4], progress_bar=False)"
+            "kernel_name='python3', cwd=sys.argv[4], progress_bar=False, start_timeout=600)"
         )
         command = [sys.executable, "-c", script, str(path), str(executed), json.dumps(parameters), str(path.parent)]
         try:
@@ -255,11 +255,15 @@ def _printable(text: str) -> str:
 
 
 def _page(executed: Path) -> str:
-    """A notebook as HTML that needs no network: no mathjax, no require.js, pictures inside."""
+    """A notebook as HTML that needs no network: no mathjax, no require.js, no widget manager, pictures inside."""
+    import nbformat
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
-    return exporter.from_filename(str(executed))[0]
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("widgets", None)  # there is no kernel behind a page, and their script is on the network
+    name = executed.name.removeprefix(".").removesuffix(".executed.ipynb")
+    return exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})[0]
 
 
 def _versions() -> dict[str, str]:

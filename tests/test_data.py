@@ -46,9 +46,9 @@ def test_scenes_are_varied_and_repeatable() -> None:
 
 def test_a_large_first_frame_is_the_small_one_with_more_pixels() -> None:
     small, large = np.array(sample_scene(3).image(), float), np.array(sample_image(3), float)
-    assert large.shape == (4 * SIZE, 4 * SIZE, 3)
-    np.testing.assert_allclose(large.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3)), small, atol=40)
-    assert np.abs(large.reshape(SIZE, 4, SIZE, 4, 3).mean((1, 3)) - small).mean() < 1
+    assert large.shape == (8 * SIZE, 8 * SIZE, 3)
+    np.testing.assert_allclose(large.reshape(SIZE, 8, SIZE, 8, 3).mean((1, 3)), small, atol=40)
+    assert np.abs(large.reshape(SIZE, 8, SIZE, 8, 3).mean((1, 3)) - small).mean() < 1
 
 
 def test_tracking_refuses_another_size() -> None:
