@@ -276,11 +276,11 @@ class AlphaBlender(nn.Module):
         return torch.sigmoid(self.mix_factor if self.switch_spatial_to_temporal_mix else -self.mix_factor)
 
     def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
-        return torch.lerp(spatial, temporal, self.temporal_share())
+        return torch.lerp(spatial, temporal, self.temporal_share().to(spatial.dtype))
 
     def add(self, spatial: Tensor, update: Tensor) -> Tensor:
         """The blend of ``spatial`` and ``spatial + update``."""
-        return torch.addcmul(spatial, update, self.temporal_share())
+        return torch.addcmul(spatial, update, self.temporal_share().to(spatial.dtype))
 
 
 class SpatioTemporalResBlock(nn.Module):
