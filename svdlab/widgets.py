@@ -162,7 +162,8 @@ class Explorer:
         where the first divergence is at the probe that this fix makes.
 
         Returns:
-            ``passed``: so at no position with the fix, and a divergence at the first without; and the numbers.
+            The arguments of ``report.record``. ``passed``: so at no position with the fix, and a divergence at the
+            first position without it.
         """
         first = [self._look(self.start, bug) for bug in self.bugs]
         on = [case.on for case in list(self.seen.values())]
@@ -170,14 +171,21 @@ class Explorer:
         diverging = {c.first_divergence for c in on} - {None}
         answer: dict[str, Any] = {
             "passed": not diverging & own and all(c.off.verdict == "divergence" for c in first),
+            "fixes": [
+                {
+                    "bug": case.bug,
+                    "ratio_on": case.on.worst.ratio,
+                    "ratio_off": case.off.worst.ratio,
+                    "first_divergence": case.off.first_divergence,
+                    "frames_mse": case.off.frames_mse,
+                }
+                for case in first
+            ],
             "worst_ratio_fix_on": max(c.worst.ratio for c in on),
             "settings_seen": len({settings for settings, _ in self.seen}),
         }
         if elsewhere := sorted(str(probe) for probe in diverging - own):
             answer["diverges_elsewhere"] = ", ".join(elsewhere)
-        for case in first:
-            answer[f"ratio_with_{case.bug}"] = case.off.worst.ratio
-            answer[f"frames_mse_with_{case.bug}"] = case.off.frames_mse
         return answer
 
     def _look(self, settings: GenerationSettings, bug: str) -> Case:

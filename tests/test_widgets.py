@@ -171,7 +171,9 @@ def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, la
     assert page.count("<video") == 2 and page.count("<img") == 2
     answer = explorer.answer()
     assert answer["passed"] and answer["settings_seen"] == 3
-    assert answer["worst_ratio_fix_on"] <= 4 < answer[f"ratio_with_{BUG}"]
+    (fix,) = answer["fixes"]
+    assert fix["bug"] == BUG and fix["first_divergence"] == "added_time_ids"
+    assert fix["ratio_on"] <= answer["worst_ratio_fix_on"] <= 4 < fix["ratio_off"]
 
 
 def test_only_the_broken_fix_is_blamed(explorer: Explorer, lab: Lab) -> None:
