@@ -254,7 +254,7 @@ class Panel:
         self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
         self.progress = ipywidgets.FloatProgress(max=1.0, layout={"width": "12em"})
-        self.status, self.number = ipywidgets.HTML(), ipywidgets.HTML()
+        self.status, self.number, self.caption = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.plot, self.clips = ipywidgets.HTML(), ipywidgets.HTML()
         for widget in (*self.controls.values(), self.bug):
             widget.observe(self._moved, "value")
@@ -278,7 +278,7 @@ class Panel:
             rows.append(self.bug)
         buttons = [self.fix, *([] if self.explorer.live else [self.run]), self.stop, self.progress, self.status]
         self.compute()
-        return ipywidgets.VBox([*rows, ipywidgets.HBox(buttons), self.plot, self.number, self.clips])
+        return ipywidgets.VBox([*rows, ipywidgets.HBox(buttons), self.caption, self.plot, self.number, self.clips])
 
     @property
     def settings(self) -> GenerationSettings:
@@ -353,6 +353,9 @@ class Panel:
         """What the toggle changes: the number and the clips. The plot has both lines."""
         with self._drawing:
             if self.case is not None:
+                # A stopped run leaves the pictures behind the sliders: they say what they are of.
+                at = (f"{n.replace('_', ' ')} {getattr(self.case.settings, n)}" for n in self.controls)
+                self.caption.value = f"<small>Shown: {escape(', '.join([*at, self.case.bug]))}</small>"
                 self.number.value = self.case.number(self.fix.value)
                 self.clips.value = self.case.clips(self.fix.value)
                 self.clips.layout.opacity = "1"

@@ -39,6 +39,7 @@ def test_every_figure_has_axes_with_names_and_a_text(case: Case) -> None:
         plots.plot_fix(on, off, BUG),
         plots.plot_grid(["1", "2"], [on, on], {BUG: [off, off]}, "fps (1/s)"),
         plots.plot_curves([1, 2], {"a": [1, 2], "b": [2, 3]}, ("x (s)", "y (m)"), log_x=True, band=(0, 1, "band")),
+        plots.plot_ramps({"a": torch.ones(2, 3), "b": torch.zeros(2, 3)}),
         plots.plot_frames(on, off, BUG),
         plots.plot_steps(on),
         plots.plot_catalogue([row_of(BUG, off), row_of("another", on)]),
@@ -46,13 +47,21 @@ def test_every_figure_has_axes_with_names_and_a_text(case: Case) -> None:
     for figure in figures:
         html = figure._repr_html_()
         assert re.search(r'<img [^>]*alt="[^"]{20,}" src="data:image/png;base64,iVBOR', html)
-        assert figure.axes[0].get_ylabel() and all(ax.get_xlabel() for ax in figure.axes)
+        assert figure.axes[0].get_ylabel() and all(
+            ax.get_xlabel() or ax.get_label() == "<colorbar>" for ax in figure.axes
+        )
 
 
 def test_the_lines_are_the_numbers(case: Case) -> None:
     probes, steps = plots.plot_fix(case.on, case.off, BUG).axes
     drawn = lines(probes)
-    assert drawn[f"fix off ({BUG})"] == [max(p.divergence, 1e-9) for p in case.off.probes]
+    zero = min(drawn["svdlab float32, fix on"])
+    assert drawn[f"fix off ({BUG})"] == [p.divergence or zero for p in case.off.probes]
+    assert 0 < zero <= min(p.divergence for p in case.on.probes if p.divergence) / 10, "equal lies below all others"
+    ticks = {
+        float(at): label.get_text() for at, label in zip(probes.get_yticks(), probes.get_yticklabels(), strict=True)
+    }
+    assert ticks[zero] == "0" and list(ticks.values()).count("0") == 1
     assert drawn["diffusers float32 (the noise floor)"] == [p.floor for p in case.on.probes]
     assert all(len(line.get_ydata()) == 2 for line in steps.get_lines()), "one point a step"
     frames = lines(plots.plot_frames(case.on, case.off, BUG).axes[0])
@@ -104,3 +113,25 @@ def test_motion_is_the_change_from_frame_to_frame() -> None:
     frames = torch.stack([torch.full((3, 4, 4), level / 127.5 - 1) for level in (0.0, 10.0, 30.0)])
     assert motion(frames) == pytest.approx(15.0, abs=1e-4)
     assert motion(frames[:1]) == 0.0
+
+
+def test_a_film_shows_every_frame_of_every_row(case: Case) -> None:
+    plot = case.film(fix=False)
+    rows = ["diffusers", "svdlab, fix off"]
+    assert [ax.get_ylabel() for ax in plot.axes[::3]][:2] == rows and len(plot.axes) == 9
+    first = case.off.traces["candidate"]["frames"][0, 0].permute(1, 2, 0).float()
+    drawn = torch.from_numpy(plot.axes[3].get_images()[0].get_array().data)
+    assert torch.allclose(drawn, (first / 2 + 0.5).clamp(0, 1), atol=1e-6)
+    assert rows[1] in plot.alt
+
+
+def test_the_ramp_is_drawn_as_it_is() -> None:
+    ramp = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    plot = plots.plot_ramps({"one": ramp, "other": ramp.flip(0)})
+    assert torch.equal(torch.from_numpy(plot.axes[0].get_images()[0].get_array().data), ramp)
+    assert [text.get_text() for text in plot.axes[1].texts] == ["3.0", "4.0", "1.0", "2.0"]
+
+
+def test_two_passes_hold_less_than_one(lab: Lab, case: Case) -> None:
+    (_, one), (_, two) = (lab.step_cost(case.settings.replace(cfg=way), rounds=1) for way in ("batched", "sequential"))
+    assert 0 < two < one

@@ -247,7 +247,7 @@ def test_a_broken_rule_turns_the_right_notebook_red(tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     for name in ("01_fps_conditioning", "02_timestep_scaling"):
         shutil.copy(root / f"notebooks/{name}.ipynb", tmp_path / "notebooks")
-    command = "-m svdlab.cli report --out out --workers 1 --num-inference-steps 1 -p fps_grid [7]"
+    command = "-m svdlab.cli report --out out --workers 2 --num-inference-steps 1 -p fps_grid [7]"
     program = f"import sys; sys.argv[1:] = {command.split()[2:]}; from svdlab.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -134,7 +134,12 @@ def test_stop_leaves_at_once_and_breaks_nothing(panel: Panel, monkeypatch: pytes
     assert said[-1] == "stopped" and not any("step 2" in s for s in said if "float64" in s)
     assert panel.number.value == "" or "being measured" in panel.number.value
     assert not nn.modules.module._global_forward_pre_hooks
+    assert "fps 11," in panel.caption.value, "what is shown is what was computed"
     monkeypatch.undo()
+    panel.controls["fps"].value = 13
+    panel.stop.click()
+    panel.worker.join()
+    assert "fps 11," in panel.caption.value, "and not where the slider stands"
     panel.compute()
     panel.worker.join()
     assert ", parity" in panel.number.value and panel.stop.disabled
