@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from svdlab.clip import Clip, side_by_side
 from svdlab.options import sample_picture
-from svdlab.parity.compare import Comparison, compare
+from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
 from svdlab.pipeline import SVDPipeline
 from svdlab.rules import PREDICT, Rules
@@ -33,6 +33,7 @@ from svdlab.weights import EMBEDDED, checkpoint_folder
 if TYPE_CHECKING:
     from PIL import Image
 
+    from svdlab.parity.diagnose import CatalogueRow
     from svdlab.plots import Plot
 
 Watch = Callable[[float, str], None]
@@ -343,6 +344,26 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
         for tag, row in (("th", heads), *(("td", row) for row in rows))
     )
     return HTML(f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>")
+
+
+def catalogue_table(rows: Sequence[CatalogueRow]) -> Any:
+    """Which of two bars catches which bug, for a notebook to show; what a bar lets through is marked.
+
+    Args:
+        rows: of ``parity.diagnose.catalogue``.
+    """
+    from IPython.display import HTML
+
+    def bar(caught: bool) -> str:
+        return "<td>catches it</td>" if caught else "<td style='background:#fbe3d6'><b>lets it through</b></td>"
+
+    heads = ("bug", "first tensor above 4", "noise ratio", "frames MSE", "MSE &lt; 1e-3", "noise ratio &lt;= 4")
+    body = "".join(
+        f"<tr><td>{escape(row.bug)}</td><td>{escape(row.first_divergence or 'none')}</td><td>{row.ratio:.3g}</td>"
+        f"<td>{row.frames_mse:.1e}</td>{bar(not row.passes_mse_bar)}{bar(row.ratio > THRESHOLD)}</tr>"
+        for row in rows
+    )
+    return HTML(f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{body}</table>")
 
 
 def stage_table(comparison: Comparison) -> Any:

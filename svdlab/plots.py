@@ -75,7 +75,8 @@ def plot_divergence(
     Returns:
         A figure; the horizontal axis is the order of execution, the vertical one logarithmic.
     """
-    probes = _shown(comparison, inputs)
+    there = {p.name for p in (fix_off or comparison).probes}  # a port may have written some tensors only
+    probes = [p for p in _shown(comparison, inputs) if p.name in there]
     plot = _plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
     _draw_probes(plot.subplots(), probes, comparison, fix_off, fix_off_label)
     return plot

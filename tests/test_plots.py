@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from svdlab import plots
-from svdlab.lab import Case, Lab, every_chunk, motion, picture, stage_table, table
+from svdlab.lab import Case, Lab, catalogue_table, every_chunk, motion, picture, stage_table, table
 from svdlab.parity.diagnose import CatalogueRow, row_of
 
 BUG = "guidance_constant"
@@ -86,6 +86,14 @@ def test_the_stages_show_their_worst_probe(case: Case) -> None:
     row = re.search("<tr><td>noise prediction, every step</td><td>2</td><td>([^<]+)</td>", html)
     assert row and row[1] == f"{worst:.2f}"
     assert all(stage in html for stage in ("image embedding", "image latents", "frames"))
+
+
+def test_what_a_bar_lets_through_is_marked() -> None:
+    rows = [CatalogueRow("quiet", "frames", 1e4, 1e-5, True), CatalogueRow("<none>", None, 1.0, 1e-1, False)]
+    quiet, none = re.findall("<tr><td>.*?</tr>", catalogue_table(rows).data)
+    through, caught = "lets it through", "catches it"
+    assert re.findall(f"{through}|{caught}", quiet) == [through, caught]
+    assert re.findall(f"{through}|{caught}", none) == [caught, through] and "&lt;none&gt;" in none
 
 
 def test_a_table_shows_what_it_is_given_and_no_markup() -> None:

@@ -13,10 +13,11 @@ from torch import nn
 from svdlab import widgets
 from svdlab.errors import SvdlabError
 from svdlab.lab import Lab, ratio_text
+from svdlab.parity import capture
 from svdlab.parity.compare import three_way
 from svdlab.rules import Rules
 from svdlab.settings import GenerationSettings
-from svdlab.widgets import Explorer, Panel, Worker, control, is_live
+from svdlab.widgets import Diagnoser, Explorer, Panel, Worker, control, is_live
 
 BUG = "fps_not_decremented"
 
@@ -195,3 +196,23 @@ def test_one_reference_serves_what_diffusers_does_not_know(lab: Lab) -> None:
     for same in ({"cfg": "sequential"}, {"decode": "exact", "decode_chunk_size": 1}, {"decode_chunk_size": 2}):
         assert lab.reference(settings.replace(**same)) is reference
     assert lab.reference(settings.replace(decode_chunk_size=1)) is not reference
+
+
+def test_a_reader_finds_the_bug_in_their_own_file(lab: Lab, tmp_path: Path) -> None:
+    settings = lab.settings(num_frames=2, num_inference_steps=1, height=32, width=32)
+    panel = Diagnoser(lab.pipe, lab.reference(settings), lab.truth(settings))
+    assert "<img" not in panel._repr_mimebundle_()["text/html"], "a page has no kernel"
+    panel.target.value = str(tmp_path / "reference.safetensors")
+    panel.write.click()
+    panel.worker.join()
+    assert f"wrote {panel.target.value}" in panel.status.value
+    port = str(tmp_path / "port.safetensors")
+    reference = lab.reference(settings)
+    buggy = lab.pipe.with_rules(Rules.with_bugs(BUG))
+    capture(buggy, replay=reference, preprocess=True, until="noise_pred.000", path=port)
+    for name, said in ((str(tmp_path / "none"), "none"), (port, "done")):
+        panel.source.value = name
+        panel.diagnose.click()
+        panel.worker.join()
+        assert said in panel.status.value, panel.status.value
+    assert f"{BUG}: fed fps instead of fps - 1" in panel.found.value and "<img" in panel.found.value
