@@ -134,7 +134,7 @@ def _draw_lines(
     floor = [p.floor for p in probes]
     bar = [on.threshold * f for f in floor]
     zero = _zero(probes, on, off)
-    ax.fill_between(at, bar, zero / 10, color=FLOOR, alpha=0.12, lw=0)
+    ax.fill_between(at, bar, 1e-30, color=FLOOR, alpha=0.12, lw=0)
     ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
     ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
     # The wider line lies below the narrower one, so that both are seen where they coincide.

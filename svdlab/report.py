@@ -368,23 +368,37 @@ def _page(executed: Path, result: NotebookResult, pages: Sequence[tuple[str, str
     )
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("widgets", None)  # there is no kernel behind a page, and their script is on the network
+    formulas: list[str] = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = mathml(cell.source)
+            cell.source = take_formulas(cell.source, formulas)
     at = [page for page, _ in pages].index(result.page)
     around = {"result": result, "before": pages[at - 1] if at else None, "after": (*pages, None)[at + 1]}
-    return exporter.from_notebook_node(notebook, resources={"metadata": {"name": result.title}, "around": around})[0]
+    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": result.title}, "around": around})
+    return re.sub(_FORMULA.format(r"(\d+)"), lambda found: formulas[int(found[1])], page)
 
 
-def mathml(markdown: str) -> str:
-    """Markdown with its TeX (``$...$``, ``$$...$$``; not in code) as MathML, which browsers draw by themselves."""
+# Stands for a formula while markdown becomes HTML: nbconvert would take MathML apart.
+_FORMULA = "svdlab-formula-{}-"
+
+
+def take_formulas(markdown: str, formulas: list[str]) -> str:
+    """Markdown with a mark for each formula (``$...$``, ``$$...$$``; not in code).
+
+    Args:
+        markdown: with TeX.
+        formulas: here they go as MathML, which browsers draw by themselves.
+    """
     from latex2mathml.converter import convert
 
-    def formula(found: re.Match[str]) -> str:
+    def take(found: re.Match[str]) -> str:
         code, block, inline = found.groups()
-        return code or convert(block or inline, display="block" if block else "inline")
+        if code:
+            return code
+        formulas.append(convert(block or inline, display="block" if block else "inline"))
+        return _FORMULA.format(len(formulas) - 1)
 
-    return re.sub(r"(```.*?```|`[^`]*`)|\$\$(.+?)\$\$|\$(\S(?:[^$\n]*\S)?)\$", formula, markdown, flags=re.DOTALL)
+    return re.sub(r"(```.*?```|`[^`]*`)|\$\$(.+?)\$\$|\$(\S(?:[^$\n]*\S)?)\$", take, markdown, flags=re.DOTALL)
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from svdlab.errors import SvdlabError
-from svdlab.report import NotebookResult, changes, index_page, mathml, moved, record, report, run_report
+from svdlab.report import NotebookResult, changes, index_page, moved, record, report, run_report, take_formulas
 
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
@@ -75,16 +75,19 @@ def test_pages_lead_to_each_other(tmp_path: Path) -> None:
     page = (tmp_path / "out/b <i>.html").read_text()
     assert page.count('<a href="a.html" rel="prev">') == page.count('<a href="c.html" rel="next">') == 2
     assert "<title>Is &lt;i&gt; safe?</title>" in page
-    assert page.count("<math") == 2 and "<mfrac>" in page and "$y$" in page
+    assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>4</mn></mrow></mfrac>" in page, "a formula is in one piece"
+    assert page.count("<math") == 2 and "$y$" in page and "svdlab-formula" not in page
     middle = '<a href="b%20%3Ci%3E.html">Is &lt;i&gt; safe?</a>'
     assert middle in (tmp_path / "out/index.html").read_text()
     assert 'rel="prev"' not in (tmp_path / "out/a.html").read_text()
 
 
-def test_formulas_become_mathml_and_code_does_not() -> None:
-    assert mathml("costs `$a$` or ```\n$b$\n```") == "costs `$a$` or ```\n$b$\n```"
-    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in mathml("$$x\n= 1$$")
-    assert mathml("5 $ and 6 $ are no formula") == "5 $ and 6 $ are no formula"
+def test_formulas_are_taken_and_code_is_not() -> None:
+    formulas: list[str] = []
+    for code in ("costs `$a$` or ```\n$b$\n```", "5 $ and 6 $ are no formula"):
+        assert take_formulas(code, formulas) == code and not formulas
+    assert take_formulas("$$x\n= 1$$ and $y$", formulas).count("formula") == len(formulas) == 2
+    assert 'display="block"' in formulas[0] and 'display="inline"' in formulas[1]
 
 
 @pytest.mark.parametrize(("cell", "code"), [(PASSES, 0), (PASSES.replace("True", "False"), 1), ("1 / 0", 1)])
