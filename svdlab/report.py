@@ -189,7 +189,7 @@ def _write(
     seconds: float,
     previous: Mapping[str, Any] | None,
 ) -> None:
-    made = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     about = {"made": made, "seconds": seconds, "parameters": dict(parameters), "versions": _versions()}
     write_json(out / "results.json", {**about, "notebooks": [r.to_dict() for r in results]})
     write_text(out / "report.xml", _junit(results))
@@ -430,7 +430,7 @@ def index_page(
 
     Args:
         results: in the order in which they are shown.
-        about: ``made`` (a date), ``seconds`` in all, ``parameters`` given, ``versions``.
+        about: ``made`` (date and time), ``seconds`` in all, ``parameters`` given, ``versions``.
         previous: an earlier report's ``results.json``.
     """
     verdicts = [v for r in results for v in r.verdicts]
