@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import os
@@ -84,7 +85,7 @@ class Case:
         heads = "".join(f"<span style='flex:1;text-align:center'>{escape(title)}</span>" for title in rows)
         player = side_by_side([Clip.from_tensor(frames, self.settings.fps) for frames in rows.values()])
         return (
-            "<div style='display:inline-block;max-width:100%'>"
+            f"<div role='group' aria-label='{escape(', '.join(rows))}' style='display:inline-block;max-width:100%'>"
             f"<div style='display:flex'>{heads}</div>{player._repr_html_()}</div>"
         )
 
@@ -393,14 +394,15 @@ def picture(alt: str, *images: Tensor) -> Any:
         alt: what they show, for those who cannot see it.
         images: of one size.
     """
-    from IPython.display import Image as Shown
+    from IPython.display import HTML
     from PIL import Image as pil
 
     strip = side_by_side([Clip.from_tensor(image, 1) for image in images]).to_pil()[0]
     scale = max(1, _PICTURE_HEIGHT // strip.height)
     buffer = io.BytesIO()
     strip.resize((strip.width * scale, strip.height * scale), pil.Resampling.NEAREST).save(buffer, "PNG")
-    return Shown(data=buffer.getvalue(), alt=alt)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return HTML(f'<img style="max-width:100%" alt="{escape(alt)}" src="data:image/png;base64,{data}">')
 
 
 @dataclass(frozen=True)

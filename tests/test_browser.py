@@ -53,6 +53,9 @@ def lab() -> Lab:
     return Lab()
 
 
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
 def said(comparison: Comparison) -> tuple[str, str]:
     return ratio_text(comparison), comparison.verdict
 
@@ -132,8 +135,10 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
         ),
         nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
-    run_report([tmp_path / "one.ipynb"], tmp_path / "out")
+    made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(made, tmp_path / "one.ipynb")
+    (result,) = run_report([tmp_path / "one.ipynb"], tmp_path / "out")
+    assert result.status == "passed", result.error
     context = browser.new_context(offline=True)
     asked: list[str] = []
     context.on("request", lambda request: asked.append(request.url))

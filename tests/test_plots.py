@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from pathlib import Path
@@ -111,9 +112,10 @@ def test_a_chunk_changes_diffusers_and_not_the_exact_decode(lab: Lab, case: Case
 
 
 def test_a_picture_has_a_text_and_whole_pixels() -> None:
-    shown = picture("two greys", torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
-    assert shown.alt == "two greys"
-    with Image.open(io.BytesIO(shown.data)) as image:
+    html = picture('two <"greys">', torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).data
+    alt, png = re.search('alt="([^"]*)" src="data:image/png;base64,([^"]*)"', html).groups()  # type: ignore[union-attr]
+    assert alt == "two &lt;&quot;greys&quot;&gt;"
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
         assert image.height == 192 and image.width > 2 * 192
 
 

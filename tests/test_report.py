@@ -63,6 +63,7 @@ def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
         here = {*re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)}
         assert here <= {"index.html", "one.html", "results.json", "report.xml"}, "links lead to files beside it"
     assert "data:image/png" in (tmp_path / "out/one.html").read_text()
+    assert '<img alt="from one" src="data:image/png' in (tmp_path / "out/index.html").read_text(), "a thumbnail"
 
 
 def test_pages_lead_to_each_other(tmp_path: Path) -> None:
