@@ -190,6 +190,12 @@ def test_only_the_broken_fix_is_blamed(explorer: Explorer, lab: Lab) -> None:
     assert spared["passed"] and spared["diverges_elsewhere"] == "added_time_ids"
 
 
+def test_a_bug_below_the_noise_is_no_failure_and_is_named(lab: Lab, explorer: Explorer) -> None:
+    level = explorer.start.replace(min_guidance_scale=2.0, max_guidance_scale=2.0)
+    answer = Explorer(lab, level, ["guidance_per_step", BUG], ["fps"]).answer()
+    assert answer["passed"] and answer["bugs_below_the_noise"] == "guidance_per_step"
+
+
 def test_one_reference_serves_what_diffusers_does_not_know(lab: Lab) -> None:
     settings = GenerationSettings(num_frames=2, num_inference_steps=1, height=32, width=32)
     reference = lab.reference(settings)
