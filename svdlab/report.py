@@ -397,7 +397,9 @@ def take_formulas(markdown: str, formulas: list[str]) -> str:
         code, block, inline = found.groups()
         if code:
             return code
-        formulas.append(convert(block or inline, display="block" if block else "inline"))
+        # TeX writes an underscore in text as \_, which the converter would print as it is.
+        tex = re.sub(r"\\text\{[^}]*\}", lambda text: text[0].replace("\\_", "_"), block or inline)
+        formulas.append(convert(tex, display="block" if block else "inline"))
         return _FORMULA.format(len(formulas) - 1)
 
     return re.sub(r"(```.*?```|`[^`]*`)|\$\$(.+?)\$\$|\$(\S(?:[^$\n]*\S)?)\$", take, markdown, flags=re.DOTALL)

@@ -166,8 +166,8 @@ class Explorer:
         where the first divergence is at the probe that this fix makes.
 
         Returns:
-            The arguments of ``report.record``. ``passed``: so at no position with the fix. A bug that moves nothing by more
-            than rounding at the first position, as some do in a half dtype, is named.
+            The arguments of ``report.record``. ``passed``: so at no position with the fix. A bug that moves nothing
+            by more than rounding at the first position, as some do in a half dtype, is named.
         """
         first = [self._look(self.start, bug) for bug in self.bugs]
         on = [case.on for case in list(self.seen.values())]

@@ -88,6 +88,8 @@ def test_formulas_are_taken_and_code_is_not() -> None:
     for code in ("costs `$a$` or ```\n$b$\n```", "5 $ and 6 $ are no formula"):
         assert take_formulas(code, formulas) == code and not formulas
     assert take_formulas("$$x\n= 1$$ and $y$", formulas).count("formula") == len(formulas) == 2
+    take_formulas(r"$\text{time\_ids}_i$", formulas)
+    assert "<mtext>time_ids</mtext>" in formulas.pop()
     assert 'display="block"' in formulas[0] and 'display="inline"' in formulas[1]
 
 
