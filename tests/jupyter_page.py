@@ -111,7 +111,7 @@ class Notebook:
         self.page.locator("[role=status]", has_text=re.compile(f"^{status}")).wait_for()
 
     def toggle_fix(self) -> None:
-        self.page.get_by_label("fix on").press("Space")
+        self.page.get_by_role("checkbox", name="fix on").press("Space")
 
     def number(self) -> tuple[str, str]:
         """The noise ratio under the plot, and the verdict beside it."""
