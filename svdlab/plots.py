@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from svdlab.lab import Chunk
     from svdlab.parity.compare import Comparison, ProbeResult
     from svdlab.parity.diagnose import CatalogueRow
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
-_BOTTOM = 1e-9  # what is equal to the last bit is drawn here, just below the axis
 _DISTANCE = "distance from diffusers float64,\nrelative to its norm"
 _SCALARS = ("input.", "sigmas", "timesteps", "guidance_scale")
 _DPI = 144
@@ -74,7 +75,8 @@ def plot_divergence(
     Returns:
         A figure; the horizontal axis is the order of execution, the vertical one logarithmic.
     """
-    probes = _shown(comparison, inputs)
+    there = {p.name for p in (fix_off or comparison).probes}  # a port may have written some tensors only
+    probes = [p for p in _shown(comparison, inputs) if p.name in there]
     plot = _plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
     _draw_probes(plot.subplots(), probes, comparison, fix_off, fix_off_label)
     return plot
@@ -97,6 +99,8 @@ def plot_fix(on: Comparison, off: Comparison, bug: str) -> Plot:
     plot.legend(*handles, fontsize=8, loc="outside upper center", ncols=4, frameon=False)
     steps = [p for p in on.probes if p.name.startswith("latents.")]
     _draw_lines(right, range(1, len(steps) + 1), steps, on, off, "")
+    # The axis is shared: it has room for what either side shows.
+    _logarithmic(left, _zero(_shown(on, inputs=True), on, off))
     right.set_xticks(range(1, len(steps) + 1, max(1, len(steps) // 6)))
     _tidy(right, "denoising step", "", "latents after each step")
     return plot
@@ -129,7 +133,8 @@ def _draw_lines(
     """The grey band of parity, the floor, and one line a candidate."""
     floor = [p.floor for p in probes]
     bar = [on.threshold * f for f in floor]
-    ax.fill_between(at, bar, _BOTTOM, color=FLOOR, alpha=0.12, lw=0)
+    zero = _zero(probes, on, off)
+    ax.fill_between(at, bar, 1e-30, color=FLOOR, alpha=0.12, lw=0)
     ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
     ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
     # The wider line lies below the narrower one, so that both are seen where they coincide.
@@ -138,9 +143,31 @@ def _draw_lines(
     if off is not None:
         lines.append((off_label, off, FIX_OFF, "s-", 1.0))
     for label, of, colour, style, width in lines:
-        distance = [max(of[p.name].divergence, _BOTTOM) for p in probes]
+        distance = [max(of[p.name].divergence, zero) for p in probes]
         ax.semilogy(at, distance, style, color=colour, ms=2 + width, lw=width, label=label)
-    ax.set_ylim(bottom=2 * _BOTTOM)
+    _logarithmic(ax, zero)
+
+
+def _zero(probes: Sequence[ProbeResult], *comparisons: Comparison | None) -> float:
+    """Where a distance of zero is drawn on a logarithmic axis: a decade below the smallest of the others."""
+    found = [c[p.name].divergence for c in comparisons if c is not None for p in probes] + [p.floor for p in probes]
+    return float(10 ** (np.floor(np.log10(min(d for d in found if d > 0))) - 1))
+
+
+def _logarithmic(ax: Axes, zero: float) -> None:
+    """Decades down to ``zero``, whose tick says 0."""
+
+    class Formatter(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return "0" if x < 2 * zero else super().__call__(x, pos)
+
+    ax.set_ylim(bottom=zero / 2)
+    decades = round(np.log10(ax.get_ylim()[1] / zero))
+    ax.yaxis.set_major_locator(
+        FixedLocator([zero, *(zero * 10.0**k for k in range(decades, 0, -max(1, decades // 5)))])
+    )
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(Formatter())
 
 
 def plot_grid(values: Sequence[Any], on: Sequence[Comparison], off: Mapping[str, Sequence[Comparison]], x: str) -> Plot:
@@ -201,9 +228,54 @@ def plot_curves(
     if log_y:
         ax.set_yscale("log")
     elif min(map(min, curves.values())) >= 0:
-        ax.set_ylim(bottom=0)  # a small change shall look small
+        ax.set_ylim(0, 1.1 * max(map(max, curves.values())))  # a small change shall look small
     _tidy(ax, *labels)
     ax.legend(fontsize=8)
+    return plot
+
+
+def plot_ramps(ramps: Mapping[str, Tensor]) -> Plot:
+    """The guidance scale of every frame at every denoising step, a map for each rule.
+
+    Args:
+        ramps: (steps, frames) by the rule's name.
+    """
+    alt = "; ".join(
+        f"{name}: first step {scale[0].tolist()}, last step {scale[-1].tolist()}" for name, scale in ramps.items()
+    )
+    plot = _plot(10.0, 2.6, f"Guidance scale of every frame at every step. {alt}.")
+    low, high = min(float(s.min()) for s in ramps.values()), max(float(s.max()) for s in ramps.values())
+    for ax, (name, scale) in zip(plot.subplots(1, len(ramps), sharey=True), ramps.items(), strict=True):
+        steps, frames = scale.shape
+        shown = ax.imshow(scale.numpy(), cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        if steps * frames <= 64:
+            for (step, frame), value in np.ndenumerate(scale.numpy()):
+                colour = "black" if value > (low + high) / 2 else "white"
+                ax.text(frame, step, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
+        ax.set_xticks(range(frames), [str(i + 1) for i in range(frames)])
+        ax.set_yticks(range(steps), [str(i + 1) for i in range(steps)])
+        _tidy(ax, "frame", "denoising step" if ax.get_subplotspec().is_first_col() else "", name)
+    plot.colorbar(shown, ax=plot.axes, label="guidance scale")
+    return plot
+
+
+def plot_film(rows: Mapping[str, Tensor]) -> Plot:
+    """Clips as strips of frames below each other.
+
+    Args:
+        rows: (F, 3, H, W) in about [-1, 1] by name, all of one shape.
+    """
+    frames, _, height, width = next(iter(rows.values())).shape
+    plot = _plot(10.0, 0.7 + len(rows) * 8.6 / frames * height / width, f"{frames} frames each of {', '.join(rows)}.")
+    axes = plot.subplots(len(rows), frames, squeeze=False)
+    for line, (name, clip) in zip(axes, rows.items(), strict=True):
+        for i, (ax, frame) in enumerate(zip(line, clip, strict=True)):
+            ax.imshow((frame.permute(1, 2, 0).float() / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+            ax.set_xlabel(f"frame {i + 1}" if line is axes[-1] else "", fontsize=8)
+        line[0].set_ylabel(name, fontsize=8)
     return plot
 
 
@@ -222,7 +294,7 @@ def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
     for name, style, colour, label in looks:
         distance = (traces[name]["frames"].double() - truth).flatten(2).norm(dim=2).mean(0) / norm
         at = np.arange(1, len(distance) + 1)
-        ax.semilogy(at, distance.clamp_min(_BOTTOM), style, color=colour, ms=4, lw=1.2, label=label)
+        ax.semilogy(at, distance, style, color=colour, ms=4, lw=1.2, label=label)
     ax.set_xticks(at)
     _tidy(ax, "frame", _DISTANCE)
     ax.legend(fontsize=8)
@@ -291,7 +363,8 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
         for i, (row, point) in enumerate(zip(chosen, at, strict=True)):
             if passes:  # above and below in turns, so that neighbours can be read
                 place = (6, -9 if i % 2 else 3)
-                ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7)
+                paper = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+                ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7, bbox=paper)
     ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"usual bar: mean squared error {MSE_BAR:g}")
     ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"bar of parity: noise ratio {THRESHOLD:g}")
     _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
