@@ -6,14 +6,19 @@ Skipped where Chromium or Playwright is missing, unless SVDLAB_REQUIRE_BROWSER=1
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jupyter_page import Notebook, chromium, jupyter_lab
 
+from svdlab.clip import Clip
 from svdlab.lab import Lab, ratio_text
 from svdlab.parity.compare import Comparison
+from svdlab.settings import GenerationSettings
+from svdlab.sweep import Sweep, run_sweep
 
 
 def _missing() -> str:
@@ -103,3 +108,46 @@ def test_the_guidance(browser: Any, server: str, lab: Lab) -> None:
         if bug == "guidance_per_step":
             notebook.wait_for_other(plot)
     assert notebook.pictures()[1] != clips
+
+
+def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:
+    notebook = Notebook(browser, server, "08_parameter_sweep")
+    page = notebook.page
+    assert notebook.verdict().startswith("yes"), "run from top to bottom before anybody touches it"
+    notebook.wait_for("done, 9 of 9 points")
+
+    for label, values in (("values 1", "7, 0"), ("values 2", "1, 3")):
+        page.get_by_label(label, exact=True).fill(values)
+        page.keyboard.press("Tab")
+    page.get_by_role("button", name="Run", exact=True).press("Enter")
+    page.get_by_role("alert").get_by_text("fps: got 0, allowed: integer >= 1").wait_for()
+    page.get_by_label("values 1", exact=True).fill("7, 9")
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Run", exact=True).press("Enter")
+    notebook.wait_for("done, 4 of 4 points")
+    cells = page.get_by_role("button", name=re.compile("^fps "))
+    assert cells.count() == 4 and all(cell.is_enabled() for cell in cells.all())
+    assert all("image/webp" in cell.evaluate("e => getComputedStyle(e).backgroundImage") for cell in cells.all())
+
+    page.get_by_role("button", name="fps 9, max guidance scale 3").press("Enter")
+    chosen = page.locator(".widget-html", has=page.get_by_label("chosen"))
+    chosen.wait_for()
+    settings = GenerationSettings(num_inference_steps=4)
+    own = run_sweep(tmp_path, [{"fps": 9, "max_guidance_scale": 3.0}], settings, threads=1)
+    (identity,) = own.plan.points
+    assert f"points/{identity}" in chosen.inner_text(), "the point that was pressed"
+    assert f"{own.metrics(identity)['motion']:.3g} grey levels" in chosen.inner_text()
+    assert chosen.locator("video").get_attribute("src") == _src(own, identity), "its clip"
+    alt = page.locator(".widget-html img").get_attribute("alt")
+    assert alt and "Heat maps over fps (1/s) and max guidance scale" in alt
+
+    page.get_by_label("folder", exact=True).fill(str(tmp_path))
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Load").and_(page.get_by_title("show the sweep")).press("Enter")
+    notebook.wait_for("loaded, 1 of 1 points")
+    assert cells.count() == 1
+
+
+def _src(sweep: Sweep, identity: str) -> str:
+    html = Clip(sweep.frames(identity), sweep.plan.points[identity].settings.fps)._repr_html_()
+    return html.split('src="')[1].split('"')[0]

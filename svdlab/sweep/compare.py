@@ -62,24 +62,30 @@ class SweepComparison:
         """One line."""
         moved = sum(p.moved(tolerance) for p in self.points)
         identical = sum(p.identical for p in self.points)
-        bar = "" if tolerance is None else f" by more than {tolerance} grey levels"
+        bar = "" if tolerance is None else f" by more than {tolerance} grey level{'s' * (tolerance != 1)}"
         lost = f", {len(self.missing)} are missing in the second" if self.missing else ""
         return f"{moved} of {len(self.points)} points moved{bar}, {identical} are the same to the last bit{lost}"
 
+    def rows(self, tolerance: int | None = None) -> tuple[list[str], list[list[str]]]:
+        """The heads of a table and its rows, one a point; differences and motion in grey levels of 255."""
+        heads = [*self.points[0].at, "moved", "mean difference", "largest", "motion before", "motion after"]
+        rows = []
+        for point in self.points:
+            word = "yes" if point.moved(tolerance) else "no" if point.identical else "a little"
+            sizes = ["other size", ""] if point.mean is None else [f"{point.mean:.3g}", str(point.largest)]
+            rows.append([*map(str, point.at.values()), word, *sizes, *(f"{m:.3g}" for m in point.motion)])
+        return [head.replace("_", " ") for head in heads], rows
+
     def table(self, tolerance: int | None = None) -> Table:
-        """A row a point, for a terminal."""
+        """The same for a terminal."""
         from rich.table import Table
 
+        heads, rows = self.rows(tolerance)
         table = Table(title=self.summary(tolerance))
-        for name in (*self.points[0].at, "moved", "mean difference", "largest", "motion before", "after"):
-            table.add_column(name.replace("_", " "), justify="right")
-        for point in self.points:
-            if point.mean is None:
-                sizes = ("other size", "")
-            else:
-                sizes = (f"{point.mean:.3g}", str(point.largest))
-            word = "yes" if point.moved(tolerance) else "no" if point.identical else "a little"
-            table.add_row(*map(str, point.at.values()), word, *sizes, *(f"{m:.3g}" for m in point.motion))
+        for head in heads:
+            table.add_column(head, justify="right")
+        for row in rows:
+            table.add_row(*row)
         return table
 
     def to_dict(self, tolerance: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -245,6 +245,28 @@ class Sweep:
                 return identity
         raise SvdlabError(f"point: none at {where}, allowed: {self.plan.axes}")
 
+    def square(self, x: str, y: str | None = None, **where: Any) -> list[list[str | None]]:
+        """Identities over two axes: a row for each value of ``y`` (or one), a column for each of ``x``.
+
+        Args:
+            x, y: names of axes.
+            where: values of the other axes; those left out are at their first value.
+
+        Returns:
+            None where the plan has no such point, as can be in a list.
+        """
+        fixed = {axis: values[0] for axis, values in self.plan.axes.items() if axis not in (x, y)} | where
+        place = {self._place(point): identity for identity, point in self.plan.points.items()}
+
+        def find(at: dict[str, Any]) -> str | None:
+            return place.get(tuple({**fixed, **at}[axis] for axis in self.plan.axes))
+
+        rows: list[dict[str, Any]] = [{}] if y is None else [{y: value} for value in self.plan.axes[y]]
+        return [[find({**row, x: value}) for value in self.plan.axes[x]] for row in rows]
+
+    def _place(self, point: Point) -> tuple[Any, ...]:
+        return tuple(point.value(axis) for axis in self.plan.axes)
+
     def strangers(self) -> dict[str, int]:
         """Finished points in the folder that are not of this plan: how many, by what is different about them."""
         source, found = self.plan.source, dict[str, int]()
@@ -361,8 +383,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SvdlabError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
-
-
-def axis_label(axis: str, values: Sequence[Any]) -> list[str]:
-    """The values of an axis as one reads them."""
-    return [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
