@@ -5,6 +5,7 @@ Skipped where Chromium or Playwright is missing, unless SVDLAB_REQUIRE_BROWSER=1
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from svdlab.clip import Clip
 from svdlab.lab import Lab, ratio_text
 from svdlab.parity.compare import Comparison
 from svdlab.settings import GenerationSettings
-from svdlab.sweep import Sweep, run_sweep
+from svdlab.sweep import run_sweep
 
 
 def _missing() -> str:
@@ -115,15 +116,16 @@ def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:
     page = notebook.page
     assert notebook.verdict().startswith("yes"), "run from top to bottom before anybody touches it"
     notebook.wait_for("done, 9 of 9 points")
+    run, load = (page.locator(".jupyter-button", has_text=text) for text in ("Run", "Load"))
 
     for label, values in (("values 1", "7, 0"), ("values 2", "1, 3")):
         page.get_by_label(label, exact=True).fill(values)
         page.keyboard.press("Tab")
-    page.get_by_role("button", name="Run", exact=True).press("Enter")
+    run.press("Enter")
     page.get_by_role("alert").get_by_text("fps: got 0, allowed: integer >= 1").wait_for()
     page.get_by_label("values 1", exact=True).fill("7, 9")
     page.keyboard.press("Tab")
-    page.get_by_role("button", name="Run", exact=True).press("Enter")
+    run.press("Enter")
     notebook.wait_for("done, 4 of 4 points")
     cells = page.get_by_role("button", name=re.compile("^fps "))
     assert cells.count() == 4 and all(cell.is_enabled() for cell in cells.all())
@@ -137,17 +139,15 @@ def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:
     (identity,) = own.plan.points
     assert f"points/{identity}" in chosen.inner_text(), "the point that was pressed"
     assert f"{own.metrics(identity)['motion']:.3g} grey levels" in chosen.inner_text()
-    assert chosen.locator("video").get_attribute("src") == _src(own, identity), "its clip"
+    played = tmp_path / "played.mp4"
+    played.write_bytes(base64.b64decode(chosen.locator("video").get_attribute("src").partition(",")[2]))
+    shown, made = (Clip.from_video(path).frames.astype(float) for path in (played, own.clip(identity)))
+    assert abs(shown - made).mean() < 0.5, "its clip, as far as an encoder repeats itself"
     alt = page.locator(".widget-html img").get_attribute("alt")
     assert alt and "Heat maps over fps (1/s) and max guidance scale" in alt
 
     page.get_by_label("folder", exact=True).fill(str(tmp_path))
     page.keyboard.press("Tab")
-    page.get_by_role("button", name="Load").and_(page.get_by_title("show the sweep")).press("Enter")
+    load.press("Enter")
     notebook.wait_for("loaded, 1 of 1 points")
     assert cells.count() == 1
-
-
-def _src(sweep: Sweep, identity: str) -> str:
-    html = Clip(sweep.frames(identity), sweep.plan.points[identity].settings.fps)._repr_html_()
-    return html.split('src="')[1].split('"')[0]
