@@ -123,6 +123,7 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7", "--model", "nowhere"], "model: 'nowhere' is no folder"),
         (["--grid", "height=32,33"], "height: got 33, allowed: integer"),
         (["--grid", "fps=7", "--workers", "2", "--scheduler", "tcp://x:1"], "--workers: not together with --scheduler"),
+        (["--grid", "fps=7", "--workers", "2", "--device", "cuda"], "--workers: not together with --device cuda"),
         (["--grid", "fps=7", "--tls-key", "k.pem"], "--tls-ca-file, --tls-cert, --tls-key"),
         (["--resume", "nowhere", "--grid", "fps=7"], "not together with --resume"),
     ],

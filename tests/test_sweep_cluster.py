@@ -178,7 +178,8 @@ class Elsewhere(Cluster):
 
 
 def test_a_remote_scheduler(alone: Sweep, tiny: Path, tmp_path: Path, remote: Remote) -> None:
-    with remote_cluster(remote.address) as cluster:
+    address = remote.address
+    with remote_cluster(str(remote.file)) as cluster:
         for out, backend in (("shared", cluster), ("bytes", Elsewhere(cluster.client, cluster.name))):
             changes = grid(AXES)
             sweep = run_sweep(tmp_path / out, changes, SMALL, model=str(tiny), image=PICTURE, backend=backend)
@@ -197,7 +198,7 @@ def test_a_remote_scheduler(alone: Sweep, tiny: Path, tmp_path: Path, remote: Re
         with pytest.raises(SweepHalted) as lost:
             run_sweep(tmp_path / "lost", changes, SMALL, model=str(tiny), image=PICTURE, backend=cluster, watch=watch)
     message = str(lost.value)
-    assert f"{remote.address}: the scheduler went away" in message and "points are finished and intact" in message
+    assert f"{address}: the scheduler went away" in message and "points are finished and intact" in message
     left = Sweep.open(tmp_path / "lost")
     finished = sum(map(left.finished, left.plan.points))
     assert 2 <= finished < 6
@@ -212,9 +213,16 @@ def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             remote_cluster(address),
         ):
             pass
-    with pytest.raises(SvdlabError, match="--tls-cert: .*none.pem: no file"):
-        (tmp_path / "ca.pem").touch()
-        with remote_cluster("tls://127.0.0.1:9", str(tmp_path / "ca.pem"), str(tmp_path / "none.pem"), "k.pem"):
+    (tmp_path / "ca.pem").touch()
+    (tmp_path / "file.json").write_text("{}")
+    pem = [str(tmp_path / name) for name in ("ca.pem", "none.pem", "k.pem")]
+    for arguments, message in (
+        (["tls://127.0.0.1:9", *pem], "--tls-cert: .*none.pem: no file"),
+        (["tls://127.0.0.1:9"], "needs --tls-ca-file, --tls-cert and --tls-key"),
+        (["tcp://127.0.0.1:9", *pem], "with certificates, allowed: tls://HOST:PORT"),
+        ([str(tmp_path / "file.json")], "file.json: no scheduler file of Dask"),
+    ):
+        with pytest.raises(SvdlabError, match=message), remote_cluster(*arguments):
             pass
 
 

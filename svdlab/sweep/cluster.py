@@ -5,6 +5,8 @@ A Dask scheduler runs whatever code it is sent: docs/clusters.md says whom to le
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import os
 import queue
@@ -12,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from svdlab.errors import SvdlabError
@@ -140,7 +143,7 @@ def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]
             client.client.register_plugin(_IgnoreInterrupt())
             yield client
     finally:
-        with suppress(TimeoutError):  # what does not end by itself ends with this process
+        with suppress(Exception):  # what does not end by itself ends with this process
             cluster.close(timeout=_CLOSE_S)
 
 
@@ -151,14 +154,24 @@ def remote_cluster(
     """Whatever workers a scheduler has, or will have.
 
     Args:
-        address: such as ``tcp://host:8786`` or ``tls://host:8786``.
+        address: such as ``tcp://host:8786`` or ``tls://host:8786``, or the scheduler file that Dask wrote.
         tls_ca_file, tls_cert, tls_key: PEM files for a ``tls://`` address.
 
     Raises:
         SvdlabError: nobody answers, a certificate that cannot be read.
     """
     options: dict[str, Any] = {}
+    if Path(address).is_file():
+        try:
+            address = str(json.loads(Path(address).read_text())["address"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SvdlabError(f"--scheduler: {address}: no scheduler file of Dask") from None
+    encrypted = address.startswith("tls://")
+    if encrypted and not tls_ca_file and not dask.config.get("distributed.comm.tls.ca-file", None):
+        raise SvdlabError(f"--scheduler: {address}: needs --tls-ca-file, --tls-cert and --tls-key")
     if tls_ca_file:
+        if not encrypted:
+            raise SvdlabError(f"--scheduler: got {address} with certificates, allowed: tls://HOST:PORT")
         for name, path in (("--tls-ca-file", tls_ca_file), ("--tls-cert", tls_cert), ("--tls-key", tls_key)):
             if path is None or not os.access(path, os.R_OK):
                 raise SvdlabError(f"{name}: {path}: no file that can be read")
@@ -173,7 +186,7 @@ def remote_cluster(
 def _client(where: Any, name: str, **options: Any) -> Iterator[Cluster]:
     try:
         client = distributed.Client(where, timeout=_CONNECT_S, set_as_default=False, **options)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, asyncio.TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SvdlabError(f"--scheduler: {name}: no Dask scheduler answers ({reason})") from None
     try:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--image", metavar="IMAGE", help="What the clips start from; default: a sample.")
 @click.option("--divergence", is_flag=True, help="Measure the distance from diffusers at each point, too.")
 @click.option("--workers", type=click.IntRange(1), help="Processes on this machine; default: this one.")
-@click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler, such as tcp://host:8786 or tls://host:8786.")
+@click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler: tcp://HOST:PORT, tls://HOST:PORT, or its file.")
 @click.option("--tls-ca-file", metavar="PEM", help="With --scheduler tls://: who signs the cluster's certificates.")
 @click.option("--tls-cert", metavar="PEM", help="With --scheduler tls://: this process's certificate.")
 @click.option("--tls-key", metavar="PEM", help="With --scheduler tls://: its private key.")
@@ -88,6 +88,8 @@ def sweep(
         raise SvdlabError("--tls-ca-file, --tls-cert, --tls-key: allowed: all three, or none")
     if workers and scheduler:
         raise SvdlabError("--workers: not together with --scheduler, which has its own")
+    if workers and device.startswith("cuda"):
+        raise SvdlabError("--workers: not together with --device cuda; one worker a GPU: docs/clusters.md")
     if resume is not None:
         where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "json_path"}
         if others := [name for name in asked if name not in where]:
