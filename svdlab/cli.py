@@ -20,6 +20,8 @@ _ELSEWHERE = {
     "compare": "svdlab.parity.commands",
     "diagnose": "svdlab.parity.commands",
     "report": "svdlab.report",
+    "sweep": "svdlab.sweep.commands",
+    "sweep-compare": "svdlab.sweep.commands",
     "train-tiny": "svdlab.training.commands",
     "evaluate": "svdlab.training.commands",
 }

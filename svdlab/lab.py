@@ -332,10 +332,16 @@ def _watched(start: float, end: float, text: str, steps: int, watch: Watch | Non
         handle.remove()
 
 
-def motion(frames: Tensor) -> float:
-    """How much a clip moves: the mean absolute change from one frame to the next, (F, 3, H, W), in grey levels."""
+def motion_per_frame(frames: Tensor) -> list[float]:
+    """The mean absolute change from each frame to the next, (F, 3, H, W) to F - 1 numbers, in grey levels of 255."""
     levels = (frames.double() / 2 + 0.5).clamp(0, 1) * 255
-    return float((levels[1:] - levels[:-1]).abs().mean()) if len(levels) > 1 else 0.0
+    return (levels[1:] - levels[:-1]).abs().mean(dim=(1, 2, 3)).tolist()
+
+
+def motion(frames: Tensor) -> float:
+    """How much a clip moves: the mean of ``motion_per_frame``; 0 for a single frame."""
+    changes = motion_per_frame(frames)
+    return sum(changes) / len(changes) if changes else 0.0
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

@@ -342,6 +342,40 @@ def plot_steps(comparison: Comparison) -> Plot:
     return plot
 
 
+def plot_heatmaps(
+    maps: Mapping[str, tuple[str, np.ndarray]], x: tuple[str, Sequence[str]], y: tuple[str, Sequence[str]]
+) -> Plot:
+    """Metrics of a sweep over two of its axes, a panel a metric, with the number in every cell.
+
+    Colours begin at zero, and panels of one unit share them: a small change shall look small.
+
+    Args:
+        maps: by name, the unit and the values (Y, X), none of them negative; NaN where there is none.
+        x, y: the axes' names and the values on them; an empty name for a sweep over one axis.
+    """
+    (x_name, columns), (y_name, rows) = x, y
+    over = " and ".join(name for name in (y_name, x_name) if name)
+    width, height = max(3.4, 0.75 * len(columns) + 1.0), 0.6 * len(rows) + 1.1
+    plot = _plot(min(13.0, width * len(maps)), height, f"Heat maps over {over}: {', '.join(maps)}.")
+    top = {unit: 0.0 for unit, _ in maps.values()}
+    for unit, values in maps.values():
+        top[unit] = max(top[unit], np.nanmax(values, initial=0.0))
+    axes = np.atleast_1d(plot.subplots(1, len(maps), sharey=True))
+    for ax, (name, (unit, values)) in zip(axes, maps.items(), strict=True):
+        ax.set_facecolor("#dddddd")  # what is not known
+        ax.imshow(values, cmap="cividis", vmin=0.0, vmax=top[unit] or 1.0, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if value < 0.6 * top[unit] or not top[unit] else "black"
+            text = "" if np.isnan(value) else f"{value:.3g}"
+            ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
+        _tidy(ax, x_name, y_name if ax is axes[0] else "", f"{name}\n({unit})")
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    return plot
+
+
 def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
     """What two bars say of every bug: each is a point, and each bar a line that it has to cross to be caught.
 

@@ -120,6 +120,18 @@ def checkpoint_folder(repo_or_folder: str | Path, variant: str | None = None, re
     return folder
 
 
+def checkpoint_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Every file that loading a checkpoint reads: configs, then weights.
+
+    Raises:
+        SvdlabError: a component without weights.
+    """
+    stems = {"unet": _UNET_FILE, "vae": _UNET_FILE, "image_encoder": _CLIP_FILE}
+    configs = [folder / name / "config.json" for name in stems]
+    configs += [folder / "scheduler/scheduler_config.json", folder / "feature_extractor/preprocessor_config.json"]
+    return configs + [file for name, stem in stems.items() for file in _weight_files(folder / name, stem, variant)]
+
+
 def _download(repo: str, variant: str | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

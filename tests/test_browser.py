@@ -5,7 +5,9 @@ Skipped where Chromium or Playwright is missing, unless SVDLAB_REQUIRE_BROWSER=1
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import nbformat
 import pytest
 from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
 
+from svdlab.clip import Clip
 from svdlab.lab import Lab, ratio_text
 from svdlab.parity.compare import Comparison
 from svdlab.report import run_report
+from svdlab.settings import GenerationSettings
+from svdlab.sweep import run_sweep
 
 
 def _missing() -> str:
@@ -152,3 +157,45 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     page.get_by_text("1 of 1 notebooks passed").wait_for()
     context.close()
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+
+
+def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:
+    notebook = Notebook(browser, server, "08_parameter_sweep")
+    page = notebook.page
+    assert notebook.verdict().startswith("yes"), "run from top to bottom before anybody touches it"
+    notebook.wait_for("done, 9 of 9 points")
+    run, load = (page.locator(".jupyter-button", has_text=text) for text in ("Run", "Load"))
+
+    for label, values in (("values 1", "7, 0"), ("values 2", "1, 3")):
+        page.get_by_label(label, exact=True).fill(values)
+        page.keyboard.press("Tab")
+    run.press("Enter")
+    page.get_by_role("alert").get_by_text("fps: got 0, allowed: integer >= 1").wait_for()
+    page.get_by_label("values 1", exact=True).fill("7, 9")
+    page.keyboard.press("Tab")
+    run.press("Enter")
+    notebook.wait_for("done, 4 of 4 points")
+    cells = page.get_by_role("button", name=re.compile("^fps "))
+    assert cells.count() == 4 and all(cell.is_enabled() for cell in cells.all())
+    assert all("image/webp" in cell.evaluate("e => getComputedStyle(e).backgroundImage") for cell in cells.all())
+
+    page.get_by_role("button", name="fps 9, max guidance scale 3").press("Enter")
+    chosen = page.locator(".widget-html", has=page.get_by_label("chosen"))
+    chosen.wait_for()
+    settings = GenerationSettings(num_inference_steps=4)
+    own = run_sweep(tmp_path, [{"fps": 9, "max_guidance_scale": 3.0}], settings, threads=1)
+    (identity,) = own.plan.points
+    assert f"points/{identity}" in chosen.inner_text(), "the point that was pressed"
+    assert f"{own.metrics(identity)['motion']:.3g} grey levels" in chosen.inner_text()
+    played = tmp_path / "played.mp4"
+    played.write_bytes(base64.b64decode(chosen.locator("video").get_attribute("src").partition(",")[2]))
+    shown, made = (Clip.from_video(path).frames.astype(float) for path in (played, own.clip(identity)))
+    assert abs(shown - made).mean() < 0.5, "its clip, as far as an encoder repeats itself"
+    alt = page.locator(".widget-html img").get_attribute("alt")
+    assert alt and "Heat maps over fps (1/s) and max guidance scale" in alt
+
+    page.get_by_label("folder", exact=True).fill(str(tmp_path))
+    page.keyboard.press("Tab")
+    load.press("Enter")
+    notebook.wait_for("loaded, 1 of 1 points")
+    assert cells.count() == 1

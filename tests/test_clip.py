@@ -80,7 +80,7 @@ def test_bad_clips_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise KeyboardInterrupt
 
     (tmp_path / "clip.mp4").write_bytes(b"before")
-    monkeypatch.setattr(Clip, "_mp4", fail)
+    monkeypatch.setattr(Clip, "to_mp4", fail)
     with pytest.raises(KeyboardInterrupt):
         clip().save(tmp_path / "clip.mp4")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]

@@ -1,0 +1,216 @@
+"""Points on a Dask cluster: worker processes of this machine, or a scheduler that is there. Needs ``svdlab[cluster]``.
+
+A Dask scheduler runs whatever code it is sent: docs/clusters.md says whom to let near it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from svdlab.errors import SvdlabError
+from svdlab.sweep.plan import Point
+from svdlab.sweep.point import Outcome, Source, Step, SweepHalted, compute_point
+from svdlab.sweep.run import Stop
+
+try:
+    import dask
+    import distributed
+    from distributed import Client, Future, KilledWorker, WorkerPlugin
+except ImportError:
+    raise SvdlabError("workers: Dask is not installed, allowed: pip install 'svdlab[cluster]'") from None
+
+_CONNECT_S = 10  # for a scheduler to answer
+_ASK_S = 0.2  # between two looks at whether to stop
+_CLOSE_S = 30
+
+
+class Cluster:
+    """What computes points through a client of Dask: a ``Backend``.
+
+    Args:
+        client: connected.
+        name: of the scheduler, for messages.
+    """
+
+    def __init__(self, client: Client, name: str):
+        self.client, self.name = client, name
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function's value on one of the workers; waits for one to be there.
+
+        Raises:
+            SweepHalted: the scheduler went away, or the workers know no svdlab.
+        """
+        future = self.client.submit(function, *arguments, pure=False)
+        done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        future.add_done_callback(done.put)
+        return self._value(done.get())
+
+    def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
+        """See ``Backend``; what a worker that died was at is computed again by another one."""
+        # A task of its own, so that the image travels once and is not lost with a worker.
+        shared = self.client.submit(_same, source, pure=False)
+        suspects: list[Point] = []
+        for point, future in self._finished(shared, points, stop):
+            try:
+                yield self._value(future)
+            except KilledWorker:
+                suspects.append(point)
+            except SweepHalted:
+                raise
+            except Exception as error:
+                yield Outcome(source.identity(point), error=_described(error))
+        # A worker's death is blamed on all that it held. Each gets another try, alone, so that the guilty one shows.
+        for suspect in suspects:
+            for point, future in self._finished(shared, [suspect], stop):
+                try:
+                    yield self._value(future)
+                except KilledWorker as error:
+                    yield Outcome(source.identity(point), error=_described(error))
+
+    def _finished(self, shared: Future, points: Sequence[Point], stop: Stop) -> Iterator[tuple[Point, Future]]:
+        """Submit points in their order, so that a crash leaves whole rows, and give back those that end."""
+        done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        futures = self.client.map(compute_point, [shared] * len(points), points, pure=False)
+        waiting = dict(zip(futures, points, strict=True))
+        for future in futures:
+            future.add_done_callback(done.put)
+        del futures  # a result is let go of once it is written
+        try:
+            while waiting and not stop():
+                try:
+                    future = done.get(timeout=_ASK_S)
+                except queue.Empty:
+                    continue
+                yield waiting.pop(future), future
+        finally:
+            # Otherwise the workers would go on with what nobody waits for.
+            with suppress(Exception):
+                self.client.cancel(list(waiting), force=True)
+
+    def _value(self, future: Future) -> Any:
+        if future.status in ("cancelled", "lost"):
+            raise SweepHalted(f"{self.name}: the scheduler went away")
+        try:
+            return future.result()
+        except ModuleNotFoundError as error:
+            raise SweepHalted(
+                f"{self.name}: a worker has no module {error.name}; install the same svdlab there"
+            ) from None
+
+
+def _described(error: Exception) -> dict[str, str]:
+    lines = str(error).splitlines() or [""]
+    return {"type": type(error).__name__, "message": lines[0], "traceback": str(error)}
+
+
+def _same(source: Source) -> Source:
+    return source
+
+
+@contextmanager
+def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]:
+    """Processes of this machine, which share its cores and its disk.
+
+    Args:
+        workers: how many.
+        threads: of torch in each; default: the cores, divided.
+    """
+    share = str(threads or max(1, (os.cpu_count() or 1) // workers))
+    # No point waits in a worker's pocket while another worker could take it.
+    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):
+        cluster = distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,  # a model may fill the machine; Dask would kill its worker
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+            env={name: share for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+        )
+    try:
+        with _client(cluster, f"{workers} local workers") as client:
+            client.client.register_plugin(_IgnoreInterrupt())
+            yield client
+    finally:
+        with suppress(Exception):  # what does not end by itself ends with this process
+            cluster.close(timeout=_CLOSE_S)
+
+
+@contextmanager
+def remote_cluster(
+    address: str, tls_ca_file: str | None = None, tls_cert: str | None = None, tls_key: str | None = None
+) -> Iterator[Cluster]:
+    """Whatever workers a scheduler has, or will have.
+
+    Args:
+        address: such as ``tcp://host:8786`` or ``tls://host:8786``, or the scheduler file that Dask wrote.
+        tls_ca_file, tls_cert, tls_key: PEM files for a ``tls://`` address.
+
+    Raises:
+        SvdlabError: nobody answers, a certificate that cannot be read.
+    """
+    options: dict[str, Any] = {}
+    if Path(address).is_file():
+        try:
+            address = str(json.loads(Path(address).read_text())["address"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SvdlabError(f"--scheduler: {address}: no scheduler file of Dask") from None
+    encrypted = address.startswith("tls://")
+    if encrypted and not tls_ca_file and not dask.config.get("distributed.comm.tls.ca-file", None):
+        raise SvdlabError(f"--scheduler: {address}: needs --tls-ca-file, --tls-cert and --tls-key")
+    if tls_ca_file:
+        if not encrypted:
+            raise SvdlabError(f"--scheduler: got {address} with certificates, allowed: tls://HOST:PORT")
+        for name, path in (("--tls-ca-file", tls_ca_file), ("--tls-cert", tls_cert), ("--tls-key", tls_key)):
+            if path is None or not os.access(path, os.R_OK):
+                raise SvdlabError(f"{name}: {path}: no file that can be read")
+        options["security"] = distributed.Security(
+            tls_ca_file=tls_ca_file, tls_client_cert=tls_cert, tls_client_key=tls_key, require_encryption=True
+        )
+    with _quiet(), _client(address, address, **options) as client:
+        yield client
+
+
+@contextmanager
+def _client(where: Any, name: str, **options: Any) -> Iterator[Cluster]:
+    try:
+        client = distributed.Client(where, timeout=_CONNECT_S, set_as_default=False, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, asyncio.TimeoutError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SvdlabError(f"--scheduler: {name}: no Dask scheduler answers ({reason})") from None
+    try:
+        yield Cluster(client, name)
+    finally:
+        with suppress(Exception):  # the scheduler may be gone
+            client.close(timeout=_CLOSE_S)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What Dask would log of a lost connection is said in one line."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class _IgnoreInterrupt(WorkerPlugin):
+    """Ctrl-C reaches every process of a terminal; the driver is the one that ends the sweep."""
+
+    def setup(self, worker: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,235 @@
+"""``svdlab sweep`` and ``svdlab sweep-compare``.
+
+Exit code 0: every point is there, nothing moved. 1: a point failed, something moved. 2: bad input, or a sweep that was
+halted. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from svdlab.errors import SvdlabError
+from svdlab.files import check_folder, write_json
+from svdlab.options import DEVICE, JSON, MODEL, read_image, settings_options
+from svdlab.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from svdlab.sweep.folder import Sweep
+    from svdlab.sweep.run import Backend, Progress
+
+
+@click.command()
+@click.option(
+    "--out", metavar="DIR", help="Where the sweep goes; points that are there already are not computed again."
+)
+@click.option(
+    "--grid",
+    "axes",
+    multiple=True,
+    metavar="NAME=VALUES",
+    help="An axis: a setting, or rules, and its values, such as fps=7,14,28; repeatable, the last one varies fastest.",
+)
+@click.option(
+    "--points", metavar="FILE", help="Instead of a grid: a JSON list of objects, each the settings of one point."
+)
+@click.option("--resume", metavar="DIR", help="Go on with a sweep; what failed is tried again.")
+@click.option("--image", metavar="IMAGE", help="What the clips start from; default: a sample.")
+@click.option("--divergence", is_flag=True, help="Measure the distance from diffusers at each point, too.")
+@click.option("--workers", type=click.IntRange(1), help="Processes on this machine; default: this one.")
+@click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler: tcp://HOST:PORT, tls://HOST:PORT, or its file.")
+@click.option("--tls-ca-file", metavar="PEM", help="With --scheduler tls://: who signs the cluster's certificates.")
+@click.option("--tls-cert", metavar="PEM", help="With --scheduler tls://: this process's certificate.")
+@click.option("--tls-key", metavar="PEM", help="With --scheduler tls://: its private key.")
+@click.option("--threads", type=click.IntRange(1), help="Torch's, in each process; default: the cores, divided.")
+@click.option(
+    "--scaling", is_flag=True, help="Print points per minute with 1 worker and with --workers, at one thread each."
+)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@MODEL
+@DEVICE
+@JSON
+@settings_options
+def sweep(
+    out: str | None,
+    axes: Sequence[str],
+    points: str | None,
+    resume: str | None,
+    image: str | None,
+    divergence: bool,
+    workers: int | None,
+    scheduler: str | None,
+    tls_ca_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    threads: int | None,
+    scaling: bool,
+    revision: str | None,
+    model: str,
+    device: str,
+    json_path: str | None,
+    given: dict[str, Any],
+) -> None:
+    """Generate a clip at every point of a grid, in a folder that can be gone on with."""
+    from svdlab.sweep.plan import grid, make_points, parse_axis
+    from svdlab.sweep.run import resume_sweep, run_sweep
+
+    context = click.get_current_context()
+    asked = [p for p in context.params if context.get_parameter_source(p) is click.core.ParameterSource.COMMANDLINE]
+    check_folder(json_path)
+    tls = (tls_ca_file, tls_cert, tls_key)
+    if any(tls) and not all(tls):
+        raise SvdlabError("--tls-ca-file, --tls-cert, --tls-key: allowed: all three, or none")
+    if workers and scheduler:
+        raise SvdlabError("--workers: not together with --scheduler, which has its own")
+    if workers and device.startswith("cuda"):
+        raise SvdlabError("--workers: not together with --device cuda; one worker a GPU: docs/clusters.md")
+    if resume is not None:
+        where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "json_path"}
+        if others := [name for name in asked if name not in where]:
+            raise SvdlabError(f"--{others[0].replace('_', '-')}: not together with --resume, which goes on as it began")
+        with _bar(resume) as watch, _backend(workers, scheduler, tls, threads) as backend:
+            done = resume_sweep(resume, backend=backend, watch=watch)
+        sys.exit(_report(done, json_path))
+    if bool(axes) == bool(points):
+        raise SvdlabError("sweep: give --grid NAME=VALUES, or --points FILE, or --resume DIR")
+    if (out is None) is not scaling:
+        raise SvdlabError("sweep: give --out DIR, or --scaling, which keeps nothing")
+    named = [parse_axis(text) for text in axes]
+    if len(dict(named)) < len(named):
+        raise SvdlabError(f"--grid: {', '.join(name for name, _ in named)}: an axis twice, allowed: once each")
+    changes = _read_points(points) if points else grid(dict(named))
+    settings = GenerationSettings(**given)
+    make_points(settings, changes)  # refused before any worker starts
+    options: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "device": device,
+        "image": read_image(image) if image else None,
+        "divergence": divergence,
+    }
+    if scaling:
+        from svdlab.sweep.scaling import measure_scaling
+
+        measured = measure_scaling(changes, settings, workers or 2, options)
+        for row in measured:
+            click.echo(str(row))
+        if json_path:
+            write_json(json_path, {"cases": [asdict(row) for row in measured]})
+        return
+    assert out is not None
+    with _bar(out) as watch, _backend(workers, scheduler, tls, threads) as backend:
+        done = run_sweep(out, changes, settings, threads=threads, backend=backend, watch=watch, **options)
+    sys.exit(_report(done, json_path))
+
+
+@contextmanager
+def _backend(
+    workers: int | None, scheduler: str | None, tls: tuple[str | None, ...], threads: int | None
+) -> Iterator[Backend | None]:
+    if scheduler:
+        from svdlab.sweep.cluster import remote_cluster
+
+        with remote_cluster(scheduler, *tls) as cluster:
+            yield cluster
+    elif workers:
+        from svdlab.sweep.cluster import local_cluster
+
+        with local_cluster(workers, threads) as cluster:
+            yield cluster
+    else:
+        yield None
+
+
+@contextmanager
+def _bar(out: str) -> Iterator[Any]:
+    """A progress bar with points per minute and the time left."""
+    from tqdm import tqdm
+
+    from svdlab.sweep.folder import Sweep
+
+    bar = None
+
+    def watch(progress: Progress) -> None:
+        nonlocal bar
+        # Not before there is something to show: bad input is one line.
+        bar = bar or tqdm(bar_format="{percentage:3.0f}%|{bar}| {desc}", total=1.0)
+        bar.n = progress.fraction
+        bar.set_description_str(str(progress), refresh=False)
+        bar.update(0)
+
+    try:
+        yield watch
+    except KeyboardInterrupt:
+        if bar is not None:
+            bar.close()
+            sweep = Sweep.open(out)
+            finished = sum(map(sweep.finished, sweep.plan.points))
+            left = f"{finished} of {len(sweep.plan.points)} points are finished"
+            click.echo(f"{left}; to go on: svdlab sweep --resume {out}", err=True)
+        raise
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _read_points(path: str) -> list[dict[str, Any]]:
+    import json
+
+    try:
+        points = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SvdlabError(f"--points: {path}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise SvdlabError(f'--points: {path}: allowed: a list of objects, such as [{{"fps": 7}}, {{"fps": 14}}]')
+    return points
+
+
+def _report(sweep: Sweep, json_path: str | None) -> int:
+    """Say what there is, and what the exit code is."""
+    import json
+
+    table = sweep.table()
+    for reason, number in sweep.strangers().items():
+        click.echo(f"note: {number} points in {sweep.folder} are of {reason}: kept, not in the table", err=True)
+    failed = table[table["status"] == "failed"] if len(table) else table
+    for _, row in failed.iterrows():
+        at = ", ".join(f"{axis}={row[axis]}" for axis in sweep.plan.axes)
+        click.echo(f"failed: {at}: {row['error']}")
+    click.echo(f"{sweep.folder / 'table.csv'}: {len(table) - len(failed)} points finished, {len(failed)} failed")
+    if json_path:
+        rows = json.loads(table.to_json(orient="records"))
+        write_json(json_path, {"folder": str(sweep.folder), "points": rows})
+    return 1 if len(failed) else 0
+
+
+@click.command("sweep-compare")
+@click.argument("before")
+@click.argument("after")
+@click.option(
+    "--tolerance",
+    type=click.IntRange(0, 255),
+    help="Grey levels of 255 that a pixel may change; default: no bit, not even before rounding.",
+)
+@JSON
+def sweep_compare(before: str, after: str, tolerance: int | None, json_path: str | None) -> None:
+    """Compare two sweeps over the same axes point by point: did a change move anything?"""
+    from rich.console import Console
+
+    from svdlab.sweep.compare import compare_sweeps
+    from svdlab.sweep.folder import Sweep
+
+    check_folder(json_path)
+    found = compare_sweeps(Sweep.open(before), Sweep.open(after))
+    Console().print(found.table(tolerance))
+    for name, (was, now) in found.differs.items():
+        click.echo(f"made with another {name}: {was}, then {now}")
+    if json_path:
+        write_json(json_path, found.to_dict(tolerance))
+    sys.exit(1 if found.moved(tolerance) else 0)

@@ -1,0 +1,385 @@
+"""A sweep's folder: the plan, a folder for every finished point, the errors of the others, and the table of it all.
+
+    sweep.json              what was asked for: axes, points, model, versions
+    image.png               what the clips start from
+    points/IDENTITY/        clip.mp4, thumbnail.webp, frames.mkv (lossless), metrics.json
+    failures/IDENTITY.json  the error of a point that failed
+    table.parquet, .csv     one row a point, finished or failed
+
+A point's folder is renamed into place when it is whole, so that what is there is finished. The table is made from the
+folders and can always be made again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from svdlab.errors import SvdlabError
+from svdlab.files import atomic_path, write_json
+from svdlab.settings import GenerationSettings
+from svdlab.sweep.plan import RULES, Point, neighbours, rules_text
+from svdlab.sweep.point import CLIP, FORMAT, FRAMES, METRICS, THUMBNAIL, Model, Outcome, Source, SweepHalted, save_point
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PLAN, IMAGE, LOCK = "sweep.json", "image.png", ".lock"
+# Frames of that many points stay in memory while neighbours are compared.
+_KEPT_CLIPS = 32
+_WHOLE = [name for name, field in GenerationSettings.model_fields.items() if field.annotation in (int, int | None)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep was asked for.
+
+    Attributes:
+        axes: by name, the values in the order in which they are shown.
+        points: by identity, in the order in which they are computed.
+        source: what they are computed from.
+    """
+
+    axes: dict[str, list[Any]]
+    points: dict[str, Point]
+    source: Source
+
+
+class Sweep:
+    """A sweep on disk, whole or in part.
+
+    Attributes:
+        folder: where it is.
+        plan: what it was asked for.
+    """
+
+    def __init__(self, folder: Path, plan: Plan):
+        self.folder, self.plan = folder, plan
+        self._frames = functools.lru_cache(_KEPT_CLIPS)(self._read_frames)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Sweep:
+        """Read a sweep.
+
+        Raises:
+            SvdlabError: the folder holds none, or its plan is damaged.
+        """
+        path = Path(folder) / PLAN
+        try:
+            text = json.loads(path.read_text())
+            image = (path.parent / IMAGE).read_bytes()
+        except FileNotFoundError as error:
+            raise SvdlabError(f"{folder}: no sweep ({Path(str(error.filename)).name} is missing)") from None
+        except (OSError, ValueError) as error:
+            raise SvdlabError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+        try:
+            if text["format"] != FORMAT:
+                raise SvdlabError(f"{path}: format {text['format']}, allowed: {FORMAT}")
+            points = {
+                p["point"]: Point(GenerationSettings.from_json(json.dumps(p["settings"])), tuple(p["rules"]))
+                for p in text["points"]
+            }
+            axes = {
+                name: [tuple(v) if isinstance(v, list) else v for v in values] for name, values in text["axes"].items()
+            }
+            source = Source(
+                Model(**text["model"]),
+                text["device"],
+                image,
+                text["image"],
+                text["svdlab"],
+                text["divergence"],
+                str(path.parent.absolute() / "points"),
+                "",
+                text["threads"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SvdlabError(f"{path}: no plan of a sweep: {error!r}") from None
+        return cls(path.parent, Plan(axes, points, source))
+
+    def save_plan(self) -> None:
+        """Write what was asked for, before anything is computed.
+
+        Raises:
+            SweepHalted: the folder cannot be written.
+        """
+        import torch
+
+        source = self.plan.source
+        plan = {
+            "format": FORMAT,
+            "svdlab": source.code,
+            "model": asdict(source.model),
+            "image": source.image_digest,
+            "device": source.device,
+            "threads": source.threads,
+            "divergence": source.divergence,
+            "environment": {"python": platform.python_version(), "torch": torch.__version__},
+            "axes": self.plan.axes,
+            "points": [
+                {"point": identity, "settings": point.settings.model_dump(mode="json"), "rules": point.rules}
+                for identity, point in self.plan.points.items()
+            ],
+        }
+        with self.writing():
+            for name in ("points", "failures"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.folder / IMAGE) as temporary:
+                temporary.write_bytes(source.image)
+            write_json(self.folder / PLAN, plan)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What cannot be written within this context halts the sweep.
+
+        Raises:
+            SweepHalted: a full disk, a folder that is read only.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise SweepHalted(f"{self.folder}: cannot be written: {error.strerror or error}") from None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; the system lets go of it when the process dies.
+
+        Raises:
+            SvdlabError: another process holds it, or the folder cannot be made.
+        """
+        from filelock import FileLock, Timeout
+
+        with self.writing():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held = FileLock(self.folder / LOCK, timeout=0)
+                held.acquire()
+            except Timeout:
+                raise SvdlabError(f"{self.folder}: another process is at work on this sweep") from None
+        try:
+            yield
+        finally:
+            held.release()
+
+    def finished(self, identity: str) -> bool:
+        """Whether a point is there, whole."""
+        return self._point(identity).is_dir()
+
+    def failed(self, identity: str) -> bool:
+        """Whether a point was tried, and failed."""
+        return self._failure(identity).is_file() and not self.finished(identity)
+
+    def _point(self, identity: str) -> Path:
+        return self.folder / "points" / identity
+
+    def _failure(self, identity: str) -> Path:
+        return self.folder / "failures" / f"{identity}.json"
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write what came of a point, where the process that computed it has not.
+
+        Raises:
+            SweepHalted: it cannot be written.
+        """
+        if outcome.files is not None:
+            save_point(self.folder / "points", outcome.point, outcome.files)
+        with self.writing():
+            if outcome.error is not None:
+                write_json(self._failure(outcome.point), outcome.error)
+            else:
+                self._failure(outcome.point).unlink(missing_ok=True)
+
+    def metrics(self, identity: str) -> dict[str, Any]:
+        """A finished point's ``metrics.json``.
+
+        Raises:
+            SvdlabError: it is damaged.
+        """
+        return _read(self._point(identity) / METRICS)
+
+    def error(self, identity: str) -> dict[str, str]:
+        """A failed point's type, message and traceback.
+
+        Raises:
+            SvdlabError: it is damaged.
+        """
+        return _read(self._failure(identity))
+
+    def clip(self, identity: str) -> Path:
+        """A finished point's ``clip.mp4``."""
+        return self._point(identity) / CLIP
+
+    def thumbnail(self, identity: str) -> Path:
+        """A finished point's ``thumbnail.webp``."""
+        return self._point(identity) / THUMBNAIL
+
+    def frames(self, identity: str) -> np.ndarray:
+        """A finished point's frames, uint8 (F, H, W, 3), as they were computed.
+
+        Raises:
+            SvdlabError: they are damaged.
+        """
+        return self._frames(identity)
+
+    def _read_frames(self, identity: str) -> np.ndarray:
+        from svdlab.clip import Clip
+
+        return Clip.from_video(self._point(identity) / FRAMES).to_numpy()
+
+    def at(self, **where: Any) -> str:
+        """The identity of the first point at these values of the axes; rules as text, such as ``rules="none"``.
+
+        Raises:
+            SvdlabError: there is none.
+        """
+        for identity, point in self.plan.points.items():
+            if all(point.value(axis) == value for axis, value in where.items()):
+                return identity
+        raise SvdlabError(f"point: none at {where}, allowed: {self.plan.axes}")
+
+    def square(self, x: str, y: str | None = None, **where: Any) -> list[list[str | None]]:
+        """Identities over two axes: a row for each value of ``y`` (or one), a column for each of ``x``.
+
+        Args:
+            x, y: names of axes.
+            where: values of the other axes; those left out are at their first value.
+
+        Returns:
+            None where the plan has no such point, as can be in a list.
+        """
+        fixed = {axis: values[0] for axis, values in self.plan.axes.items() if axis not in (x, y)} | where
+        place = {self._place(point): identity for identity, point in self.plan.points.items()}
+
+        def find(at: dict[str, Any]) -> str | None:
+            return place.get(tuple({**fixed, **at}[axis] for axis in self.plan.axes))
+
+        rows: list[dict[str, Any]] = [{}] if y is None else [{y: value} for value in self.plan.axes[y]]
+        return [[find({**row, x: value}) for value in self.plan.axes[x]] for row in rows]
+
+    def _place(self, point: Point) -> tuple[Any, ...]:
+        return tuple(point.value(axis) for axis in self.plan.axes)
+
+    def strangers(self) -> dict[str, int]:
+        """Finished points in the folder that are not of this plan: how many, by what is different about them."""
+        source, found = self.plan.source, dict[str, int]()
+        for path in sorted((self.folder / "points").glob("[0-9a-f]*")):
+            if path.name in self.plan.points:
+                continue
+            made = self.metrics(path.name)
+            reasons = [
+                text
+                for text, same in (
+                    (f"svdlab {made['svdlab']}", made["svdlab"] == source.code),
+                    (
+                        f"another model ({made['model']['name']})",
+                        made["model"]["fingerprint"] == source.model.fingerprint,
+                    ),
+                    ("another image", made["image"] == source.image_digest),
+                )
+                if not same
+            ]
+            reason = ", ".join(reasons) or "settings that are no longer asked for"
+            found[reason] = found.get(reason, 0) + 1
+        return found
+
+    def measure_neighbours(self) -> None:
+        """Compare each finished point with those next to it on every axis; ``metrics.json`` keeps what was measured.
+
+        Raises:
+            SweepHalted: the result cannot be written.
+        """
+        identities = {point: identity for identity, point in self.plan.points.items()}
+        found: dict[str, list[dict[str, Any]]] = {i: [] for i in identities.values() if self.finished(i)}
+        known = {i: {n["point"]: n["difference"] for n in self.metrics(i)["neighbours"]} for i in found}
+        for axis, a, b in neighbours(self.plan.axes, list(identities)):
+            one, other = identities[a], identities[b]
+            if one not in found or other not in found:
+                continue
+            difference = (
+                known[one][other] if other in known[one] else level_difference(self.frames(one), self.frames(other))[0]
+            )
+            for here, there, point in ((one, other, b), (other, one, a)):
+                found[here].append({"axis": axis, "value": point.value(axis), "point": there, "difference": difference})
+        for identity, entries in found.items():
+            metrics = self.metrics(identity)
+            if metrics["neighbours"] != json.loads(json.dumps(entries)):
+                with self.writing():
+                    write_json(self._point(identity) / METRICS, {**metrics, "neighbours": entries})
+
+    def table(self) -> pd.DataFrame:
+        """One row a point that is finished or failed, in the plan's order: settings, rules and metrics.
+
+        Columns: ``point``, ``status``, every setting (the axes first), ``rules``, ``motion`` (grey levels of 255 a
+        frame), ``motion_per_frame``, ``difference_AXIS`` (mean absolute difference to the neighbours on that axis, grey
+        levels), ``divergence_*``, ``seconds``, ``peak_memory_mib``, ``threads``, ``device``, ``host``,
+        ``frames_sha256``, ``error``, ``folder``.
+        """
+        import pandas as pd
+
+        rows = []
+        for identity, point in self.plan.points.items():
+            if self.finished(identity):
+                rows.append(self._row(identity, point, self.metrics(identity), ""))
+            elif self.failed(identity):
+                error = self.error(identity)
+                rows.append(self._row(identity, point, {}, f"{error['type']}: {error['message']}"))
+        table = pd.DataFrame(rows)
+        # A number of frames is whole, also where it is missing.
+        return table.astype({name: "Int64" for name in (*_WHOLE, "threads") if name in table})
+
+    def _row(self, identity: str, point: Point, metrics: dict[str, Any], error: str) -> dict[str, Any]:
+        settings = {**point.settings.model_dump(), RULES: rules_text(point.rules)}
+        if settings["sigmas"] is not None:
+            settings["sigmas"] = list(settings["sigmas"])
+        axes = list(self.plan.axes)
+        row: dict[str, Any] = {"point": identity, "status": "failed" if error else "finished"}
+        row |= {name: settings[name] for name in [*axes, *(n for n in settings if n not in axes)]}
+        row |= {name: metrics.get(name) for name in ("motion", "motion_per_frame")}
+        for axis in axes:
+            differences = [n["difference"] for n in metrics.get("neighbours", []) if n["axis"] == axis]
+            known = [d for d in differences if d is not None]
+            row[f"difference_{axis}"] = sum(known) / len(known) if known else None
+        if self.plan.source.divergence:
+            divergence = metrics.get("divergence") or {}
+            row |= {f"divergence_{name}": divergence.get(name) for name in ("verdict", "ratio", "probe", "frames_mse")}
+        names = ("seconds", "peak_memory_mib", "threads", "device", "host", "frames_sha256")
+        row |= {name: metrics.get(name) for name in names}
+        return {**row, "error": error, "folder": "" if error else f"points/{identity}"}
+
+    def save_table(self) -> None:
+        """Write ``table.parquet`` and ``table.csv``, neighbours compared.
+
+        Raises:
+            SweepHalted: they cannot be written.
+        """
+        self.measure_neighbours()
+        table = self.table()
+        with self.writing():
+            with atomic_path(self.folder / "table.parquet") as temporary:
+                table.to_parquet(temporary, index=False)
+            with atomic_path(self.folder / "table.csv") as temporary:
+                table.to_csv(temporary, index=False)
+
+
+def level_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int] | tuple[None, None]:
+    """Mean and largest absolute difference of two clips (F, H, W, 3), in grey levels of 255; None for two sizes."""
+    if a.shape != b.shape:
+        return None, None
+    # Frame by frame: a clip at full size widened at once takes hundreds of megabytes.
+    differences = [np.abs(x.astype(np.int16) - y) for x, y in zip(a, b, strict=True)]
+    return float(np.mean([d.mean() for d in differences])), int(max(d.max() for d in differences))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SvdlabError(f"{path}: not readable: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,151 @@
+"""What a sweep is to compute: axes and their values, made into points and checked before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from svdlab.errors import SvdlabError
+from svdlab.rules import Rules
+from svdlab.settings import GenerationSettings
+
+RULES = "rules"
+_NO_BUG = "none"
+Changes = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One generation of a sweep.
+
+    Attributes:
+        settings: all of them.
+        rules: the bugs of the catalogue that are put in, by name; none of them is what diffusers does.
+    """
+
+    settings: GenerationSettings
+    rules: tuple[str, ...] = ()
+
+    def value(self, axis: str) -> Any:
+        """Where the point stands on an axis: a setting's value, or the rules as text."""
+        return rules_text(self.rules) if axis == RULES else getattr(self.settings, axis)
+
+
+def rules_text(rules: Sequence[str]) -> str:
+    """Rules as they are written in a grid and in the table: "none", or names with a plus between them."""
+    return "+".join(rules) or _NO_BUG
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """An axis as the command line takes it: ``fps=7,14``, ``rules=none,gelu_tanh``, ``sigmas=[[700,5,0],[80,1,0]]``.
+
+    Raises:
+        SvdlabError: no name, no values, or a list that is not JSON.
+    """
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not name or not values.strip():
+        raise SvdlabError(f"grid: got {text!r}, allowed: NAME=VALUE,VALUE,..., such as fps=7,14,28")
+    return name, parse_values(name, values)
+
+
+def parse_values(name: str, text: str) -> list[Any]:
+    """The values of one axis: with commas between them, or one JSON list.
+
+    Raises:
+        SvdlabError: a list that is not JSON.
+    """
+    if text.strip().startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise SvdlabError(f"{name}: got {text.strip()!r}, allowed: a JSON list, or VALUE,VALUE,...") from None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return parts if name == RULES else [_value(part) for part in parts]
+
+
+def _value(text: str) -> Any:
+    """A number where it is one, nothing for "none", else the text."""
+    if text.lower() == "none":
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the axes' values, the last axis fastest, so that whole rows are done first.
+
+    Raises:
+        SvdlabError: an axis without values.
+    """
+    for name, values in axes.items():
+        if not values:
+            raise SvdlabError(f"{name}: got no values, allowed: one or more")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
+    """A point for each change of the settings; ``rules`` may be changed, too.
+
+    Raises:
+        SvdlabError: a field that is not known, a value that is not allowed, rules that are not in the catalogue, a
+            change that is there twice, none at all.
+    """
+    if not changes:
+        raise SvdlabError("points: got none, allowed: one or more")
+    points: dict[Point, None] = {}
+    for change in changes:
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in change.items()}
+        rules = _rules(values.pop(RULES, ()))
+        point = Point(settings.replace(**values), rules)
+        if point.settings.num_videos_per_prompt != 1:
+            raise SvdlabError(
+                f"num_videos_per_prompt: got {point.settings.num_videos_per_prompt}, allowed in a sweep: 1 (take seed "
+                "for an axis)"
+            )
+        if point in points:
+            shown = ", ".join(f"{name}={value}" for name, value in change.items())
+            raise SvdlabError(f"points: {shown or 'the settings'} twice, allowed: every point once")
+        points[point] = None
+    # Weights are loaded for each dtype: one after the other.
+    order = {dtype: i for i, dtype in enumerate(dict.fromkeys(p.settings.dtype for p in points))}
+    return sorted(points, key=lambda p: order[p.settings.dtype])
+
+
+def _rules(value: Any) -> tuple[str, ...]:
+    names = value.split("+") if isinstance(value, str) else value
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise SvdlabError(f"rules: got {value!r}, allowed: none, or names of bugs with + between them")
+    names = tuple(name for name in names if name != _NO_BUG)
+    Rules.with_bugs(*names)
+    return names
+
+
+def axes_of(changes: Changes, points: Sequence[Point]) -> dict[str, list[Any]]:
+    """The axes and the values that the points have on them; numbers rise, anything else stays in its order."""
+    names = list(dict.fromkeys(name for change in changes for name in change))
+    axes = {}
+    for name in names:
+        values = list(dict.fromkeys(point.value(name) for point in points))
+        numbers = all(isinstance(v, (int, float)) for v in values)
+        axes[name] = sorted(values) if numbers else values
+    return axes
+
+
+def neighbours(axes: Mapping[str, Sequence[Any]], points: Sequence[Point]) -> list[tuple[str, Point, Point]]:
+    """Pairs of points that stand next to each other on one axis and together on all others: (axis, point, next)."""
+    pairs = []
+    for axis, values in axes.items():
+        others = [name for name in axes if name != axis]
+        lines: dict[tuple[Any, ...], list[Point]] = {}
+        for point in points:
+            lines.setdefault(tuple(point.value(name) for name in others), []).append(point)
+        for line in lines.values():
+            line = sorted(line, key=lambda p: values.index(p.value(axis)))
+            pairs += [(axis, a, b) for a, b in itertools.pairwise(line)]
+    return pairs

@@ -1,0 +1,380 @@
+"""One point of a sweep: what identifies it, and how a process computes it, on this machine or on another."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdlab.errors import SvdlabError
+from svdlab.files import write_folder
+from svdlab.settings import GenerationSettings
+from svdlab.sweep.plan import Point
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from svdlab.lab import Lab
+    from svdlab.pipeline import SVDPipeline
+
+FORMAT = 1
+CLIP, THUMBNAIL, FRAMES, METRICS = "clip.mp4", "thumbnail.webp", "frames.mkv", "metrics.json"
+_THUMBNAIL_HEIGHT = 96  # pixels
+_SAMPLE_S = 0.01  # between two looks at a process's memory
+# What makes a clip: a change here makes other points, a change of a plot or of a widget does not.
+_CODE = ("model", "images.py", "pipeline.py", "rules.py", "scheduler.py")
+Step = Callable[[int, int], None]
+
+
+class SweepHalted(SvdlabError):
+    """What ends a sweep rather than one of its points: a full disk, a lost scheduler, workers of another version."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint.
+
+    Attributes:
+        name: as it was given.
+        revision: the commit on the hub that it was found to be; None for a folder.
+        fingerprint: of its configs and weights, SHA-256.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a process needs beside the point.
+
+    Attributes:
+        model: loaded once, and compared with ``fingerprint``.
+        device: where points are computed.
+        image: what the clips start from, a PNG.
+        image_digest: of its pixels, SHA-256.
+        code: the ``code_version`` that is to compute.
+        divergence: measure the distance from diffusers, too.
+        points: the folder that points go to, on the driver's machine.
+        token: a file in it; a process that sees it shares the driver's disk.
+        threads: of torch; None leaves them.
+    """
+
+    model: Model
+    device: str
+    image: bytes = field(repr=False)
+    image_digest: str
+    code: str
+    divergence: bool
+    points: str
+    token: str
+    threads: int | None = None
+
+    def identity(self, point: Point) -> str:
+        """Sixteen hexadecimal digits that name a point: of everything that decides what it is."""
+        everything = {
+            "format": FORMAT,
+            "settings": point.settings.model_dump(mode="json"),
+            "rules": point.rules,
+            "model": self.model.fingerprint,
+            "image": self.image_digest,
+            "svdlab": self.code,
+            "divergence": self.divergence,
+        }
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a point.
+
+    Attributes:
+        point: its identity.
+        files: what its folder is to hold, where the process that made them does not share the driver's disk.
+        error: type, message and traceback, if it failed.
+    """
+
+    point: str
+    files: Mapping[str, bytes] | None = None
+    error: dict[str, str] | None = None
+
+
+@functools.cache
+def code_version() -> str:
+    """svdlab's version and a digest of the code that makes clips: in a checkout the version alone says little."""
+    package = Path(__file__).parent.parent
+    sources = sorted(
+        f for name in _CODE for f in ([package / name] if name.endswith(".py") else (package / name).glob("*.py"))
+    )
+    digest = hashlib.sha256(b"\0".join(file.read_bytes().replace(b"\r\n", b"\n") for file in sources))
+    return f"{importlib.metadata.version('svdlab')}+{digest.hexdigest()[:8]}"
+
+
+def look(
+    name: str, revision: str | None, settings: Sequence[GenerationSettings]
+) -> tuple[Model, list[GenerationSettings]]:
+    """Identify a checkpoint, and fill in what the settings leave to it; no weight is loaded.
+
+    Raises:
+        SvdlabError: a checkpoint that is not there or whose weights do not fit, a size that its VAE cannot make.
+    """
+    import torch
+
+    from svdlab.pipeline import SVDPipeline
+    from svdlab.weights import checkpoint_folder
+
+    folder = checkpoint_folder(name, revision=revision)
+    pipe = SVDPipeline.from_pretrained(folder, device="meta", dtype=torch.float32)
+    resolved = [pipe.resolve(s.replace(dtype="float32")).replace(dtype=s.dtype) for s in settings]
+    # A folder is found again from anywhere.
+    name = str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
+    return _identify(name, folder), resolved
+
+
+def _identify(name: str, folder: Path) -> Model:
+    from svdlab.weights import checkpoint_files
+
+    digest = hashlib.sha256()
+    for file in checkpoint_files(folder):
+        state = file.stat()
+        line = f"{file.relative_to(folder).as_posix()} {_digest(file, state.st_size, state.st_mtime_ns)}\n"
+        digest.update(line.encode())
+    # The hub's cache calls a folder by its commit.
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    return Model(name, revision, digest.hexdigest())
+
+
+@functools.cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    # The hub's cache calls large files by their SHA-256: gigabytes that need not be read.
+    if file.is_symlink() and len(name := Path(os.readlink(file)).name) == 64:
+        return name
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while chunk := opened.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def image_digest(image: Image.Image) -> str:
+    """SHA-256 of an RGB image's size and pixels."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+
+# One point at a time in a process: rules edit the networks that its threads share.
+_one_at_a_time = threading.Lock()
+_loaded: tuple[Any, Lab] | None = None
+
+
+def compute_point(source: Source, point: Point, step: Step | None = None) -> Outcome:
+    """Compute a point, and write its folder if this process shares the driver's disk.
+
+    Args:
+        source: what it is computed from.
+        point: which.
+        step: called with the denoising step and their number; may raise ``lab.Stopped``.
+
+    Raises:
+        SweepHalted: this process has another version or another model, the model does not load, the disk is full.
+    """
+    from svdlab.lab import Stopped
+
+    points, identity = Path(source.points), source.identity(point)
+    with _one_at_a_time:
+        shared = (points / source.token).is_file()
+        if shared and (points / identity).is_dir():
+            return Outcome(identity)
+        lab = _lab(source, point.settings.dtype)
+        try:
+            files = _make(lab, source, point, step)
+        except Stopped:
+            raise
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            return Outcome(identity, error={"type": type(error).__name__, "message": str(error), "traceback": text})
+    if not shared:
+        return Outcome(identity, files=files)
+    save_point(points, identity, files)
+    return Outcome(identity)
+
+
+def save_point(points: Path, identity: str, files: Mapping[str, bytes]) -> None:
+    """Write a point's folder, whole or not at all.
+
+    Raises:
+        SweepHalted: it cannot be written.
+    """
+    try:
+        write_folder(points / identity, files)
+    except OSError as error:
+        raise SweepHalted(f"{points / identity}: cannot be written: {error.strerror or error}") from None
+
+
+def _lab(source: Source, dtype: str) -> Lab:
+    """The model, loaded once in a process: another one takes its place."""
+    global _loaded
+    key = (source.model, source.device, source.image_digest, source.code, dtype)
+    if _loaded is not None and _loaded[0] == key:
+        return _loaded[1]
+    where = f"worker {platform.node()} (process {os.getpid()})"
+    if code_version() != source.code:
+        raise SweepHalted(f"{where}: svdlab is {code_version()}, allowed: {source.code}, the driver's")
+    from PIL import Image
+
+    from svdlab.lab import Lab
+    from svdlab.weights import checkpoint_folder
+
+    _loaded = None  # two models at once may not fit
+    try:
+        folder = checkpoint_folder(source.model.name, revision=source.model.revision)
+        found = _identify(source.model.name, folder)
+        with Image.open(io.BytesIO(source.image)) as image:
+            lab = Lab(str(folder), source.device, dtype, image.convert("RGB"))
+    except Exception as error:  # whatever it is, it would meet every point
+        raise SweepHalted(f"{where}: the model does not load: {error or type(error).__name__}") from error
+    if found.fingerprint != source.model.fingerprint:
+        raise SweepHalted(
+            f"{where}: model {source.model.name} is {found.fingerprint[:12]}, allowed: "
+            f"{source.model.fingerprint[:12]}, which the sweep began with"
+        )
+    _loaded = key, lab
+    return lab
+
+
+def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str, bytes]:
+    import torch
+
+    from svdlab.clip import Clip
+    from svdlab.lab import motion_per_frame
+    from svdlab.parity.trace import num_steps
+    from svdlab.rules import Rules
+
+    settings, pipe = point.settings, lab.pipe.with_rules(Rules.with_bugs(*point.rules))
+    steps = num_steps(settings)
+
+    def on_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> None:
+        if step is not None:
+            step(i + 1, steps)
+
+    with _threads(source.threads), torch.no_grad():
+        started = time.perf_counter()
+        with PeakMemory(pipe.device) as memory:
+            inputs = pipe.prepare(lab.image, settings, torch.Generator().manual_seed(settings.seed))
+            frames = pipe.run(inputs, settings, callback=on_step)[0].cpu()
+        seconds = time.perf_counter() - started
+        if not frames.isfinite().all():
+            raise SvdlabError(f"frames: NaN or infinity in them; {settings.dtype} may be too narrow for this model")
+        divergence = _divergence(lab, pipe, settings) if source.divergence else None
+        threads = torch.get_num_threads()
+    clip = Clip.from_tensor(frames, settings.fps, settings)
+    motion = motion_per_frame(frames)
+    metrics = {
+        "point": source.identity(point),
+        "settings": settings.model_dump(mode="json"),
+        "rules": list(point.rules),
+        "model": asdict(source.model),
+        "image": source.image_digest,
+        "svdlab": source.code,
+        "frames_sha256": hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest(),
+        "motion": sum(motion) / len(motion) if motion else 0.0,
+        "motion_per_frame": motion,
+        "divergence": divergence,
+        "neighbours": [],
+        "seconds": seconds,
+        "peak_memory_mib": memory.mib,
+        "device": str(pipe.device),
+        "threads": threads,
+        "host": platform.node(),
+        "process": os.getpid(),
+    }
+    return {
+        CLIP: clip.to_mp4(),
+        THUMBNAIL: clip.to_webp(_THUMBNAIL_HEIGHT),
+        FRAMES: clip.to_mkv(),
+        METRICS: (json.dumps(metrics, indent=2) + "\n").encode(),
+    }
+
+
+def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> dict[str, Any]:
+    """svdlab against diffusers, measured by diffusers in float64."""
+    from svdlab.parity.compare import compare
+    from svdlab.parity.trace import capture
+
+    try:
+        reference, truth = lab.reference(settings), lab.truth(settings)
+    except SvdlabError as error:  # diffusers fails where svdlab does not
+        return {"verdict": "no reference", "reason": str(error)}
+    found = compare(reference, capture(pipe, lab.image, settings), truth)
+    return {
+        "verdict": found.verdict,
+        "first_divergence": found.first_divergence,
+        "ratio": found.worst.ratio,
+        "probe": found.worst.name,
+        "frames_mse": found.frames_mse,
+    }
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class PeakMemory:
+    """The most memory in use within a block: CUDA's allocator's, or this process's, looked at every 10 ms.
+
+    Attributes:
+        mib: the result, in MiB.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._done = device, threading.Event()
+        self.mib = 0.0
+
+    def __enter__(self) -> PeakMemory:
+        import psutil
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return self
+        process = psutil.Process()
+
+        def watch() -> None:
+            while True:
+                self.mib = max(self.mib, process.memory_info().rss / 2**20)
+                if self._done.wait(_SAMPLE_S):
+                    return
+
+        self._thread = threading.Thread(target=watch, name="svdlab memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import torch
+
+        if self._device.type == "cuda":
+            self.mib = torch.cuda.max_memory_allocated(self._device) / 2**20
+        else:
+            self._done.set()
+            self._thread.join()

@@ -1,0 +1,270 @@
+"""Computing a sweep: in this process, or through whatever offers ``call`` and ``compute`` (see ``sweep.cluster``)."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from svdlab.errors import SvdlabError
+from svdlab.options import sample_picture
+from svdlab.settings import GenerationSettings
+from svdlab.sweep.folder import Plan, Sweep
+from svdlab.sweep.plan import Changes, Point, axes_of, make_points
+from svdlab.sweep.point import Outcome, Source, Step, SweepHalted, code_version, compute_point, image_digest, look
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# The table is made again no more often than this; what it is made from is written at once.
+_TABLE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a sweep is.
+
+    Attributes:
+        total: points that were asked for.
+        done: of these finished or failed, those of earlier runs included.
+        failed: of these failed.
+        points_per_minute: of this run, without what came before its first point; 0 until that is known.
+        within: how much of the point under way is done, in [0, 1], where that is known.
+    """
+
+    total: int
+    done: int
+    failed: int
+    points_per_minute: float = 0.0
+    within: float = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """In [0, 1]."""
+        return min(1.0, (self.done + self.within) / self.total)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this rate; None until it is known."""
+        rate = self.points_per_minute
+        return 60 * (self.total - self.done - self.within) / rate if rate else None
+
+    def __str__(self) -> str:
+        parts = [f"{self.done} of {self.total} points"]
+        if self.seconds_left is not None:
+            left = timedelta(seconds=round(max(0.0, self.seconds_left)))
+            parts += [f"{self.points_per_minute:.1f} points/min", *([f"{left} left"] if self.done < self.total else [])]
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        return ", ".join(parts)
+
+
+Watch = Callable[[Progress], None]
+Stop = Callable[[], bool]
+
+
+class Backend(Protocol):
+    """Where points are computed."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function's value, computed where points are."""
+
+    def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
+        """What comes of the points, as it comes; ends early once ``stop`` is true.
+
+        Raises:
+            SweepHalted: no further point can be computed.
+        """
+
+
+class InProcess:
+    """Points one after the other in this process."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See ``Backend``."""
+        return function(*arguments)
+
+    def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
+        """See ``Backend``; a point under way is given up at its next denoising step."""
+        from svdlab.lab import Stopped
+
+        def on_step(i: int, steps: int) -> None:
+            if stop():
+                raise Stopped
+            step(i, steps)
+
+        try:
+            for point in points:
+                if stop():
+                    return
+                yield compute_point(source, point, on_step)
+        except Stopped:
+            return
+
+
+def run_sweep(
+    out: str | Path,
+    changes: Changes,
+    settings: GenerationSettings | None = None,
+    *,
+    model: str = "embedded",
+    revision: str | None = None,
+    device: str = "cpu",
+    image: Image.Image | None = None,
+    divergence: bool = False,
+    threads: int | None = None,
+    backend: Backend | None = None,
+    watch: Watch | None = None,
+    stop: Stop | None = None,
+) -> Sweep:
+    """Compute every point that the folder does not hold yet.
+
+    Args:
+        out: the folder, made if needed; points that are there already are taken over.
+        changes: of the settings, one a point; see ``grid``.
+        settings: what all points share.
+        model: "embedded", a checkpoint folder, or a name on the hub.
+        revision: branch, tag or commit on the hub.
+        device: where points are computed.
+        image: what the clips start from; default: ``options.sample_picture``.
+        divergence: measure each point against diffusers, too.
+        threads: of torch, in every process that computes; None leaves them.
+        backend: where to compute; default: this process.
+        watch: told of the progress.
+        stop: asked now and then; once it says so, the sweep ends cleanly.
+
+    Raises:
+        SvdlabError: a point that is not allowed, a model that does not load; nothing is written.
+        SweepHalted: a full disk, a lost scheduler; what is finished stays so.
+    """
+    points = make_points(settings or GenerationSettings(), changes)
+    backend = backend or InProcess()
+    picture = (image or sample_picture(model)).convert("RGB")
+    plan = _plan(Path(out), points, changes, picture, (model, revision), device, divergence, threads, backend)
+    return _execute(Sweep(Path(out), plan), backend, watch, stop)
+
+
+def resume_sweep(
+    folder: str | Path,
+    *,
+    backend: Backend | None = None,
+    watch: Watch | None = None,
+    stop: Stop | None = None,
+) -> Sweep:
+    """Go on with a sweep: what is finished stays, what failed is tried again.
+
+    With another version of svdlab, or another model under the same name, all points are new; see ``Sweep.strangers``.
+
+    Raises:
+        SvdlabError: no sweep, a model that does not load.
+        SweepHalted: a full disk, a lost scheduler.
+    """
+    from PIL import Image
+
+    old, backend = Sweep.open(folder), backend or InProcess()
+    points, source = list(old.plan.points.values()), old.plan.source
+    changes = [{axis: None for axis in old.plan.axes}]
+    with Image.open(io.BytesIO(source.image)) as image:
+        picture = image.convert("RGB")
+    # A commit stays what it is; without one, the name is looked up anew.
+    model = source.model.name, source.model.revision
+    plan = _plan(
+        Path(folder), points, changes, picture, model, source.device, source.divergence, source.threads, backend
+    )
+    return _execute(Sweep(Path(folder), plan), backend, watch, stop)
+
+
+def _plan(
+    folder: Path,
+    points: Sequence[Point],
+    changes: Changes,
+    image: Image.Image,
+    model: tuple[str, str | None],
+    device: str,
+    divergence: bool,
+    threads: int | None,
+    backend: Backend,
+) -> Plan:
+    found, resolved = backend.call(look, *model, [p.settings for p in points])
+    points = [replace(point, settings=settings) for point, settings in zip(points, resolved, strict=True)]
+    if len(set(points)) < len(points):
+        raise SvdlabError(
+            "points: two are the same once what the checkpoint decides is filled in (height, width, frames)"
+        )
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    source = Source(
+        found,
+        device,
+        png.getvalue(),
+        image_digest(image),
+        code_version(),
+        divergence,
+        str(folder.absolute() / "points"),
+        f".driver-{uuid.uuid4().hex}",
+        threads,
+    )
+    return Plan(axes_of(changes, points), {source.identity(point): point for point in points}, source)
+
+
+def _execute(sweep: Sweep, backend: Backend, watch: Watch | None, stop: Stop | None) -> Sweep:
+    source, points = sweep.plan.source, sweep.plan.points
+    with sweep.lock():
+        sweep.save_plan()
+        _clear(Path(source.points))
+        todo = [point for identity, point in points.items() if not sweep.finished(identity)]
+        computed, failed, first, tabled = 0, 0, 0.0, time.monotonic()
+
+        def tell(within: float = 0.0) -> None:
+            if watch is not None:
+                done = len(points) - len(todo) + computed
+                # Loading the model belongs to the first point, and would spoil the rate.
+                rate = 60 * (computed - 1) / (time.monotonic() - first) if computed > 1 else 0.0
+                watch(Progress(len(points), done, failed, rate, within))
+
+        token = Path(source.points) / source.token
+        with sweep.writing():
+            token.touch()
+        try:
+            tell()
+            for outcome in backend.compute(
+                source, todo, stop or (lambda: False), lambda i, steps: tell(i / (steps + 1))
+            ):
+                sweep.keep(outcome)
+                computed, failed = computed + 1, failed + (outcome.error is not None)
+                first = first or time.monotonic()
+                tell()
+                if time.monotonic() - tabled > _TABLE_S:
+                    sweep.save_table()
+                    tabled = time.monotonic()
+            sweep.save_table()
+        except SweepHalted as error:
+            with suppress(SvdlabError):  # on a full disk the last table stays
+                sweep.save_table()
+            finished = sum(map(sweep.finished, points))
+            raise SweepHalted(
+                f"{error}; {finished} of {len(points)} points are finished and intact; to go on: "
+                f"svdlab sweep --resume {sweep.folder}"
+            ) from None
+        except KeyboardInterrupt:
+            sweep.save_table()
+            raise
+        finally:
+            token.unlink(missing_ok=True)
+    return sweep
+
+
+def _clear(points: Path) -> None:
+    """Remove what an interrupted run left: folders that were never whole, and its token."""
+    for left in points.glob(".*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

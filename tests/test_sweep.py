@@ -1,0 +1,510 @@
+"""Sweeps in one process: what a point is, what is on the disk, and that whatever happens nothing finished is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from svdlab import cli
+from svdlab.clip import Clip
+from svdlab.errors import SvdlabError
+from svdlab.lab import Lab
+from svdlab.settings import GenerationSettings
+from svdlab.sweep import Sweep, compare_sweeps, grid, parse_axis, resume_sweep, run_sweep
+from svdlab.sweep import point as point_module
+from svdlab.sweep import run as run_module
+from svdlab.sweep.plan import make_points
+from svdlab.sweep.point import SweepHalted
+from svdlab.sweep.run import Progress
+
+SMALL = GenerationSettings(num_frames=2, num_inference_steps=1, height=32, width=32)
+SMALL_OPTIONS = "--num-frames 2 --num-inference-steps 1 --height 32 --width 32".split()
+AXES = {"fps": [7, 14], "max_guidance_scale": [1.0, 3.0]}
+PICTURE = Image.linear_gradient("L").convert("RGB").resize((48, 32))
+
+
+@pytest.fixture(scope="module")
+def four(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A finished sweep of two by two points; read only."""
+    return run_sweep(tmp_path_factory.mktemp("sweeps") / "four", grid(AXES), SMALL, model=str(tiny), image=PICTURE)
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything that a sweep's points hold, and when it was written."""
+    paths = [path for path in (folder / "points").glob("[!.]*/*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def hashes(sweep: Sweep) -> dict[str, str]:
+    table = sweep.table()
+    return dict(zip(table["point"], table["frames_sha256"], strict=True))
+
+
+def svdlab(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["svdlab", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, when: Any) -> list[int]:
+    """Let points fail for which ``when(point, number)`` raises; returns the list of those that were tried."""
+    make, tried = point_module._make, []
+
+    def made(lab: Any, source: Any, point: Any, step: Any) -> dict[str, bytes]:
+        tried.append(point.settings.fps)
+        when(point, len(tried))
+        return make(lab, source, point, step)
+
+    monkeypatch.setattr(point_module, "_make", made)
+    return tried
+
+
+# --- what is asked for ---
+
+
+def test_an_axis_is_read_as_it_is_written() -> None:
+    assert parse_axis("fps=7, 14") == ("fps", [7, 14])
+    assert parse_axis("max-guidance-scale=1.5,3") == ("max_guidance_scale", [1.5, 3])
+    assert parse_axis("decode_chunk_size=none,2") == ("decode_chunk_size", [None, 2])
+    assert parse_axis("cfg=batched,sequential") == ("cfg", ["batched", "sequential"])
+    assert parse_axis("sigmas=[[700, 5, 0], [80, 0]]") == ("sigmas", [[700, 5, 0], [80, 0]])
+    assert parse_axis("rules=none,gelu_tanh+sincos_order") == ("rules", ["none", "gelu_tanh+sincos_order"])
+
+
+def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
+    changes = grid({"rules": ["none", "gelu_tanh+sincos_order"], "seed": [3, 1]})
+    points = make_points(SMALL, changes)
+    assert [(p.rules, p.settings.seed) for p in points] == [
+        ((), 3),
+        ((), 1),
+        (("gelu_tanh", "sincos_order"), 3),
+        (("gelu_tanh", "sincos_order"), 1),
+    ]
+    by_dtype = make_points(SMALL, grid({"fps": [1, 2], "dtype": ["float32", "float64"]}))
+    assert [p.settings.dtype for p in by_dtype] == ["float32"] * 2 + ["float64"] * 2, "each dtype is loaded once"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "fps=7,0"], "fps: got 0, allowed: integer >= 1"),
+        (["--grid", "fps=7,fast"], "fps: got 'fast', allowed: integer >= 1"),
+        (["--grid", "speed=1"], "speed: no such setting, allowed: height, width"),
+        (["--grid", "fps"], "grid: got 'fps', allowed: NAME=VALUE"),
+        (["--grid", "fps=,"], "fps: got no values"),
+        (["--grid", "fps=7,7"], "points: fps=7 twice"),
+        (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
+        (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
+        (["--grid", "rules=none,gelu"], "rules: unknown bug 'gelu', allowed: fps_not_decremented"),
+        (["--grid", "num_videos_per_prompt=1,2"], "num_videos_per_prompt: got 2, allowed in a sweep: 1"),
+        (["--grid", "fps=7", "--points", "p.json"], "give --grid NAME=VALUES, or --points FILE"),
+        ([], "give --grid NAME=VALUES, or --points FILE"),
+        (["--points", "nowhere.json"], "nowhere.json: not readable as JSON"),
+        (["--grid", "fps=7", "--model", "nowhere"], "model: 'nowhere' is no folder"),
+        (["--grid", "height=32,33"], "height: got 33, allowed: integer"),
+        (["--grid", "fps=7", "--workers", "2", "--scheduler", "tcp://x:1"], "--workers: not together with --scheduler"),
+        (["--grid", "fps=7", "--workers", "2", "--device", "cuda"], "--workers: not together with --device cuda"),
+        (["--grid", "fps=7", "--tls-key", "k.pem"], "--tls-ca-file, --tls-cert, --tls-key"),
+        (["--resume", "nowhere", "--grid", "fps=7"], "not together with --resume"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_before_anything_starts(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(point_module, "_make", lambda *args: pytest.fail("a point was computed"))
+    code, out, err = svdlab(capsys, monkeypatch, "sweep", "--out", "out", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_a_size_that_this_checkpoint_cannot_make_is_refused_before_anything_starts(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from svdlab.weights import TINY_VAE, write_random_checkpoint
+
+    deep = {"block_out_channels": (32,) * 5, "down_block_types": ("DownEncoderBlock2D",) * 5}
+    model = write_random_checkpoint(tmp_path_factory.mktemp("deep"), vae={**TINY_VAE, **deep})
+    with pytest.raises(SvdlabError, match="height: got 40, allowed: multiples of 16"):
+        run_sweep(tmp_path / "out", grid({"height": [32, 40]}), SMALL, model=str(model), image=PICTURE)
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is on the disk ---
+
+
+def test_a_point_is_what_the_pipeline_makes(four: Sweep, tiny: Path) -> None:
+    identity = four.at(fps=14, max_guidance_scale=3.0)
+    folder = four.folder / "points" / identity
+    assert sorted(p.name for p in folder.iterdir()) == ["clip.mp4", "frames.mkv", "metrics.json", "thumbnail.webp"]
+    lab = Lab(str(tiny), image=PICTURE)
+    settings = lab.settings(**{**SMALL.model_dump(), "fps": 14})
+    (clip,) = lab.pipe.generate(PICTURE, settings, progress=False)
+    assert np.array_equal(four.frames(identity), clip.frames), "lossless"
+    played = Clip.from_video(four.clip(identity))
+    assert played.fps == 14 and played.shape == clip.shape
+    with Image.open(four.thumbnail(identity)) as thumbnail:
+        assert thumbnail.n_frames == 2 and thumbnail.height == 32
+    metrics = four.metrics(identity)
+    assert metrics["settings"] == json.loads(settings.to_json())
+    levels = clip.frames.astype(float)
+    assert metrics["motion_per_frame"] == pytest.approx([np.abs(levels[1] - levels[0]).mean()], abs=0.6)
+    assert metrics["motion"] == pytest.approx(np.mean(metrics["motion_per_frame"]))
+    assert metrics["seconds"] > 0 and metrics["peak_memory_mib"] > 50 and metrics["divergence"] is None
+
+
+def test_the_table_loads_in_pandas_and_has_every_point_once(four: Sweep) -> None:
+    parquet, csv = pd.read_parquet(four.folder / "table.parquet"), pd.read_csv(four.folder / "table.csv")
+    for table in (parquet, csv):
+        assert list(zip(table["fps"], table["max_guidance_scale"], strict=True)) == [(7, 1), (7, 3), (14, 1), (14, 3)]
+        assert set(table["status"]) == {"finished"} and table["point"].is_unique
+        assert list(table["rules"]) == ["none"] * 4
+        assert all((four.folder / folder / "clip.mp4").is_file() for folder in table["folder"])
+    assert list(parquet["motion"]) == pytest.approx(list(csv["motion"]))
+    assert parquet["decode_chunk_size"].isna().all() and str(parquet["num_frames"].dtype) == "Int64"
+
+
+def test_neighbours_are_compared(four: Sweep) -> None:
+    a, b, c = (four.at(fps=f, max_guidance_scale=g) for f, g in ((7, 1.0), (7, 3.0), (14, 1.0)))
+    by_axis = {n["axis"]: n for n in four.metrics(a)["neighbours"]}
+    for axis, other, value in (("max_guidance_scale", b, 3.0), ("fps", c, 14)):
+        expected = np.abs(four.frames(a).astype(float) - four.frames(other)).mean()
+        assert by_axis[axis]["point"] == other and by_axis[axis]["value"] == value
+        assert by_axis[axis]["difference"] == pytest.approx(expected) and expected > 0
+    row = four.table().set_index("point").loc[a]
+    assert row["difference_fps"] == by_axis["fps"]["difference"]
+
+
+def test_a_list_of_points_and_clips_of_two_sizes(tiny: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "points.json"
+    listed.write_text(json.dumps([{"height": 32}, {"height": 40}, {"height": 40, "rules": "gelu_tanh"}]))
+    from svdlab.sweep.commands import _read_points
+
+    sweep = run_sweep(tmp_path / "out", _read_points(str(listed)), SMALL, model=str(tiny), image=PICTURE)
+    table = sweep.table()
+    assert list(table["height"]) == [32, 40, 40] and list(table["rules"]) == ["none", "none", "gelu_tanh"]
+    assert list(sweep.plan.axes) == ["height", "rules"]
+    assert table["difference_height"].isna().all(), "there is no difference between two sizes"
+    assert list(table["difference_rules"].notna()) == [False, True, True]
+
+
+def test_the_distance_from_diffusers_is_measured_where_there_is_one(tiny: Path, tmp_path: Path) -> None:
+    changes = [{"fps": 7}, {"fps": 7, "rules": "fps_not_decremented"}, {"fps": 7, "min_guidance_scale": 3.0}]
+    falls = SMALL.replace(max_guidance_scale=1.0)
+    sweep = run_sweep(tmp_path / "out", changes, falls, model=str(tiny), image=PICTURE, divergence=True)
+    assert list(sweep.table()["divergence_verdict"]) == ["parity", "divergence", "no reference"]
+    good, bad, none = (sweep.metrics(identity)["divergence"] for identity in sweep.plan.points)
+    assert good["ratio"] <= 4 < bad["ratio"] and bad["first_divergence"] == "added_time_ids"
+    assert "diffusers fails at a ramp" in none["reason"]
+
+
+def test_the_identity_is_of_everything_that_decides(four: Sweep) -> None:
+    from dataclasses import replace
+
+    source, point = four.plan.source, next(iter(four.plan.points.values()))
+    others = {
+        source.identity(replace(point, settings=point.settings.replace(seed=1))),
+        source.identity(replace(point, rules=("gelu_tanh",))),
+        replace(source, model=replace(source.model, fingerprint="other")).identity(point),
+        replace(source, code="0.2.0+00000000").identity(point),
+        replace(source, image_digest="other").identity(point),
+        replace(source, divergence=True).identity(point),
+    }
+    assert len(others) == 6 and source.identity(point) not in others
+    same = replace(source, device="cuda", threads=3, token="t", points="/elsewhere")
+    assert same.identity(point) == source.identity(point)
+
+
+# --- what happens in between ---
+
+
+def test_a_finished_point_is_never_computed_again(four: Sweep, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, said = files(four.folder), list[Progress]()
+    tried = failing(monkeypatch, lambda point, number: None)
+    for again in (
+        run_sweep(four.folder, grid(AXES), SMALL, model=str(tiny), image=PICTURE, watch=said.append),
+        resume_sweep(four.folder),
+    ):
+        assert hashes(again) == hashes(four) and not again.strangers()
+    assert not tried and files(four.folder) == before
+    assert said[0].done == said[0].total == 4
+
+
+def test_a_failing_point_is_recorded_and_the_rest_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def when(point: Any, number: int) -> None:
+        if point.settings.fps == 14:
+            raise RuntimeError("no memory left")
+
+    failing(monkeypatch, when)
+    options = ["--grid", "fps=7,14,28", "--out", str(out), "--model", str(tiny), *SMALL_OPTIONS]
+    code, said, _ = svdlab(capsys, monkeypatch, "sweep", *options, "--json", str(tmp_path / "rows.json"))
+    assert (
+        code == 1 and "failed: fps=14: RuntimeError: no memory left" in said and "2 points finished, 1 failed" in said
+    )
+    table = pd.read_csv(out / "table.csv")
+    assert list(table["status"]) == ["finished", "failed", "finished"] and list(table["fps"]) == [7, 14, 28]
+    (failure,) = (out / "failures").iterdir()
+    assert "when(point" in json.loads(failure.read_text())["traceback"]
+    rows = json.loads((tmp_path / "rows.json").read_text())["points"]
+    assert [row["error"] for row in rows] == ["", "RuntimeError: no memory left", ""]
+
+    monkeypatch.undo()
+    tried = failing(monkeypatch, lambda point, number: None)
+    code, said, _ = svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))
+    assert code == 0 and tried == [14] and "3 points finished, 0 failed" in said
+    assert not list((out / "failures").iterdir())
+
+
+def test_frames_that_are_not_numbers_are_a_failure(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdlab.pipeline import SVDPipeline
+
+    run = SVDPipeline.run
+    monkeypatch.setattr(SVDPipeline, "run", lambda self, *args, **options: run(self, *args, **options) / 0)
+    sweep = run_sweep(tmp_path / "out", grid({"fps": [7]}), SMALL, model=str(tiny), image=PICTURE)
+    assert "NaN or infinity" in sweep.table()["error"][0]
+
+
+def test_ctrl_c_stops_cleanly_and_is_gone_on_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def when(point: Any, number: int) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+
+    failing(monkeypatch, when)
+    options = ["--grid", "fps=7,14,21,28", "--out", str(out), "--model", str(tiny), *SMALL_OPTIONS]
+    code, _, err = svdlab(capsys, monkeypatch, "sweep", *options)
+    assert code == 130 and f"2 of 4 points are finished; to go on: svdlab sweep --resume {out}" in err
+    assert list(pd.read_csv(out / "table.csv")["fps"]) == [7, 14]
+    assert not [p for p in (out / "points").iterdir() if p.name.startswith(".")]
+    monkeypatch.undo()
+    tried = failing(monkeypatch, lambda point, number: None)
+    assert svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))[0] == 0
+    assert tried == [21, 28]
+
+
+def test_stop_gives_up_the_point_under_way(tiny: Path, tmp_path: Path) -> None:
+    said = list[Progress]()
+    sweep = run_sweep(
+        tmp_path / "out",
+        grid({"fps": [7, 14, 21]}),
+        SMALL.replace(num_inference_steps=4),
+        model=str(tiny),
+        image=PICTURE,
+        watch=said.append,
+        stop=lambda: said[-1].done == 1 and said[-1].within > 0.3,
+    )
+    assert list(sweep.table()["fps"]) == [7]
+    assert said[-1].done == 1 and 0.3 < said[-1].within < 0.5, "the second of four steps was not made"
+
+
+def test_progress_says_how_long_it_takes() -> None:
+    text = str(Progress(total=10, done=4, failed=1, points_per_minute=12.0))
+    assert text == "4 of 10 points, 12.0 points/min, 0:00:30 left, 1 failed"
+    assert str(Progress(total=10, done=0, failed=0)) == "0 of 10 points"
+
+
+DRIVER = """
+import sys, time
+from svdlab.sweep import point, resume_sweep, run_sweep, grid
+from test_sweep import AXES, PICTURE, SMALL
+make, began = point._make, []
+def slow(*arguments):
+    print("began", flush=True)
+    began.append(arguments)
+    time.sleep(600 if len(began) == 3 else 0)
+    return make(*arguments)
+point._make = slow
+run_sweep(sys.argv[1], grid({"fps": [7, 14, 21, 28]}), SMALL, model=sys.argv[2], image=PICTURE, threads=1)
+"""
+
+
+def test_the_driver_killed_and_resumed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(out), str(tiny)],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stdout is not None
+    for _ in range(3):
+        assert driver.stdout.readline() == "began\n"
+    with pytest.raises(SvdlabError, match="another process is at work"):
+        resume_sweep(out)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    driver.stdout.close()
+    (out / "points" / ".0000-half").mkdir()  # what a process leaves that is killed while it writes
+    before = {name: value for name, value in files(out).items() if "metrics" not in name}
+    done = Sweep.open(out)
+    assert sum(map(done.finished, done.plan.points)) == 2
+    tried = failing(monkeypatch, lambda point, number: None)
+    sweep = resume_sweep(out)
+    assert tried == [21, 28], "the third was under way"
+    assert list(sweep.table()["status"]) == ["finished"] * 4
+    after = files(out)
+    assert {name: after[name] for name in before} == before, "no finished point was touched"
+    assert not [p for p in (out / "points").iterdir() if p.name.startswith(".")]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 600 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount: test_a_disk_that_refuses covers the same path")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(
+    small_disk: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = small_disk / "out"
+    PICTURE.save(small_disk.parent / "picture.png")
+    options = ["--grid", f"fps={','.join(map(str, range(1, 41)))}", "--image", str(small_disk.parent / "picture.png")]
+    options += ["--out", str(out), "--model", str(tiny), *SMALL_OPTIONS]
+    code, _, err = svdlab(capsys, monkeypatch, "sweep", *options)
+    assert code == 2
+    (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in message and f"svdlab sweep --resume {out}" in message
+    sweep = Sweep.open(out)
+    finished = [identity for identity in sweep.plan.points if sweep.finished(identity)]
+    assert 0 < len(finished) < 40 and f"{len(finished)} of 40 points are finished and intact" in message
+    for identity in finished:
+        assert sweep.frames(identity).shape == (2, 32, 32, 3) and sweep.metrics(identity)["point"] == identity
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    tried = failing(monkeypatch, lambda point, number: None)
+    code, said, _ = svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))
+    assert code == 0 and "40 points finished, 0 failed" in said
+    assert len(tried) == 40 - len(finished)
+
+
+def test_a_disk_that_refuses(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, written = os.fsync, []
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) > 6:  # in the middle of the second point
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SweepHalted, match="No space left on device; 1 of 3 points are finished and intact; to go on"):
+        run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=PICTURE)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out/points").iterdir())) == 1
+    assert list(resume_sweep(tmp_path / "out").table()["status"]) == ["finished"] * 3
+
+
+def test_another_version_makes_new_points_and_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run_sweep(out, grid({"fps": [7, 14]}), SMALL, model=str(tiny), image=PICTURE)
+    old = point_module.code_version()
+    for module in (point_module, run_module):
+        monkeypatch.setattr(module, "code_version", lambda: "9.9.9+12345678")
+    tried = failing(monkeypatch, lambda point, number: None)
+    code, said, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))
+    assert code == 0 and tried == [7, 14] and "2 points finished" in said
+    assert f"note: 2 points in {out} are of svdlab {old}: kept, not in the table" in err
+    assert len(list((out / "points").iterdir())) == 4 and len(pd.read_csv(out / "table.csv")) == 2
+
+
+def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
+    from svdlab.weights import write_random_checkpoint
+
+    model = write_random_checkpoint(tmp_path / "model", seed=0)
+    first = run_sweep(tmp_path / "out", grid({"fps": [7]}), SMALL, model=str(model), image=PICTURE)
+    write_random_checkpoint(tmp_path / "model", seed=1)
+    time.sleep(0.01)
+    second = resume_sweep(tmp_path / "out")
+    assert set(first.plan.points).isdisjoint(second.plan.points)
+    assert second.strangers() == {f"another model ({model})": 1}
+    third = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE)
+    assert third.strangers()["settings that are no longer asked for"] == 1
+
+
+def test_a_damaged_sweep_is_named(four: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(SvdlabError, match="no sweep"):
+        Sweep.open(tmp_path)
+    (tmp_path / "image.png").write_bytes(b"")
+    for text, message in (
+        ("{", "not readable"),
+        ('{"format": 1}', "no plan of a sweep"),
+        ('{"format": 9}', "allowed: 1"),
+    ):
+        (tmp_path / "sweep.json").write_text(text)
+        with pytest.raises(SvdlabError, match=message):
+            Sweep.open(tmp_path)
+
+
+# --- two sweeps ---
+
+
+def test_did_this_change_move_anything(
+    four: Sweep, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = run_sweep(tmp_path / "same", grid(AXES), SMALL, model=str(tiny), image=PICTURE)
+    assert not compare_sweeps(four, same).moved() and not compare_sweeps(four, same).differs
+    assert svdlab(capsys, monkeypatch, "sweep-compare", str(four.folder), str(same.folder))[0] == 0
+
+    exact = SMALL.replace(decode="exact", decode_chunk_size=1)
+    other = run_sweep(tmp_path / "other", grid(AXES), exact, model=str(tiny), image=PICTURE)
+    found = compare_sweeps(four, other)
+    assert found.differs == {"decode": ("parity", "exact"), "decode_chunk_size": ("None", "1")}
+    results = tmp_path / "found.json"
+    code, out, _ = svdlab(
+        capsys, monkeypatch, "sweep-compare", str(four.folder), str(other.folder), "--json", str(results)
+    )
+    moved = [p for p in found.points if p.moved()]
+    assert code == (1 if moved else 0) and f"{len(moved)} of 4 points moved" in out.replace("\n", " ")
+    assert json.loads(results.read_text())["moved"] is bool(moved)
+    tolerant = ["--tolerance", "2"]
+    assert svdlab(capsys, monkeypatch, "sweep-compare", str(four.folder), str(other.folder), *tolerant)[0] == 0
+
+    bad = [{**change, "rules": "decode_unscaled"} for change in grid(AXES)]
+    broken = run_sweep(tmp_path / "broken", bad[:3], SMALL, model=str(tiny), image=PICTURE)
+    with pytest.raises(SvdlabError, match="allowed: two sweeps over the same axes"):
+        compare_sweeps(four, broken)
+    shifted = run_sweep(tmp_path / "shifted", grid(AXES)[:3], SMALL.replace(seed=1), model=str(tiny), image=PICTURE)
+    found = compare_sweeps(four, shifted)
+    assert found.moved(tolerance=2) and len(found.points) == 3 and found.differs == {"seed": ("0", "1")}
+    assert all(p.mean and p.largest for p in found.points)
