@@ -20,6 +20,7 @@ _ELSEWHERE = {
     "compare": "svdlab.parity.commands",
     "diagnose": "svdlab.parity.commands",
     "report": "svdlab.report",
+    "memory": "svdlab.memory",
     "train-tiny": "svdlab.training.commands",
     "evaluate": "svdlab.training.commands",
 }

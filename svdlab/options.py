@@ -22,6 +22,16 @@ DEVICE = click.option("--device", default="cpu", show_default=True, help="Where 
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
 
 
+def check_device(device: str) -> None:
+    """Raises: SvdlabError when it is no name of a device."""
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise SvdlabError(f"--device: got {device!r}, allowed: cpu, cuda, cuda:1, mps") from None
+
+
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for every field of ``GenerationSettings``; those that were given arrive as ``given``, a dict."""
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from svdlab import images, scheduler
 from svdlab.errors import SvdlabError
+from svdlab.model import UNetConfig, VAEConfig
 from svdlab.rules import PREDICT, Rules
 from svdlab.settings import GenerationSettings
 from svdlab.weights import EMBEDDED, Components, load_components
@@ -206,18 +207,7 @@ class SVDPipeline:
         Raises:
             SvdlabError: a size that the VAE cannot make, or settings of another dtype than the weights.
         """
-        factor, config = self.vae.config.scale_factor, self.unet.config
-        side = (config.sample_size or 96) * factor
-        # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
-        height, width = (576, 1024) if config.sample_size == 96 else (side, side)
-        resolved = settings.replace(
-            height=settings.height or height,
-            width=settings.width or width,
-            num_frames=settings.num_frames or config.num_frames,
-        )
-        for name in ("height", "width"):
-            if (value := getattr(resolved, name)) % factor:
-                raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
+        resolved = resolve_size(settings, self.unet.config, self.vae.config)
         if settings.torch_dtype != self.dtype:
             raise SvdlabError(f"dtype: got {settings.dtype}, allowed: {self.dtype}, in which the weights were loaded")
         return resolved
@@ -362,17 +352,37 @@ class SVDPipeline:
         rules, vae = self.rules, self.vae
         pixels = inputs.image.to(self.device)
         pixels = rules.augment_pixels(pixels, inputs.noise.to(pixels), settings.noise_aug_strength)
-        # The published VAE overflows in float16, so its encoder runs in float32 (config force_upcast).
-        upcast = self.dtype == torch.float16 and vae.config.force_upcast
+        dtype = vae.config.encoder_dtype(self.dtype)
         try:
-            if upcast:
-                vae.to(torch.float32)
-            latents = rules.posterior(*vae.encode(pixels.to(vae.quant_conv.weight.dtype)))
+            if dtype != self.dtype:
+                vae.to(dtype)
+            latents = rules.posterior(*vae.encode(pixels.to(dtype)))
         finally:
-            if upcast:
-                vae.to(torch.float16)
+            if dtype != self.dtype:
+                vae.to(self.dtype)
         latents = rules.image_latents(latents, vae.config.scaling_factor)
         return rules.augment_latents(latents, settings.noise_aug_strength)
+
+
+def resolve_size(settings: GenerationSettings, unet: UNetConfig, vae: VAEConfig) -> GenerationSettings:
+    """Fill in height, width and number of frames where the settings leave them to the checkpoint.
+
+    Raises:
+        SvdlabError: a size that the VAE cannot make.
+    """
+    factor = vae.scale_factor
+    side = (unet.sample_size or 96) * factor
+    # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
+    height, width = (576, 1024) if unet.sample_size == 96 else (side, side)
+    resolved = settings.replace(
+        height=settings.height or height,
+        width=settings.width or width,
+        num_frames=settings.num_frames or unet.num_frames,
+    )
+    for name in ("height", "width"):
+        if (value := getattr(resolved, name)) % factor:
+            raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
+    return resolved
 
 
 def _ignore(name: str, value: Tensor) -> None:
