@@ -19,7 +19,9 @@ from svdlab.pipeline import SVDPipeline
 from svdlab.settings import GenerationSettings
 from svdlab.weights import ARCHITECTURES, TINY_CLIP, TINY_UNET, TINY_VAE, Configs
 
-TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIPVisionConfig(**{**TINY_CLIP, "patch_size": 14}))
+# Large enough that the fused attention's buffers, which do not grow with the tokens, stay small beside the rest.
+CLIP = CLIPVisionConfig(**{**TINY_CLIP, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512})
+TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIP)
 SMALL = GenerationSettings(height=48, width=72, num_frames=5)
 
 
