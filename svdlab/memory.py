@@ -100,12 +100,12 @@ def _workspace(func: Any, images: Tensor, weight: Tensor, result: Tensor) -> int
 
 def _has_onednn(dtype: torch.dtype) -> bool:
     """Whether this CPU convolves a dtype in oneDNN, without unfolding it."""
-    ask = {
+    ask: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: torch.backends.mkldnn.is_available,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return bool(dtype in ask and ask[dtype]())
+    return dtype in ask and ask[dtype]()
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -336,10 +336,16 @@ def free_bytes(device: str | torch.device) -> int:
 
 def largest_chunk(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> int:
     """The largest exact decode chunk whose activations fit what is free on a device now; at least 1."""
-    simulation, frames = Simulation(configs, settings, device), settings.num_frames or 1
-    chunks, budget = range(1, frames + 1), _USABLE * free_bytes(device)
+    simulation = _simulation(configs, settings.replace(seed=0), torch.device(device).type)
+    chunks, budget = range(1, (settings.num_frames or 1) + 1), _USABLE * free_bytes(device)
     fit = bisect.bisect_right(chunks, budget, key=lambda chunk: simulation.stage("decode_exact", chunk).activations)
     return max(1, fit)
+
+
+@functools.lru_cache(maxsize=4)
+def _simulation(configs: Configs, settings: GenerationSettings, device: str) -> Simulation:
+    """Kept, so that a sweep simulates once."""
+    return Simulation(configs, settings, device)
 
 
 # --- the command ---

@@ -238,7 +238,8 @@ def capture_diffusers(
 
 
 def _chunk(settings: GenerationSettings) -> int | None:
-    return None if settings.decode == "exact" else settings.decode_chunk_size
+    chunk = settings.decode_chunk_size
+    return chunk if settings.decode == "parity" and isinstance(chunk, int) else None
 
 
 def _pil_list(image: Any) -> list[Any]:
