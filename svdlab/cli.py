@@ -21,6 +21,7 @@ _ELSEWHERE = {
     "diagnose": "svdlab.parity.commands",
     "report": "svdlab.report",
     "memory": "svdlab.memory",
+    "bench": "svdlab.bench",
     "train-tiny": "svdlab.training.commands",
     "evaluate": "svdlab.training.commands",
 }

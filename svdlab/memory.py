@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from svdlab.files import check_folder, write_json
 from svdlab.model import VAE, CLIPVision, UNet
@@ -269,6 +270,14 @@ class Simulation:
             activations = self._run(lambda new: call(network, new, chunk), dtype).peak
             self._stages[name, chunk] = Stage(name, chunk, weights, activations)
         return self._stages[name, chunk]
+
+    def flops(self, name: str, chunk: int | None = None) -> int:
+        """Multiplications and additions of a stage's products, convolutions and attention."""
+        network, _ = self._network(STAGES[name], self.settings.torch_dtype)
+        call = stage_calls(self.configs, self.settings)[name]
+        with FlopCounterMode(display=False) as counter:
+            self._run(lambda new: call(network, new, chunk), self.settings.torch_dtype)
+        return counter.get_total_flops()
 
     def peak(self, stage: Stage, offload: bool) -> int:
         """Bytes on the device in a stage: with the other networks' weights unless they are offloaded."""

@@ -297,3 +297,54 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
     _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
     ax.legend(fontsize=8, loc="lower right")
     return plot
+
+
+def plot_bench(found: Mapping[str, Any]) -> Plot:
+    """A benchmark: how many times as long as svdlab diffusers takes, how near both are to the limit, how cost grows.
+
+    Args:
+        found: the JSON of ``svdlab bench``.
+    """
+    cases, growth = found["cases"], found["growth"]
+    plot = _plot(
+        11.0, max(3.2, 0.42 * len(cases) + 1.6), "Speed of svdlab and diffusers, and their distance from the limit."
+    )
+    ratios, limits, grown = plot.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    at = np.arange(len(cases))[::-1]
+    names = [f"{case['name']} {case['dtype']}" for case in cases]
+    for prefix, marker, label in (("", "o", "diffusers"), ("compiled_", "^", "diffusers, compiled")):
+        rows = [(y, case) for y, case in zip(at, cases, strict=True) if f"{prefix}ratio" in case]
+        if rows:
+            medians = np.array([case[f"{prefix}ratio"] for _, case in rows])
+            ends = np.array([case[f"{prefix}ratio_range"] for _, case in rows]).T
+            reach = np.abs(ends - medians)
+            ratios.errorbar(
+                medians, [y for y, _ in rows], xerr=reach, fmt=marker, color=DIFFUSERS, capsize=3, label=label
+            )
+    ratios.axvline(1, ls="--", color=SVDLAB, lw=1.5, label="svdlab")
+    ratios.set_yticks(at, names, fontsize=8)
+    ratios.set_xlim(left=0)
+    ratios.legend(fontsize=8)
+    _tidy(ratios, "seconds over svdlab's (median, smallest, largest)", "", "time")
+    for name, colour, shift in (("svdlab", SVDLAB, 0.18), ("diffusers", DIFFUSERS, -0.18)):
+        share = [100 * case[f"{name}_of_matrix_peak"] for case in cases]
+        limits.barh(at + shift, share, height=0.34, color=colour, label=name)
+    limits.set_yticks(at, [""] * len(cases))
+    limits.axvline(100, ls="--", color=FLOOR, lw=1.5, label="matrix peak")
+    limits.legend(fontsize=8)
+    _tidy(limits, "FLOP/s, % of the machine's matrix peak", "", "distance to the limit")
+    for row, marker in zip(growth, "osD^", strict=False):
+        x = np.array(row["values"]) / row["values"][0]
+        for name, colour in (("svdlab", SVDLAB), ("diffusers", DIFFUSERS)):
+            label = f"{name}, {row['axis']}, {row['dtype']}: {row[f'{name}_exponent']:.2f}"
+            seconds = np.array(row[f"{name}_s"])
+            grown.loglog(x, seconds / seconds[0], marker + "-", color=colour, ms=4, lw=1, label=label)
+    if growth:
+        grown.legend(fontsize=6)
+    _tidy(
+        grown,
+        "frames or pixels, over the fewest",
+        "seconds of a UNet step,\nover the shortest",
+        "growth, with exponents",
+    )
+    return plot
