@@ -469,7 +469,7 @@ def tables(found: Mapping[str, Any]) -> list[Any]:
     peaks = ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in found["matrix_peak_gflops"].items())
     cases = Table(box=SIMPLE, title=f"{machine}\nmatrix peak, GFLOP/s: {peaks}", title_justify="left")
     for name in CASE_COLUMNS:
-        cases.add_column(name, justify="left" if name in CASE_COLUMNS[:3] else "right")
+        cases.add_column(name, no_wrap=True, justify="left" if name in CASE_COLUMNS[:3] else "right")
     for row in case_rows(found):
         cases.add_row(*row)
     growth = Table(box=SIMPLE, title="cost of a UNet step: exponents of a power law", title_justify="left")
@@ -502,7 +502,7 @@ def case_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def _ratio(case: Mapping[str, Any], prefix: str = "") -> str:
     low, high = case[f"{prefix}ratio_range"]
-    return f"{case[f'{prefix}ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{case[f'{prefix}ratio']:.2f} ({low:.2f}-{high:.2f})"
 
 
 def growth_rows(found: Mapping[str, Any]) -> list[list[str]]:

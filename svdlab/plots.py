@@ -325,20 +325,25 @@ def plot_bench(found: Mapping[str, Any]) -> Plot:
     ratios.set_yticks(at, names, fontsize=8)
     ratios.set_xlim(left=0)
     ratios.legend(fontsize=8)
-    _tidy(ratios, "seconds over svdlab's (median, smallest, largest)", "", "time")
+    _tidy(ratios, "times as long as svdlab", "", "time: median and range of the pairs")
     for name, colour, shift in (("svdlab", SVDLAB, 0.18), ("diffusers", DIFFUSERS, -0.18)):
         share = [100 * case[f"{name}_of_matrix_peak"] for case in cases]
         limits.barh(at + shift, share, height=0.34, color=colour, label=name)
     limits.set_yticks(at, [""] * len(cases))
     limits.axvline(100, ls="--", color=FLOOR, lw=1.5, label="matrix peak")
     limits.legend(fontsize=8)
-    _tidy(limits, "FLOP/s, % of the machine's matrix peak", "", "distance to the limit")
-    for row, marker in zip(growth, "osD^", strict=False):
+    _tidy(limits, "FLOP/s, % of the matrix peak", "", "distance to the limit")
+    for row in growth:
+        style = "o-" if row["axis"] == "frames" else "s--"
         x = np.array(row["values"]) / row["values"][0]
         for name, colour in (("svdlab", SVDLAB), ("diffusers", DIFFUSERS)):
             label = f"{name}, {row['axis']}, {row['dtype']}: {row[f'{name}_exponent']:.2f}"
             seconds = np.array(row[f"{name}_s"])
-            grown.loglog(x, seconds / seconds[0], marker + "-", color=colour, ms=4, lw=1, label=label)
+            grown.loglog(x, seconds / seconds[0], style, color=colour, ms=4, lw=1, label=label)
+    for axis in (grown.xaxis, grown.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    grown.tick_params(which="both", labelsize=7)
     if growth:
         grown.legend(fontsize=6)
     _tidy(
