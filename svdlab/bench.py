@@ -42,7 +42,7 @@ from svdlab.weights import (
 )
 
 SVDLAB, DIFFUSERS, COMPILED = "svdlab", "diffusers", "compiled"
-CASES = ("unet", "decode", "clip", "generation", "full-generation", "growth")
+CASES = ("unet", "growth", "decode", "clip", "generation", "full-generation")
 # Sizes of a case on CPUs, where two cores shall be done within the hour; accelerators take the published size.
 _CPU_SIZES: dict[str, dict[str, int]] = {
     "unet": {"height": 320, "width": 320, "num_frames": 7},
@@ -203,7 +203,7 @@ class Bench:
         self.configs, self.model, self.device = configs, model, device
         self.pairs, self.compile, self.given = pairs, compile, dict(given)
         self.sizes, self.growth_sizes, self.progress = sizes, growth, progress
-        self._networks: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._kept: tuple[tuple[str, str], tuple[Any, Any]] | None = None
 
     def settings(self, case: str, dtype: str, **changes: Any) -> GenerationSettings:
         """A case's settings: its own size, then what was given, then the changes."""
@@ -245,10 +245,6 @@ class Bench:
             found.append(row)
         return found
 
-    def forget(self) -> None:
-        """Let the networks go, before those of another dtype come."""
-        self._networks.clear()
-
     def _time(self, case: str, dtype: str, calls: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
         total = len(calls) * (self.pairs + 1)
         bar = tqdm(total=total, desc=f"{case} {dtype}", unit="run", disable=not self.progress)
@@ -256,17 +252,18 @@ class Bench:
             return alternate(calls, self.pairs, self.device, bar)
 
     def _network(self, name: str, dtype: str) -> tuple[Any, Any]:
-        """svdlab's and diffusers' network, with the same random weights; half the memory where layouts allow it."""
+        """svdlab's and diffusers' network on the same random weights; one at a time, for a full-size one is large."""
         from svdlab.parity.reference import diffusers_network
 
-        if (name, dtype) not in self._networks:
+        if self._kept is None or self._kept[0] != (name, dtype):
+            self._kept = None
             with torch.device("meta"):
                 empty = NETWORKS[name](getattr(self.configs, name))
             own = randomize_(empty.to_empty(device="cpu"), seed=0).to(self.device, getattr(torch, dtype))
             own.eval().requires_grad_(False)
             twin = diffusers_network(name, own)
-            self._networks[name, dtype] = (own if self.device == "cpu" else channels_last(own)), twin
-        return self._networks[name, dtype]
+            self._kept = (name, dtype), (own if self.device == "cpu" else channels_last(own), twin)
+        return self._kept[1]
 
     def _stage(self, case: str, settings: GenerationSettings) -> tuple[str, Calls]:
         """The stage that a case is, and one network's work in both implementations, on equal inputs."""
@@ -427,12 +424,16 @@ def bench(
         sizes=sizes,
         growth=growth,
     )
-    results, grown, peaks = [], [], {}
+    results: list[CaseResult] = []
+    grown: list[dict[str, Any]] = []
+    peaks: dict[str, float] = {}
     for dtype in dtypes:
         peaks[dtype] = matrix_peak(getattr(torch, dtype), device, quick)
-        results += [runner.run(case, dtype) for case in chosen if case != "growth"]
-        grown += runner.grow(dtype) if "growth" in chosen else []
-        runner.forget()
+        for case in sorted(chosen, key=CASES.index):
+            if case == "growth":
+                grown += runner.grow(dtype)
+            else:
+                results.append(runner.run(case, dtype))
     found = {
         "quick": quick,
         "machine": _machine(device),

@@ -72,8 +72,10 @@ def test_the_generation_is_that_of_the_checkpoint(tiny: Path) -> None:
 
 
 def test_the_weights_are_shared() -> None:
+    runner = made()
     for name in ("unet", "vae", "image_encoder"):
-        own, twin = made()._network(name, "float32")
+        own, twin = runner._network(name, "float32")
+        assert runner._network(name, "float32")[0] is own
         theirs = twin.state_dict()
         assert all(value.data_ptr() == theirs[key].data_ptr() for key, value in own.state_dict().items())
 
