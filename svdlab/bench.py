@@ -47,7 +47,6 @@ CASES = ("unet", "growth", "decode", "clip", "generation", "full-generation")
 _CPU_SIZES: dict[str, dict[str, int]] = {
     "unet": {"height": 320, "width": 320, "num_frames": 7},
     "decode": {"height": 192, "width": 192, "num_frames": 7},
-    "clip": {"height": 192, "width": 192, "num_frames": 7},
     "full-generation": {"height": 192, "width": 192, "num_frames": 7},
 }
 _FULL_SIZE = {"height": 576, "width": 1024, "num_frames": 14}
@@ -207,7 +206,9 @@ class Bench:
 
     def settings(self, case: str, dtype: str, **changes: Any) -> GenerationSettings:
         """A case's settings: its own size, then what was given, then the changes."""
-        settings = GenerationSettings(**{**self.sizes.get(case, {}), **self.given, "dtype": dtype, **changes})
+        guidance = {"min_guidance_scale": 1.0, "max_guidance_scale": 3.0}  # a step is timed with it
+        given = {**self.sizes.get(case, {}), **self.given, "dtype": dtype, **guidance, **changes}
+        settings = GenerationSettings(**given)
         return resolve_size(settings, self.configs.unet, self.configs.vae)
 
     def run(self, case: str, dtype: str) -> CaseResult:
@@ -219,6 +220,9 @@ class Bench:
             stage, calls = self._stage(case, settings)
             flops = Simulation(self.configs, settings, "cuda").flops(stage)
         size = {"height": settings.height or 0, "width": settings.width or 0, "num_frames": settings.num_frames or 0}
+        if case == "clip":
+            size = {"height": self.configs.image_encoder.image_size, "width": self.configs.image_encoder.image_size}
+            size["num_frames"] = settings.num_videos_per_prompt
         if "generation" in case:
             size["num_inference_steps"] = settings.num_inference_steps
         return CaseResult(case, dtype, size, flops, self._time(case, dtype, calls))
@@ -328,13 +332,12 @@ class Bench:
         image = sample_picture(self.model)
 
         def options() -> dict[str, Any]:
-            shared = ("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt")
-            generator = torch.Generator().manual_seed(settings.seed)
-            return {**{name: getattr(settings, name) for name in shared}, "generator": generator, "output_type": "pt"}
+            known = settings.model_dump(exclude={"seed", "dtype", "decode", "cfg"})
+            return {**known, "generator": torch.Generator().manual_seed(settings.seed), "output_type": "pt"}
 
         theirs = diffusers_pipeline(**twins, scheduler=pipe.scheduler)
         calls: Calls = {
-            SVDLAB: lambda: pipe(image, **options(), progress=False),
+            SVDLAB: lambda: pipe(image, **options(), decode=settings.decode, cfg=settings.cfg, progress=False),
             DIFFUSERS: lambda: theirs(image, **options()),
         }
         if self.compile:
@@ -407,7 +410,7 @@ def bench(
         raise SvdlabError(f"--device: got {device!r}, but torch sees no CUDA device here")
     chosen = list(cases) or [c for c in CASES if cuda or quick or c != "full-generation"]
     dtypes = [given["dtype"]] if "dtype" in given else ["float16"] if cuda else ["float32", "bfloat16"]
-    sizes = dict.fromkeys(_CPU_SIZES, _FULL_SIZE) if cuda else _CPU_SIZES
+    sizes: dict[str, dict[str, int]] = dict.fromkeys(_CPU_SIZES, _FULL_SIZE) if cuda else _CPU_SIZES
     growth = _CUDA_GROWTH if cuda else _GROWTH
     configs = ARCHITECTURES["svd"]
     if quick:

@@ -299,7 +299,7 @@ class Simulation:
         return Option(cfg, offload, decode, chunk or None, peak, peak <= budget)
 
     def options(self, budget: float) -> list[Option]:
-        """Every way to run it, the fastest first: offloading costs transfers, halves of a batch fill a device less."""
+        """Every way to run it, in the order to try them: exact first, then with the least transfers and passes."""
         ways = itertools.product(("exact", "parity"), (False, True), ("batched", "sequential"))
         return [self.option(cfg, offload, decode, budget) for decode, offload, cfg in ways]
 
