@@ -107,6 +107,13 @@ def test_what_memory_depends_on() -> None:
     assert exact == sorted(exact) and exact[-1] < 0.7 * parity[-1]
 
 
+def test_the_exact_decode_holds_two_videos_and_a_chunk() -> None:
+    widest_video = 14 * 576 * 1024 * 128 * 2
+    frame = widest_video / 14
+    one, two = (full_size().stage("decode_exact", chunk).activations for chunk in (1, 2))
+    assert 2 * widest_video < one < 2 * widest_video + 8 * frame and two - one < 4 * frame
+
+
 def test_attention_makes_no_matrix_of_scores() -> None:
     once, twice = (full_size(height=h, num_frames=1).stage("unet_batched").activations for h in (576, 1152))
     assert twice == pytest.approx(2 * once, rel=0.05)

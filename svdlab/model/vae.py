@@ -199,10 +199,7 @@ class TemporalDecoder(nn.Module):
 
 
 def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: int) -> Tensor:
-    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time.
-
-    A result of the same shape takes the place of ``x``.
-    """
+    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time."""
     frames = x.flatten(0, 1)
     result = None
     for start in range(0, len(frames), chunk):
@@ -210,7 +207,7 @@ def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: i
         for function in functions:
             y = function(y)
         if result is None:
-            result = frames if y.shape[2:] == frames.shape[1:] else y.new_empty(len(frames), *y.shape[2:])
+            result = y.new_empty(len(frames), *y.shape[2:])
         result[start : start + chunk] = y[0]
     assert result is not None
     return result.unflatten(0, x.shape[:2])
