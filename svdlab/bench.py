@@ -406,6 +406,8 @@ def bench(
     if given.get("decode_chunk_size") == "auto":
         raise SvdlabError("decode_chunk_size: got 'auto', allowed here: integer >= 1 (the same work on every machine)")
     cuda = torch.device(device).type == "cuda"
+    if not cuda and torch.device(device).type != "cpu":
+        raise SvdlabError(f"--device: got {device!r}, allowed here: cpu, cuda")
     if cuda and not torch.cuda.is_available():
         raise SvdlabError(f"--device: got {device!r}, but torch sees no CUDA device here")
     chosen = list(cases) or [c for c in CASES if cuda or quick or c != "full-generation"]

@@ -171,6 +171,7 @@ def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None
     [
         (["--plot", "b.gif"], "--plot: got 'b.gif', allowed: .png, .svg, .pdf"),
         (["--device", "cuda"], "--device: got 'cuda', but torch sees no CUDA device here"),
+        (["--device", "mps"], "--device: got 'mps', allowed here: cpu, cuda"),
         (["--decode-chunk-size", "auto"], "decode_chunk_size: got 'auto', allowed here: integer >= 1"),
         (["--fps", "0"], "fps: got 0, allowed: integer >= 1"),
         (["--json", "nowhere/b.json"], "nowhere is no folder that can be written"),

@@ -83,6 +83,7 @@ def test_a_benchmark_is_drawn_as_it_was_timed() -> None:
     assert [patch.get_width() for patch in limits.patches] == [50, 50, 25, 25]
     assert lines(grown)["diffusers, frames, float32: 2.00"] == [1.0, 4.0]
     assert all(ax.get_xlabel() for ax in figure.axes) and len(figure.alt) > 20
+    assert len(plots.plot_bench({"cases": [case], "growth": []}).axes) == 2
     assert [c.get_label() for c in ratios.containers] == ["diffusers", "diffusers, compiled"]
 
 
