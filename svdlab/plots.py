@@ -404,3 +404,70 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
     _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
     ax.legend(fontsize=8, loc="lower right")
     return plot
+
+
+def plot_bench(found: Mapping[str, Any]) -> Plot:
+    """A benchmark: how many times as long as svdlab diffusers takes, how near both are to the limit, how cost grows.
+
+    Args:
+        found: the JSON of ``svdlab bench``.
+    """
+    cases, growth = found["cases"], found["growth"]
+    height = max(3.4, 0.42 * len(cases) + 1.8)
+    plot = _plot(11.0, height, "Speed of svdlab and diffusers, and their distance from the limit.")
+    axes = plot.subplots(1, 3 if growth else 2, width_ratios=(1.2, 1, 1)[: 3 if growth else 2])
+    _draw_ratios(axes[0], cases)
+    _draw_limits(axes[1], cases)
+    if growth:
+        _draw_growth(axes[2], growth)
+    return plot
+
+
+def _draw_ratios(ax: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
+    at = range(len(cases))
+    for prefix, marker, label in (("", "o", "diffusers"), ("compiled_", "^", "diffusers, compiled")):
+        rows = [(y, case) for y, case in zip(at, cases, strict=True) if f"{prefix}ratio" in case]
+        if rows:
+            medians = np.array([case[f"{prefix}ratio"] for _, case in rows])
+            reach = np.abs(np.array([case[f"{prefix}ratio_range"] for _, case in rows]).T - medians)
+            ys = [y for y, _ in rows]
+            ax.errorbar(medians, ys, xerr=reach, fmt=marker, color=DIFFUSERS, capsize=3, label=label)
+    ax.axvline(1, ls="--", color=SVDLAB, lw=1.5, label="svdlab")
+    ax.set_yticks(at, [f"{case['name']} {case['dtype']}" for case in cases], fontsize=8)
+    ax.set_xlim(left=0)
+    _below(ax, at, "times as long as svdlab", "time: median and range of the pairs")
+
+
+def _draw_limits(ax: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
+    at = range(len(cases))
+    for name, colour, shift in (("svdlab", SVDLAB, -0.18), ("diffusers", DIFFUSERS, 0.18)):
+        share = [100 * case[f"{name}_of_matrix_peak"] for case in cases]
+        ax.barh([y + shift for y in at], share, height=0.34, color=colour, label=name)
+    ax.axvline(100, ls="--", color=FLOOR, lw=1.5, label="matrix peak")
+    ax.set_yticks(at, [""] * len(cases))
+    _below(ax, at, "FLOP/s, % of the matrix peak", "distance to the limit")
+
+
+def _below(ax: Axes, at: range, x: str, title: str) -> None:
+    """Cases from top to bottom, and a legend that hides none of them."""
+    ax.set_ylim(len(at) - 0.5, -0.5)
+    _tidy(ax, x, "", title)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+
+
+def _draw_growth(ax: Axes, growth: Sequence[Mapping[str, Any]]) -> None:
+    for row in growth:
+        x = np.array(row["values"]) / row["values"][0]
+        for name, colour in (("svdlab", SVDLAB), ("diffusers", DIFFUSERS)):
+            label = f"{name}, {row['axis']}, {row['dtype']}: {row[f'{name}_exponent']:.2f}"
+            seconds = np.array(row[f"{name}_s"])
+            style = "o-" if row["axis"] == "frames" else "s--"
+            ax.loglog(x, seconds / seconds[0], style, color=colour, ms=4, lw=1, label=label)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    ax.tick_params(which="both", labelsize=7)
+    _tidy(
+        ax, "frames or pixels, over the fewest", "seconds of a UNet step, over the shortest", "growth, with exponents"
+    )
+    ax.legend(fontsize=6)

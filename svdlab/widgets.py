@@ -272,7 +272,7 @@ class Panel:
         start = self.explorer.start
         high = start.num_frames if name == "decode_chunk_size" else None
         value = getattr(start, name)
-        return control(name, high if value is None else value, high)
+        return control(name, high if value in (None, "auto") else value, high)
 
     def show(self) -> ipywidgets.Widget:
         """All of it as one widget, and the first case under way."""

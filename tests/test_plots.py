@@ -81,6 +81,22 @@ def test_the_steps_and_the_catalogue_are_the_numbers(case: Case) -> None:
     assert [text.get_text() for text in ax.texts] == ["quiet"], "the bugs that only the ratio catches are named"
 
 
+def test_a_benchmark_is_drawn_as_it_was_timed() -> None:
+    case = {"name": "unet", "dtype": "float32", "ratio": 2.0, "ratio_range": [1.5, 3.0]}
+    case |= {"svdlab_of_matrix_peak": 0.5, "diffusers_of_matrix_peak": 0.25}
+    row = {"axis": "frames", "dtype": "float32", "values": [2, 4], "svdlab_s": [1.0, 2.0], "diffusers_s": [2.0, 8.0]}
+    row |= {"svdlab_exponent": 1.0, "diffusers_exponent": 2.0}
+    figure = plots.plot_bench(
+        {"cases": [case, {**case, "compiled_ratio": 1.2, "compiled_ratio_range": [1, 2]}], "growth": [row]}
+    )
+    ratios, limits, grown = figure.axes
+    assert [patch.get_width() for patch in limits.patches] == [50, 50, 25, 25]
+    assert lines(grown)["diffusers, frames, float32: 2.00"] == [1.0, 4.0]
+    assert all(ax.get_xlabel() for ax in figure.axes) and len(figure.alt) > 20
+    assert len(plots.plot_bench({"cases": [case], "growth": []}).axes) == 2
+    assert [c.get_label() for c in ratios.containers] == ["diffusers", "diffusers, compiled"]
+
+
 def test_the_stages_show_their_worst_probe(case: Case) -> None:
     html = stage_table(case.off).data
     worst = max(p.ratio for p in case.off.probes if p.name.startswith("noise_pred."))

@@ -7,7 +7,7 @@ above and that autograd does not keep, so that training works and inference touc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,22 +241,24 @@ class TemporalResnetBlock(nn.Module):
         reads one frame of halo on each side. Beside ``x`` it holds one more video and a chunk. Inference only.
         """
         h = torch.empty_like(x)
-        for frames, update in _halo_chunks(self.norm1, self.conv1, x, chunk):
-            h[frames] = update
-        for frames, update in _halo_chunks(self.norm2, self.conv2, h, chunk):
-            x[frames] += share * update
+        scale, shift = self.norm1.statistics(x)
+        for start in range(0, len(x), chunk):
+            frames = slice(start, min(start + chunk, len(x)))
+            h[frames] = _convolve_frames(self.conv1, x, frames, scale, shift)
+        scale, shift = self.norm2.statistics(h)
+        for start in range(0, len(x), chunk):
+            frames = slice(start, min(start + chunk, len(x)))
+            x[frames].addcmul_(_convolve_frames(self.conv2, h, frames, scale, shift), share)
 
 
-def _halo_chunks(norm: VideoGroupNorm, conv: TemporalConv, x: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    scale, shift = norm.statistics(x)
-    last = x.shape[0]
-    for start in range(0, last, chunk):
-        stop = min(start + chunk, last)
-        window = x[max(start - 1, 0) : min(stop + 1, last)]
-        active = F.silu(torch.addcmul(shift, window.to(scale.dtype), scale), inplace=True).to(x.dtype)
-        # At the clip's ends the conv pads with zeros, after the activation.
-        active = F.pad(active, (0, 0, 0, 0, 0, 0, int(start == 0), int(stop == last)))
-        yield slice(start, stop), conv(active[None], padding=0)[0]
+def _convolve_frames(conv: TemporalConv, x: Tensor, frames: slice, scale: Tensor, shift: Tensor) -> Tensor:
+    """Some frames of ``conv(silu(x * scale + shift))`` of one video (F, H, W, C)."""
+    # One frame more at each end; beyond the clip the conv pads with zeros, after the activation.
+    window = x.new_zeros(1, frames.stop - frames.start + 2, *x.shape[1:])
+    for i in range(max(frames.start - 1, 0), min(frames.stop + 1, len(x))):
+        # A frame at a time, so that a half-precision video is wide for one frame only.
+        window[0, i - frames.start + 1] = F.silu(torch.addcmul(shift, x[i].to(scale.dtype), scale), inplace=True)
+    return conv(window, padding=0)[0]
 
 
 class AlphaBlender(nn.Module):

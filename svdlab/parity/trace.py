@@ -701,8 +701,9 @@ def check_until(until: str | None, settings: GenerationSettings) -> None:
 def effective_chunk(settings: GenerationSettings) -> int | None:
     """The decode chunk that changes the result: None where every clip is decoded as one."""
     chunk = settings.decode_chunk_size
-    whole = settings.decode == "exact" or chunk is None or chunk >= (settings.num_frames or 0)
-    return None if whole else chunk
+    if settings.decode == "exact" or not isinstance(chunk, int) or chunk >= (settings.num_frames or 0):
+        return None
+    return chunk
 
 
 def replay_inputs(
