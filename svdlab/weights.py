@@ -6,12 +6,8 @@ A folder holds ``model_index.json``, ``unet/``, ``vae/``, ``image_encoder/``, ``
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -140,7 +136,7 @@ def checkpoint_folder(
         SvdlabError: neither a folder nor a repository that can be reached, or a folder that is no checkpoint.
     """
     if str(repo_or_folder) == EMBEDDED:
-        return _embedded()
+        return Path(__file__).parent / "checkpoint"
     folder = Path(repo_or_folder).expanduser()
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_folder)):
@@ -297,7 +293,7 @@ ARCHITECTURES: Mapping[str, Configs] = {
     "svd-xt": Configs(UNetConfig(sample_size=96, num_frames=25), SVD_VAE, SVD_CLIP),
 }
 
-# --- a random checkpoint: what tests use, and the default until a trained one ships ---
+# --- a random checkpoint, for tests: in it every weight matters ---
 
 TINY_UNET: Mapping[str, Any] = dict(
     sample_size=8,
@@ -449,14 +445,3 @@ def write_checkpoint(
 def _write_json(path: Path, options: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(options, indent=2) + "\n")
-
-
-@functools.cache
-def _embedded() -> Path:
-    """The checkpoint inside the package; while none is trained, a random one for the life of this process."""
-    packaged = Path(__file__).parent / "checkpoint"
-    if (packaged / "model_index.json").is_file():
-        return packaged
-    folder = Path(tempfile.mkdtemp(prefix="svdlab-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return write_random_checkpoint(folder)
