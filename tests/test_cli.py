@@ -115,7 +115,8 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_importing_svdlab_is_light() -> None:
     script = (
         "import sys, svdlab, svdlab.pipeline, svdlab.cli; "
-        "heavy = {'diffusers', 'transformers', 'matplotlib', 'ipywidgets'} & set(sys.modules); "
+        "names = 'diffusers transformers matplotlib ipywidgets dask distributed pandas pyarrow'; "
+        "heavy = set(names.split()) & set(sys.modules); "
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

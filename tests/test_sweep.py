@@ -239,6 +239,38 @@ def test_the_identity_is_of_everything_that_decides(four: Sweep) -> None:
     assert same.identity(point) == source.identity(point)
 
 
+def test_three_by_three_with_the_checkpoint_that_ships(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = ["--grid", "fps=7,14,28", "--grid", "max_guidance_scale=1,3,5"]
+    code, out, _ = svdlab(
+        capsys, monkeypatch, "sweep", *axes, "--out", str(tmp_path / "out"), "--num-inference-steps", "1"
+    )
+    assert code == 0 and "9 points finished, 0 failed" in out
+    table = pd.read_parquet(tmp_path / "out/table.parquet")
+    assert [(row.fps, row.max_guidance_scale) for row in table.itertuples()] == [
+        (fps, guidance) for fps in (7, 14, 28) for guidance in (1.0, 3.0, 5.0)
+    ]
+    assert table["frames_sha256"].is_unique and table[["difference_fps", "difference_max_guidance_scale"]].gt(0).all(
+        None
+    )
+
+
+def test_the_model_is_loaded_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdlab.pipeline import SVDPipeline
+
+    loaded, load = list[object](), SVDPipeline.from_pretrained
+
+    def counted(*arguments: Any, **options: Any) -> SVDPipeline:
+        loaded.append(options["device"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(SVDPipeline, "from_pretrained", counted)
+    monkeypatch.setattr(point_module, "_loaded", None)
+    run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=PICTURE)
+    assert loaded == ["meta", "cpu"], "once without weights to see what it is, once with them"
+
+
 # --- what happens in between ---
 
 
