@@ -15,8 +15,8 @@ from transformers import CLIPVisionConfig as HFCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
-from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.model.layers import Conv2d, group_norm
+from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers
+from svdlab.model.layers import Conv2d, Linear, group_norm
 from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
 
@@ -124,6 +124,40 @@ def test_group_norm_keeps_its_digits_beside_a_large_mean(offset: float) -> None:
 
     truth = reference(rows.double(), weight.double(), bias.double())
     assert ratio(group_norm(rows, weight, bias, 1e-6), reference(rows, weight, bias), truth) <= 4
+
+
+@pytest.mark.parametrize("rows", [1, 100, 130])
+def test_a_few_frames_at_a_time_give_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of real sizes are worked on in pieces, which no small test would reach."""
+    own, reference = _unets(UNETS["three levels, all different"])
+    sample, timestep, token, ids = _unet_inputs(2, 5, (7, 9))
+    sample[1], token[1], ids[1] = 2 * sample[0], -token[0], ids[0] + 1  # two videos that differ in all they are told
+    expected = reference(sample, timestep, token, ids).sample
+    truth = reference.double()(sample.double(), timestep, token.double(), ids.double()).sample
+    monkeypatch.setitem(layers.ROWS, "cpu", rows)
+    calls: list[int] = []
+    own.down_blocks[1].attentions[0].transformer_blocks[0].ff.register_forward_hook(
+        lambda module, args, output: calls.append(output.shape[1])
+    )
+    assert ratio(own(sample, timestep, own.condition(token, ids, 5)), expected, truth) <= 4
+    assert len(calls) > 1 and sum(calls) == 10, "in pieces, and every frame of both videos"
+
+
+def test_the_unet_is_one_graph_to_torch_compile() -> None:
+    """``fullgraph`` raises at the first graph break."""
+    own, _ = _unets({})
+    sample, timestep, token, ids = _unet_inputs(2, 4, (8, 8))
+    conditioning = own.condition(token, ids, 4)
+    compiled = torch.compile(own, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(sample, timestep, conditioning), own(sample, timestep, conditioning))
+
+
+def test_a_packed_weight_serves_every_size() -> None:
+    """A layer called at one size and then at another multiplies by the same weight."""
+    layer = Linear(48, 80)
+    for count in (1, 3000, 7, 64):
+        x = torch.randn(count, 48)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_several_context_tokens_are_refused() -> None:

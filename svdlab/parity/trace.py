@@ -754,10 +754,7 @@ def _svdlab_tap(
         if name.endswith("temporal_res_block"):
             # svdlab's block returns the update alone; the checkpoint's block is x + update.
             tensor = args[0] + tensor
-        tensor = tensor.permute(0, 1, 4, 2, 3)
-        if name.startswith("vae.decoder"):
-            writer.extend(full_name, tensor.flatten(0, 1), frames=settings.num_frames)
-        else:
-            writer.extend(full_name, tensor)
+        frames = settings.num_frames if name.startswith(("unet", "vae.decoder")) else 1
+        writer.extend(full_name, tensor.permute(0, 1, 4, 2, 3).flatten(0, 1), frames=frames)
 
     return hook
