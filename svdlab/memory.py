@@ -44,7 +44,8 @@ _USABLE = 0.9
 if torch.backends.mkldnn.is_available():
 
     @torch.library.register_fake("mkldnn::_reorder_convolution_weight")
-    def _reorder_convolution_weight(weight: Tensor, *layout: Any) -> Tensor:
+    @torch.library.register_fake("mkldnn::_reorder_linear_weight")
+    def _blocked_weight(weight: Tensor, *layout: Any) -> Tensor:
         """The blocked weight of ``layers.Packed`` is as large as the plain one."""
         return torch.empty_like(weight)
 
