@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread a process: what runs side by side shares the cores (README, "Threads").
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: report test clean
+.PHONY: report test pictures clean
 
 report: .venv/.stamp
 	$(BIN)/svdlab report --out reports
@@ -15,10 +15,15 @@ test: .venv/.stamp
 	$(BIN)/mypy svdlab
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The README's pictures, from a report that is made first.
+pictures: report
+	$(TEST_ENV) $(BIN)/python docs/make_picture.py
+	$(TEST_ENV) $(BIN)/python docs/make_screenshots.py reports
+
 .venv/.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv reports/*.html reports/*.json reports/notebooks
+	rm -rf .venv reports/*.html reports/*.json reports/*.xml

@@ -1,27 +1,48 @@
-"""The README's screenshot of a live notebook, taken by the browser that the tests use.
+"""The README's screenshots, taken by the browser that the tests use: a live notebook, and a report.
 
-Run ``python docs/make_screenshots.py``; it writes ``docs/notebook.png``.
+Run ``python docs/make_screenshots.py [REPORT]`` after ``make report``; it writes ``docs/notebook.png`` and
+``docs/report.png``. ``make pictures`` does all of it. REPORT is the report's folder, ``reports`` by default.
 """
 
+import io
 import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from jupyter_page import Notebook, chromium, jupyter_lab  # noqa: E402
+from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab  # noqa: E402
 
+
+def save(png: bytes, name: str) -> None:
+    """Write a screenshot in 256 colours: what a repository can carry."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(HERE / name, optimize=True)
+    print(f"{name}: {image.width}x{image.height}, {(HERE / name).stat().st_size // 1000} kB")
+
+
+report = Path(sys.argv[1] if len(sys.argv) > 1 else HERE.parent / "reports") / "index.html"
+if not report.exists():
+    sys.exit(f"{report} is not there: run make report")
 with tempfile.TemporaryDirectory() as folder, jupyter_lab(Path(folder)) as url, sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+
+    page = browser.new_page(viewport={"width": 1200, "height": 1150})
+    page.set_default_timeout(COMPUTE_MS)
+    page.goto(report.resolve().as_uri())
+    page.wait_for_function("() => [...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
+    save(page.screenshot(), "report.png")
+
     notebook = Notebook(browser, url, "01_fps_conditioning")
     notebook.page.set_viewport_size({"width": 1280, "height": 1600})
-    notebook.wait_for("done")
+    notebook.wait_shown("fps 7")
     notebook.toggle_fix()
     notebook.page.get_by_text("svdlab, fix off").wait_for()
-    notebook.page.locator(".jp-OutputArea-output", has=notebook.page.locator(".widget-slider")).screenshot(
-        path=HERE / "notebook.png"
-    )
+    notebook.page.wait_for_function("() => document.querySelector('.widget-html video').readyState >= 2")
+    shown = notebook.page.locator(".jp-OutputArea-output", has=notebook.page.locator(".widget-slider"))
+    save(shown.screenshot(), "notebook.png")
     browser.close()

@@ -22,6 +22,8 @@ _ELSEWHERE = {
     "report": "svdlab.report",
     "sweep": "svdlab.sweep.commands",
     "sweep-compare": "svdlab.sweep.commands",
+    "memory": "svdlab.memory",
+    "bench": "svdlab.bench",
     "train-tiny": "svdlab.training.commands",
     "evaluate": "svdlab.training.commands",
 }
@@ -48,6 +50,7 @@ def commands() -> None:
 @click.option("--out", required=True, metavar="CLIP", help="Where the clip goes: .mp4 or .gif.")
 @MODEL
 @DEVICE
+@click.option("--offload", is_flag=True, help="Keep each network on the device only while it runs.")
 @click.option("--variant", help="Weights' file name variant, such as fp16.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @JSON
@@ -57,6 +60,7 @@ def generate(
     out: str,
     model: str,
     device: str,
+    offload: bool,
     variant: str | None,
     revision: str | None,
     json_path: str | None,
@@ -79,8 +83,14 @@ def generate(
 
     started = time.perf_counter()
     pipe = SVDPipeline.from_pretrained(
-        model, dtype=settings.torch_dtype, device=device, variant=variant, revision=revision
+        model,
+        dtype=settings.torch_dtype,
+        device="cpu" if offload else device,
+        variant=variant,
+        revision=revision,
     )
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
     (clip,) = pipe.generate(picture, settings)
     clip.save(target)
     seconds = time.perf_counter() - started

@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
+import os
+import statistics
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,16 +25,17 @@ from torch import Tensor, nn
 
 from svdlab.clip import Clip, side_by_side
 from svdlab.options import sample_picture
-from svdlab.parity.compare import Comparison, compare
+from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
 from svdlab.pipeline import SVDPipeline
-from svdlab.rules import Rules
+from svdlab.rules import PREDICT, Rules
 from svdlab.settings import GenerationSettings
 from svdlab.weights import EMBEDDED, checkpoint_folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from svdlab.parity.diagnose import CatalogueRow
     from svdlab.plots import Plot
 
 Watch = Callable[[float, str], None]
@@ -75,21 +81,29 @@ class Case:
 
     def clips(self, fix: bool) -> str:
         """diffusers, svdlab and their difference in one player, so that they stay in step: HTML."""
-        of = self.comparison(fix)
-        frames = {name: of.traces[name]["frames"][0].double() for name in ("reference", "candidate")}
-        gain = self._gain()
-        difference = (frames["candidate"] - frames["reference"]).abs() * gain - 1
-        clips = [Clip.from_tensor(f, self.settings.fps) for f in (*frames.values(), difference)]
-        titles = (
-            "diffusers",
-            f"svdlab, fix {'on' if fix else 'off'}",
-            f"difference{f', {gain:g} times' if gain > 1 else ''}",
-        )
-        heads = "".join(f"<span style='flex:1;text-align:center'>{escape(title)}</span>" for title in titles)
+        rows = self._rows(fix)
+        heads = "".join(f"<span style='flex:1;text-align:center'>{escape(title)}</span>" for title in rows)
+        player = side_by_side([Clip.from_tensor(frames, self.settings.fps) for frames in rows.values()])
         return (
-            "<div style='display:inline-block;max-width:100%'>"
-            f"<div style='display:flex'>{heads}</div>{side_by_side(clips)._repr_html_()}</div>"
+            f"<div role='group' aria-label='{escape(', '.join(rows))}' style='display:inline-block;max-width:100%'>"
+            f"<div style='display:flex'>{heads}</div>{player._repr_html_()}</div>"
         )
+
+    def film(self, fix: bool) -> Plot:
+        """The same frame by frame, on paper."""
+        from svdlab.plots import plot_film
+
+        return plot_film(self._rows(fix))
+
+    def _rows(self, fix: bool) -> dict[str, Tensor]:
+        """Frames (F, 3, H, W) by title; the difference brightened."""
+        of, gain = self.comparison(fix), self._gain()
+        reference, candidate = (of.traces[name]["frames"][0].double() for name in ("reference", "candidate"))
+        return {
+            "diffusers": reference,
+            f"svdlab, fix {'on' if fix else 'off'}": candidate,
+            f"difference{f', {gain:g} times' if gain > 1 else ''}": (candidate - reference).abs() * gain - 1,
+        }
 
     def _gain(self) -> float:
         """By how much the difference is brightened: as far as the one without the fix allows, the same for both."""
@@ -221,6 +235,37 @@ class Lab:
         """A row of cases, one a bug, for each change of the settings."""
         return [[self.case(settings.replace(**change), bug) for bug in bugs] for change in changes]
 
+    def step_cost(self, settings: GenerationSettings, rounds: int = 5) -> tuple[float, float]:
+        """What the UNet costs in one guided step, in the way that ``settings.cfg`` names.
+
+        Args:
+            settings: the clip's size and ``cfg``.
+            rounds: how many calls are timed, after one that is not.
+
+        Returns:
+            The median of seconds, and the largest sum of activations in MiB.
+        """
+        settings, unet = self.pipe.resolve(settings), self.pipe.unet
+        frames, factor = settings.num_frames or 1, self.pipe.vae.config.scale_factor
+        size = (settings.height or 0) // factor, (settings.width or 0) // factor
+        to: dict[str, Any] = {"device": self._device, "dtype": self.dtype}
+        sample = torch.randn(2, frames, unet.config.in_channels, *size, **to)
+        with torch.no_grad(), self._lock:
+            token = torch.randn(2, 1, self.pipe.image_encoder.config.projection_dim, **to)
+            conditioning = unet.condition(token, torch.ones(2, 3, **to), frames)
+
+            def step() -> None:
+                PREDICT[settings.cfg](unet, sample, torch.ones((), **to), conditioning)
+                if self._device.startswith("cuda"):
+                    torch.cuda.synchronize(self._device)
+
+            peak, seconds = _peak(step, self._device), []
+            for _ in range(rounds):
+                started = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds), peak / 2**20
+
     def _pipe_in(self, dtype: torch.dtype) -> Any:
         """diffusers' pipeline in a dtype: one copy, cast when needed. To float64 and back loses nothing."""
         from svdlab.parity.reference import cast_diffusers, load_diffusers
@@ -238,6 +283,22 @@ class Lab:
             while len(self._traces) > _CASE_TRACES and sum(map(_bytes, self._traces.values())) > _CACHE_BYTES:
                 self._traces.popitem(last=False)
             return self._traces[key]
+
+
+def _peak(run: Callable[[], Any], device: str) -> int:
+    """Bytes that are allocated at most during a run, beside what was there before; after a run that warms up."""
+    run()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr of its start and its end otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
 
 
 def _bytes(trace: Trace) -> int:
@@ -294,6 +355,26 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
     return HTML(f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>")
 
 
+def catalogue_table(rows: Sequence[CatalogueRow]) -> Any:
+    """Which of two bars catches which bug, for a notebook to show; what a bar lets through is marked.
+
+    Args:
+        rows: of ``parity.diagnose.catalogue``.
+    """
+    from IPython.display import HTML
+
+    def bar(caught: bool) -> str:
+        return "<td>catches it</td>" if caught else "<td style='background:#fbe3d6'><b>lets it through</b></td>"
+
+    heads = ("bug", "first tensor above 4", "noise ratio", "frames MSE", "MSE &lt; 1e-3", "noise ratio &lt;= 4")
+    body = "".join(
+        f"<tr><td>{escape(row.bug)}</td><td>{escape(row.first_divergence or 'none')}</td><td>{row.ratio:.3g}</td>"
+        f"<td>{row.frames_mse:.1e}</td>{bar(not row.passes_mse_bar)}{bar(row.ratio > THRESHOLD)}</tr>"
+        for row in rows
+    )
+    return HTML(f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{body}</table>")
+
+
 def stage_table(comparison: Comparison) -> Any:
     """The stages that a port is usually judged by: the worst probe of each, for a notebook to show."""
     rows = []
@@ -319,14 +400,15 @@ def picture(alt: str, *images: Tensor) -> Any:
         alt: what they show, for those who cannot see it.
         images: of one size.
     """
-    from IPython.display import Image as Shown
+    from IPython.display import HTML
     from PIL import Image as pil
 
     strip = side_by_side([Clip.from_tensor(image, 1) for image in images]).to_pil()[0]
     scale = max(1, _PICTURE_HEIGHT // strip.height)
     buffer = io.BytesIO()
     strip.resize((strip.width * scale, strip.height * scale), pil.Resampling.NEAREST).save(buffer, "PNG")
-    return Shown(data=buffer.getvalue(), alt=alt)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return HTML(f'<img style="max-width:100%" alt="{escape(alt)}" src="data:image/png;base64,{data}">')
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,23 @@ DEVICE = click.option("--device", default="cpu", show_default=True, help="Where 
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
 
 
+class _NumberOrAuto(click.ParamType):
+    name = "integer or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
+def check_device(device: str) -> None:
+    """Raises: SvdlabError when it is no name of a device."""
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise SvdlabError(f"--device: got {device!r}, allowed: cpu, cuda, cuda:1, mps") from None
+
+
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for every field of ``GenerationSettings``; those that were given arrive as ``given``, a dict."""
 
@@ -38,6 +55,8 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         kind: Any = kinds[0] if kinds[0] in (int, float) else str
         if get_origin(field.annotation) is Literal:
             kind = click.Choice(get_args(field.annotation))
+        elif name == "decode_chunk_size":
+            kind = _NumberOrAuto()
         default = "" if field.default is None else f" [default: {field.default}]"
         option = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=f"{field.description}{default}")
         wrapped = option(wrapped)

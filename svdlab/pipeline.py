@@ -6,20 +6,22 @@ Source: diffusers ``pipelines/stable_video_diffusion/pipeline_stable_video_diffu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlab import images, scheduler
 from svdlab.errors import SvdlabError
+from svdlab.model import UNetConfig, VAEConfig
 from svdlab.rules import PREDICT, Rules
 from svdlab.settings import GenerationSettings
-from svdlab.weights import EMBEDDED, Components, load_components
+from svdlab.weights import EMBEDDED, Components, Configs, channels_last, load_components
 
 if TYPE_CHECKING:
     from svdlab.clip import Clip
@@ -68,6 +70,7 @@ class SVDPipeline:
         self.unet, self.vae, self.image_encoder = components.unet, components.vae, components.image_encoder
         self.scheduler, self.feature_extractor = components.scheduler, components.feature_extractor
         self.rules = rules or Rules()
+        self._offload_device: torch.device | None = None
 
     @classmethod
     def from_pretrained(
@@ -96,13 +99,43 @@ class SVDPipeline:
 
     def with_rules(self, rules: Rules) -> SVDPipeline:
         """The same weights under other rules."""
-        return SVDPipeline(self.components, rules)
+        other = SVDPipeline(self.components, rules)
+        other._offload_device = self._offload_device
+        return other
 
     def to(self, *args: Any, **kwargs: Any) -> SVDPipeline:
         """Move and cast all three networks as ``nn.Module.to`` does; returns itself."""
         for module in (self.unet, self.vae, self.image_encoder):
             module.to(*args, **kwargs)
         return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Keep each network on the device only while it runs, and on the CPU else: for GPUs that cannot hold all.
+
+        Args:
+            gpu_id: which of several devices.
+            device: of which kind; a name with a number, such as "cuda:1", says both.
+        """
+        self._offload_device = torch.device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}")
+        for module in (self.unet, self.vae, self.image_encoder):
+            channels_last(module.to("cpu"))
+
+    @contextmanager
+    def _on_device(self, module: nn.Module) -> Iterator[None]:
+        """Where the networks are offloaded: bring one in, and take it back afterwards."""
+        if self._offload_device is None:
+            yield
+            return
+        try:
+            module.to(self._offload_device)
+            yield
+        finally:
+            module.to("cpu")
+
+    @property
+    def configs(self) -> Configs:
+        """The architecture of the three networks."""
+        return Configs(self.unet.config, self.vae.config, self.image_encoder.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,8 +144,8 @@ class SVDPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet's weights are."""
-        return self.unet.conv_in.weight.device
+        """Where the networks run."""
+        return self._offload_device or self.unet.conv_in.weight.device
 
     def __call__(
         self,
@@ -127,7 +160,7 @@ class SVDPipeline:
         fps: int = 7,
         motion_bucket_id: int = 127,
         noise_aug_strength: float = 0.02,
-        decode_chunk_size: int | None = None,
+        decode_chunk_size: int | Literal["auto"] | None = None,
         num_videos_per_prompt: int | None = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -150,7 +183,8 @@ class SVDPipeline:
             num_frames: None for the checkpoint's own.
             sigmas: custom sigmas, falling; the last one is where sampling ends (usually 0).
             min_guidance_scale, max_guidance_scale: at the first and at the last frame; the ramp may fall.
-            decode_chunk_size: None decodes as if all at once, in chunks of 2; n gives diffusers' result for that n.
+            decode_chunk_size: None decodes as if all at once, in chunks of 2; "auto" gives the same in the largest
+                chunks that fit the free memory; n gives diffusers' result for that n.
             generator: one, or one a video.
             latents: unit Gaussian (B * videos, F, 4, h, w) in any dtype, on any device.
             output_type: "pil", "np", "pt" or "latent".
@@ -206,18 +240,7 @@ class SVDPipeline:
         Raises:
             SvdlabError: a size that the VAE cannot make, or settings of another dtype than the weights.
         """
-        factor, config = self.vae.config.scale_factor, self.unet.config
-        side = (config.sample_size or 96) * factor
-        # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
-        height, width = (576, 1024) if config.sample_size == 96 else (side, side)
-        resolved = settings.replace(
-            height=settings.height or height,
-            width=settings.width or width,
-            num_frames=settings.num_frames or config.num_frames,
-        )
-        for name in ("height", "width"):
-            if (value := getattr(resolved, name)) % factor:
-                raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
+        resolved = resolve_size(settings, self.unet.config, self.vae.config)
         if settings.torch_dtype != self.dtype:
             raise SvdlabError(f"dtype: got {settings.dtype}, allowed: {self.dtype}, in which the weights were loaded")
         return resolved
@@ -292,9 +315,11 @@ class SVDPipeline:
         assert num_frames
         with rules.in_force(self.unet, self.vae):
             # What the clip is of: a CLIP token for the cross-attention, latents beside every frame's noise.
-            image_embeddings = self.image_encoder(inputs.clip_pixels.to(**to)).repeat_interleave(videos, 0)
+            with self._on_device(self.image_encoder):
+                image_embeddings = self.image_encoder(inputs.clip_pixels.to(**to)).repeat_interleave(videos, 0)
             see("image_embeddings", image_embeddings)
-            image_latents = self._encode(inputs, settings).to(**to).repeat_interleave(videos, 0)
+            with self._on_device(self.vae):
+                image_latents = self._encode(inputs, settings).to(**to).repeat_interleave(videos, 0)
             see("image_latents", image_latents)
 
             # How it moves: frames per second, motion bucket, noise augmentation.
@@ -322,6 +347,7 @@ class SVDPipeline:
                 image_latents = torch.cat([rules.uncond_latents(image_latents), image_latents])
                 image_embeddings = torch.cat([rules.uncond_embeddings(image_embeddings), image_embeddings])
                 added_time_ids = added_time_ids.repeat(2, 1)
+        with rules.in_force(self.unet, self.vae), self._on_device(self.unet):
             conditioning = self.unet.condition(image_embeddings, added_time_ids, num_frames)
             predict = PREDICT[settings.cfg if guided else "batched"]
 
@@ -351,8 +377,13 @@ class SVDPipeline:
     def decode(self, latents: Tensor, settings: GenerationSettings, *, probe: Probe | None = None) -> Tensor:
         """From clean latents (B, F, 4, h, w) to frames (B, F, 3, H, W) before clamping, in float32 or wider."""
         latents = self.rules.to_decode(latents, self.vae.config.scaling_factor)
-        with self.rules.in_force(self.unet, self.vae):
-            frames = self.rules.decode(self.vae, latents, settings.decode_chunk_size, settings.decode == "exact")
+        chunk, exact = settings.decode_chunk_size, settings.decode == "exact"
+        with self.rules.in_force(self.unet, self.vae), self._on_device(self.vae):
+            if chunk == "auto":
+                from svdlab.memory import largest_chunk
+
+                chunk, exact = largest_chunk(self.configs, self.resolve(settings), self.device), True
+            frames = self.rules.decode(self.vae, latents, chunk, exact)
         frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
         (probe or _ignore)("frames", frames)
         return frames
@@ -362,17 +393,37 @@ class SVDPipeline:
         rules, vae = self.rules, self.vae
         pixels = inputs.image.to(self.device)
         pixels = rules.augment_pixels(pixels, inputs.noise.to(pixels), settings.noise_aug_strength)
-        # The published VAE overflows in float16, so its encoder runs in float32 (config force_upcast).
-        upcast = self.dtype == torch.float16 and vae.config.force_upcast
+        dtype = vae.config.encoder_dtype(self.dtype)
         try:
-            if upcast:
-                vae.to(torch.float32)
-            latents = rules.posterior(*vae.encode(pixels.to(vae.quant_conv.weight.dtype)))
+            if dtype != self.dtype:
+                vae.to(dtype)
+            latents = rules.posterior(*vae.encode(pixels.to(dtype)))
         finally:
-            if upcast:
-                vae.to(torch.float16)
+            if dtype != self.dtype:
+                vae.to(self.dtype)
         latents = rules.image_latents(latents, vae.config.scaling_factor)
         return rules.augment_latents(latents, settings.noise_aug_strength)
+
+
+def resolve_size(settings: GenerationSettings, unet: UNetConfig, vae: VAEConfig) -> GenerationSettings:
+    """Fill in height, width and number of frames where the settings leave them to the checkpoint.
+
+    Raises:
+        SvdlabError: a size that the VAE cannot make.
+    """
+    factor = vae.scale_factor
+    side = (unet.sample_size or 96) * factor
+    # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
+    height, width = (576, 1024) if unet.sample_size == 96 else (side, side)
+    resolved = settings.replace(
+        height=settings.height or height,
+        width=settings.width or width,
+        num_frames=settings.num_frames or unet.num_frames,
+    )
+    for name in ("height", "width"):
+        if (value := getattr(resolved, name)) % factor:
+            raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
+    return resolved
 
 
 def _ignore(name: str, value: Tensor) -> None:

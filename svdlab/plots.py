@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from svdlab.lab import Chunk
     from svdlab.parity.compare import Comparison, ProbeResult
     from svdlab.parity.diagnose import CatalogueRow
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
-_BOTTOM = 1e-9  # what is equal to the last bit is drawn here, just below the axis
 _DISTANCE = "distance from diffusers float64,\nrelative to its norm"
 _SCALARS = ("input.", "sigmas", "timesteps", "guidance_scale")
 _DPI = 144
@@ -74,7 +75,8 @@ def plot_divergence(
     Returns:
         A figure; the horizontal axis is the order of execution, the vertical one logarithmic.
     """
-    probes = _shown(comparison, inputs)
+    there = {p.name for p in (fix_off or comparison).probes}  # a port may have written some tensors only
+    probes = [p for p in _shown(comparison, inputs) if p.name in there]
     plot = _plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
     _draw_probes(plot.subplots(), probes, comparison, fix_off, fix_off_label)
     return plot
@@ -97,6 +99,8 @@ def plot_fix(on: Comparison, off: Comparison, bug: str) -> Plot:
     plot.legend(*handles, fontsize=8, loc="outside upper center", ncols=4, frameon=False)
     steps = [p for p in on.probes if p.name.startswith("latents.")]
     _draw_lines(right, range(1, len(steps) + 1), steps, on, off, "")
+    # The axis is shared: it has room for what either side shows.
+    _logarithmic(left, _zero(_shown(on, inputs=True), on, off))
     right.set_xticks(range(1, len(steps) + 1, max(1, len(steps) // 6)))
     _tidy(right, "denoising step", "", "latents after each step")
     return plot
@@ -129,7 +133,8 @@ def _draw_lines(
     """The grey band of parity, the floor, and one line a candidate."""
     floor = [p.floor for p in probes]
     bar = [on.threshold * f for f in floor]
-    ax.fill_between(at, bar, _BOTTOM, color=FLOOR, alpha=0.12, lw=0)
+    zero = _zero(probes, on, off)
+    ax.fill_between(at, bar, 1e-30, color=FLOOR, alpha=0.12, lw=0)
     ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
     ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
     # The wider line lies below the narrower one, so that both are seen where they coincide.
@@ -138,9 +143,31 @@ def _draw_lines(
     if off is not None:
         lines.append((off_label, off, FIX_OFF, "s-", 1.0))
     for label, of, colour, style, width in lines:
-        distance = [max(of[p.name].divergence, _BOTTOM) for p in probes]
+        distance = [max(of[p.name].divergence, zero) for p in probes]
         ax.semilogy(at, distance, style, color=colour, ms=2 + width, lw=width, label=label)
-    ax.set_ylim(bottom=2 * _BOTTOM)
+    _logarithmic(ax, zero)
+
+
+def _zero(probes: Sequence[ProbeResult], *comparisons: Comparison | None) -> float:
+    """Where a distance of zero is drawn on a logarithmic axis: a decade below the smallest of the others."""
+    found = [c[p.name].divergence for c in comparisons if c is not None for p in probes] + [p.floor for p in probes]
+    return float(10 ** (np.floor(np.log10(min(d for d in found if d > 0))) - 1))
+
+
+def _logarithmic(ax: Axes, zero: float) -> None:
+    """Decades down to ``zero``, whose tick says 0."""
+
+    class Formatter(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return "0" if x < 2 * zero else super().__call__(x, pos)
+
+    ax.set_ylim(bottom=zero / 2)
+    decades = round(np.log10(ax.get_ylim()[1] / zero))
+    ax.yaxis.set_major_locator(
+        FixedLocator([zero, *(zero * 10.0**k for k in range(decades, 0, -max(1, decades // 5)))])
+    )
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(Formatter())
 
 
 def plot_grid(values: Sequence[Any], on: Sequence[Comparison], off: Mapping[str, Sequence[Comparison]], x: str) -> Plot:
@@ -201,9 +228,54 @@ def plot_curves(
     if log_y:
         ax.set_yscale("log")
     elif min(map(min, curves.values())) >= 0:
-        ax.set_ylim(bottom=0)  # a small change shall look small
+        ax.set_ylim(0, 1.1 * max(map(max, curves.values())))  # a small change shall look small
     _tidy(ax, *labels)
     ax.legend(fontsize=8)
+    return plot
+
+
+def plot_ramps(ramps: Mapping[str, Tensor]) -> Plot:
+    """The guidance scale of every frame at every denoising step, a map for each rule.
+
+    Args:
+        ramps: (steps, frames) by the rule's name.
+    """
+    alt = "; ".join(
+        f"{name}: first step {scale[0].tolist()}, last step {scale[-1].tolist()}" for name, scale in ramps.items()
+    )
+    plot = _plot(10.0, 2.6, f"Guidance scale of every frame at every step. {alt}.")
+    low, high = min(float(s.min()) for s in ramps.values()), max(float(s.max()) for s in ramps.values())
+    for ax, (name, scale) in zip(plot.subplots(1, len(ramps), sharey=True), ramps.items(), strict=True):
+        steps, frames = scale.shape
+        shown = ax.imshow(scale.numpy(), cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        if steps * frames <= 64:
+            for (step, frame), value in np.ndenumerate(scale.numpy()):
+                colour = "black" if value > (low + high) / 2 else "white"
+                ax.text(frame, step, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
+        ax.set_xticks(range(frames), [str(i + 1) for i in range(frames)])
+        ax.set_yticks(range(steps), [str(i + 1) for i in range(steps)])
+        _tidy(ax, "frame", "denoising step" if ax.get_subplotspec().is_first_col() else "", name)
+    plot.colorbar(shown, ax=plot.axes, label="guidance scale")
+    return plot
+
+
+def plot_film(rows: Mapping[str, Tensor]) -> Plot:
+    """Clips as strips of frames below each other.
+
+    Args:
+        rows: (F, 3, H, W) in about [-1, 1] by name, all of one shape.
+    """
+    frames, _, height, width = next(iter(rows.values())).shape
+    plot = _plot(10.0, 0.7 + len(rows) * 8.6 / frames * height / width, f"{frames} frames each of {', '.join(rows)}.")
+    axes = plot.subplots(len(rows), frames, squeeze=False)
+    for line, (name, clip) in zip(axes, rows.items(), strict=True):
+        for i, (ax, frame) in enumerate(zip(line, clip, strict=True)):
+            ax.imshow((frame.permute(1, 2, 0).float() / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+            ax.set_xlabel(f"frame {i + 1}" if line is axes[-1] else "", fontsize=8)
+        line[0].set_ylabel(name, fontsize=8)
     return plot
 
 
@@ -222,7 +294,7 @@ def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
     for name, style, colour, label in looks:
         distance = (traces[name]["frames"].double() - truth).flatten(2).norm(dim=2).mean(0) / norm
         at = np.arange(1, len(distance) + 1)
-        ax.semilogy(at, distance.clamp_min(_BOTTOM), style, color=colour, ms=4, lw=1.2, label=label)
+        ax.semilogy(at, distance, style, color=colour, ms=4, lw=1.2, label=label)
     ax.set_xticks(at)
     _tidy(ax, "frame", _DISTANCE)
     ax.legend(fontsize=8)
@@ -325,9 +397,77 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
         for i, (row, point) in enumerate(zip(chosen, at, strict=True)):
             if passes:  # above and below in turns, so that neighbours can be read
                 place = (6, -9 if i % 2 else 3)
-                ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7)
+                paper = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+                ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7, bbox=paper)
     ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"usual bar: mean squared error {MSE_BAR:g}")
     ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"bar of parity: noise ratio {THRESHOLD:g}")
     _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
     ax.legend(fontsize=8, loc="lower right")
     return plot
+
+
+def plot_bench(found: Mapping[str, Any]) -> Plot:
+    """A benchmark: how many times as long as svdlab diffusers takes, how near both are to the limit, how cost grows.
+
+    Args:
+        found: the JSON of ``svdlab bench``.
+    """
+    cases, growth = found["cases"], found["growth"]
+    height = max(3.4, 0.42 * len(cases) + 1.8)
+    plot = _plot(11.0, height, "Speed of svdlab and diffusers, and their distance from the limit.")
+    axes = plot.subplots(1, 3 if growth else 2, width_ratios=(1.2, 1, 1)[: 3 if growth else 2])
+    _draw_ratios(axes[0], cases)
+    _draw_limits(axes[1], cases)
+    if growth:
+        _draw_growth(axes[2], growth)
+    return plot
+
+
+def _draw_ratios(ax: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
+    at = range(len(cases))
+    for prefix, marker, label in (("", "o", "diffusers"), ("compiled_", "^", "diffusers, compiled")):
+        rows = [(y, case) for y, case in zip(at, cases, strict=True) if f"{prefix}ratio" in case]
+        if rows:
+            medians = np.array([case[f"{prefix}ratio"] for _, case in rows])
+            reach = np.abs(np.array([case[f"{prefix}ratio_range"] for _, case in rows]).T - medians)
+            ys = [y for y, _ in rows]
+            ax.errorbar(medians, ys, xerr=reach, fmt=marker, color=DIFFUSERS, capsize=3, label=label)
+    ax.axvline(1, ls="--", color=SVDLAB, lw=1.5, label="svdlab")
+    ax.set_yticks(at, [f"{case['name']} {case['dtype']}" for case in cases], fontsize=8)
+    ax.set_xlim(left=0)
+    _below(ax, at, "times as long as svdlab", "time: median and range of the pairs")
+
+
+def _draw_limits(ax: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
+    at = range(len(cases))
+    for name, colour, shift in (("svdlab", SVDLAB, -0.18), ("diffusers", DIFFUSERS, 0.18)):
+        share = [100 * case[f"{name}_of_matrix_peak"] for case in cases]
+        ax.barh([y + shift for y in at], share, height=0.34, color=colour, label=name)
+    ax.axvline(100, ls="--", color=FLOOR, lw=1.5, label="matrix peak")
+    ax.set_yticks(at, [""] * len(cases))
+    _below(ax, at, "FLOP/s, % of the matrix peak", "distance to the limit")
+
+
+def _below(ax: Axes, at: range, x: str, title: str) -> None:
+    """Cases from top to bottom, and a legend that hides none of them."""
+    ax.set_ylim(len(at) - 0.5, -0.5)
+    _tidy(ax, x, "", title)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+
+
+def _draw_growth(ax: Axes, growth: Sequence[Mapping[str, Any]]) -> None:
+    for row in growth:
+        x = np.array(row["values"]) / row["values"][0]
+        for name, colour in (("svdlab", SVDLAB), ("diffusers", DIFFUSERS)):
+            label = f"{name}, {row['axis']}, {row['dtype']}: {row[f'{name}_exponent']:.2f}"
+            seconds = np.array(row[f"{name}_s"])
+            style = "o-" if row["axis"] == "frames" else "s--"
+            ax.loglog(x, seconds / seconds[0], style, color=colour, ms=4, lw=1, label=label)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    ax.tick_params(which="both", labelsize=7)
+    _tidy(
+        ax, "frames or pixels, over the fewest", "seconds of a UNet step, over the shortest", "growth, with exponents"
+    )
+    ax.legend(fontsize=6)

@@ -6,7 +6,7 @@ Command-line options, widget sliders, papermill parameters and sweep axes are al
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -73,10 +73,9 @@ class GenerationSettings(BaseModel):
         description="noise added to the image before the encode",
         json_schema_extra=_slider(0, 1, 0.01, "std"),
     )
-    decode_chunk_size: int | None = Field(
+    decode_chunk_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        ge=1,
-        description="frames decoded at a time; none: as if all at once",
+        description="frames decoded at a time; none: as if all at once; auto: the same, as many as fit the memory",
         json_schema_extra=_slider(1, 25, 1, "frames"),
     )
     decode: Literal["parity", "exact"] = Field(
@@ -144,8 +143,8 @@ def allowed(field: str) -> str:
 
 
 def _words(schema: dict[str, Any]) -> str:
-    if "enum" in schema:
-        return ", ".join(schema["enum"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(schema.get("enum") or [schema["const"]])
     kinds = {"integer": "integer", "number": "finite number", "null": "none", "array": "falling numbers"}
     words = kinds[schema["type"]]
     for key, sign in (("minimum", ">="), ("maximum", "<="), ("multipleOf", "a multiple of")):

@@ -6,12 +6,8 @@ A folder holds ``model_index.json``, ``unet/``, ``vae/``, ``image_encoder/``, ``
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -39,6 +35,15 @@ class ImageNormalization:
 
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The architecture of the three networks."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    image_encoder: CLIPVisionConfig
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,7 @@ def load_components(
     """
     folder = checkpoint_folder(repo_or_folder, variant, revision)
     scheduler = EulerScheduler.from_config(*_read_json(folder, "scheduler/scheduler_config.json"))
-    unet = _config(folder, "unet/config.json", UNetConfig)
-    vae = _config(folder, "vae/config.json", VAEConfig)
-    clip_options, clip_where = _read_json(folder, "image_encoder/config.json")
-    known = {f.name for f in fields(CLIPVisionConfig)}
-    clip = read_config(CLIPVisionConfig, {k: v for k, v in clip_options.items() if k in known}, clip_where)
-    if unet.in_channels != 2 * unet.out_channels or unet.out_channels != vae.latent_channels:
-        raise SvdlabError(
-            f"{folder}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
-            f"{vae.latent_channels} do not belong together (in = 2 * out, out = latent)"
-        )
+    configs = _read_configs(folder)
     statistics, where = _read_json(folder, "feature_extractor/preprocessor_config.json")
     try:
         normalization = ImageNormalization(tuple(statistics["image_mean"]), tuple(statistics["image_std"]))
@@ -94,27 +90,58 @@ def load_components(
         return _load(module, config, folder / name, stem, variant, dtype, torch.device(device))
 
     return Components(
-        load(UNet, unet, "unet", _UNET_FILE),
-        load(VAE, vae, "vae", _UNET_FILE),
-        load(CLIPVision, clip, "image_encoder", _CLIP_FILE),
+        load(UNet, configs.unet, "unet", _UNET_FILE),
+        load(VAE, configs.vae, "vae", _UNET_FILE),
+        load(CLIPVision, configs.image_encoder, "image_encoder", _CLIP_FILE),
         scheduler,
         normalization,
     )
 
 
-def checkpoint_folder(repo_or_folder: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint, downloaded from the hub when the name is a repository's.
+def load_configs(model: str | Path, revision: str | None = None) -> Configs:
+    """The architecture of a checkpoint, without its weights.
+
+    Args:
+        model: a name of ``ARCHITECTURES``, "embedded", a folder, or a name on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        SvdlabError: as ``load_components``.
+    """
+    if str(model) in ARCHITECTURES:
+        return ARCHITECTURES[str(model)]
+    return _read_configs(checkpoint_folder(model, revision=revision, weights=False))
+
+
+def _read_configs(folder: Path) -> Configs:
+    unet = _config(folder, "unet/config.json", UNetConfig)
+    vae = _config(folder, "vae/config.json", VAEConfig)
+    clip_options, clip_where = _read_json(folder, "image_encoder/config.json")
+    known = {f.name for f in fields(CLIPVisionConfig)}
+    clip = read_config(CLIPVisionConfig, {k: v for k, v in clip_options.items() if k in known}, clip_where)
+    if unet.in_channels != 2 * unet.out_channels or unet.out_channels != vae.latent_channels:
+        raise SvdlabError(
+            f"{folder}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
+            f"{vae.latent_channels} do not belong together (in = 2 * out, out = latent)"
+        )
+    return Configs(unet, vae, clip)
+
+
+def checkpoint_folder(
+    repo_or_folder: str | Path, variant: str | None = None, revision: str | None = None, weights: bool = True
+) -> Path:
+    """The local folder of a checkpoint, downloaded from the hub (with its weights or without) when it is not one.
 
     Raises:
         SvdlabError: neither a folder nor a repository that can be reached, or a folder that is no checkpoint.
     """
     if str(repo_or_folder) == EMBEDDED:
-        return _embedded()
+        return Path(__file__).parent / "checkpoint"
     folder = Path(repo_or_folder).expanduser()
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_folder)):
             raise SvdlabError(f"model: {str(repo_or_folder)!r} is no folder, allowed: a folder, owner/name, embedded")
-        folder = _download(str(repo_or_folder), variant, revision)
+        folder = _download(str(repo_or_folder), variant, revision, weights)
     if not (folder / "model_index.json").is_file():
         raise SvdlabError(f"model: {folder} is no diffusers checkpoint: model_index.json is missing")
     return folder
@@ -132,13 +159,13 @@ def checkpoint_files(folder: Path, variant: str | None = None) -> list[Path]:
     return configs + [file for name, stem in stems.items() for file in _weight_files(folder / name, stem, variant)]
 
 
-def _download(repo: str, variant: str | None, revision: str | None) -> Path:
+def _download(repo: str, variant: str | None, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     suffix = f".{variant}" if variant else ""
-    weights = [f"*/*{suffix}.safetensors", f"*/*{suffix}-*.safetensors", "*/*.safetensors.index*.json"]
+    tensors = [f"*/*{suffix}.safetensors", f"*/*{suffix}-*.safetensors"] if weights else []
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *weights]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *tensors]))
     except Exception as error:  # the hub client raises a dozen types: no network, no such name, gated, bad token
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SvdlabError(f"model: {repo!r} is no folder and the hub did not give it: {reason}") from None
@@ -243,7 +270,30 @@ def channels_last(module: nn.Module) -> nn.Module:
     return module
 
 
-# --- a random checkpoint: what tests use, and the default until a trained one ships ---
+# --- the published architecture: SVD and SVD-XT differ in the number of frames alone ---
+
+SVD_VAE = VAEConfig(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    layers_per_block=2,
+    sample_size=768,
+)
+# OpenCLIP's ViT-H/14.
+SVD_CLIP = CLIPVisionConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1024,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+)
+ARCHITECTURES: Mapping[str, Configs] = {
+    "svd": Configs(UNetConfig(sample_size=96, num_frames=14), SVD_VAE, SVD_CLIP),
+    "svd-xt": Configs(UNetConfig(sample_size=96, num_frames=25), SVD_VAE, SVD_CLIP),
+}
+
+# --- a random checkpoint, for tests: in it every weight matters ---
 
 TINY_UNET: Mapping[str, Any] = dict(
     sample_size=8,
@@ -395,14 +445,3 @@ def write_checkpoint(
 def _write_json(path: Path, options: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(options, indent=2) + "\n")
-
-
-@functools.cache
-def _embedded() -> Path:
-    """The checkpoint inside the package; while none is trained, a random one for the life of this process."""
-    packaged = Path(__file__).parent / "checkpoint"
-    if (packaged / "model_index.json").is_file():
-        return packaged
-    folder = Path(tempfile.mkdtemp(prefix="svdlab-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return write_random_checkpoint(folder)

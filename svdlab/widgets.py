@@ -17,8 +17,12 @@ from typing import Any, Literal, get_args, get_origin
 import ipywidgets
 
 from svdlab.errors import SvdlabError
+from svdlab.files import check_folder
 from svdlab.lab import Case, Lab, Stopped, ratio_text
-from svdlab.plots import plot_grid
+from svdlab.parity.compare import compare
+from svdlab.parity.trace import Trace, capture
+from svdlab.pipeline import SVDPipeline
+from svdlab.plots import plot_divergence, plot_grid
 from svdlab.rules import BUGS
 from svdlab.settings import GenerationSettings
 
@@ -162,22 +166,32 @@ class Explorer:
         where the first divergence is at the probe that this fix makes.
 
         Returns:
-            ``passed``: so at no position with the fix, and a divergence at the first without; and the numbers.
+            The arguments of ``report.record``. ``passed``: so at no position with the fix. A bug that moves nothing
+            by more than rounding at the first position, as some do in a half dtype, is named.
         """
         first = [self._look(self.start, bug) for bug in self.bugs]
         on = [case.on for case in list(self.seen.values())]
         own = {BUGS[bug].first_probe for bug in self.bugs}
         diverging = {c.first_divergence for c in on} - {None}
         answer: dict[str, Any] = {
-            "passed": not diverging & own and all(c.off.verdict == "divergence" for c in first),
+            "passed": not diverging & own,
+            "fixes": [
+                {
+                    "bug": case.bug,
+                    "ratio_on": case.on.worst.ratio,
+                    "ratio_off": case.off.worst.ratio,
+                    "first_divergence": case.off.first_divergence,
+                    "frames_mse": case.off.frames_mse,
+                }
+                for case in first
+            ],
             "worst_ratio_fix_on": max(c.worst.ratio for c in on),
             "settings_seen": len({settings for settings, _ in self.seen}),
         }
         if elsewhere := sorted(str(probe) for probe in diverging - own):
             answer["diverges_elsewhere"] = ", ".join(elsewhere)
-        for case in first:
-            answer[f"ratio_with_{case.bug}"] = case.off.worst.ratio
-            answer[f"frames_mse_with_{case.bug}"] = case.off.frames_mse
+        if quiet := [case.bug for case in first if case.off.verdict == "parity"]:
+            answer["bugs_below_the_noise"] = ", ".join(quiet)
         return answer
 
     def _look(self, settings: GenerationSettings, bug: str) -> Case:
@@ -246,7 +260,7 @@ class Panel:
         self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
         self.progress = ipywidgets.FloatProgress(max=1.0, layout={"width": "12em"})
-        self.status, self.number = ipywidgets.HTML(), ipywidgets.HTML()
+        self.status, self.number, self.caption = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.plot, self.clips = ipywidgets.HTML(), ipywidgets.HTML()
         for widget in (*self.controls.values(), self.bug):
             widget.observe(self._moved, "value")
@@ -258,7 +272,7 @@ class Panel:
         start = self.explorer.start
         high = start.num_frames if name == "decode_chunk_size" else None
         value = getattr(start, name)
-        return control(name, high if value is None else value, high)
+        return control(name, high if value in (None, "auto") else value, high)
 
     def show(self) -> ipywidgets.Widget:
         """All of it as one widget, and the first case under way."""
@@ -270,7 +284,7 @@ class Panel:
             rows.append(self.bug)
         buttons = [self.fix, *([] if self.explorer.live else [self.run]), self.stop, self.progress, self.status]
         self.compute()
-        return ipywidgets.VBox([*rows, ipywidgets.HBox(buttons), self.plot, self.number, self.clips])
+        return ipywidgets.VBox([*rows, ipywidgets.HBox(buttons), self.caption, self.plot, self.number, self.clips])
 
     @property
     def settings(self) -> GenerationSettings:
@@ -288,7 +302,7 @@ class Panel:
         try:
             settings = self.settings
         except SvdlabError as error:
-            self._say(f"<b>{escape(str(error))}</b>")
+            self._say(_shown_error(error))
             return
         bug = self.bug.value
         self._dim(0.4)
@@ -322,11 +336,8 @@ class Panel:
             self._say("done")
         except Stopped:
             self._say("stopped")
-        except SvdlabError as error:
-            self._say(f"<b role='alert'>{escape(str(error))}</b>")
-        except Exception as error:  # anything else is shown whole: a thread's traceback would be lost
-            text = escape(traceback.format_exc())
-            self._say(f"<details open><summary>{escape(repr(error))}</summary><pre>{text}</pre></details>")
+        except Exception as error:
+            self._say(_shown_error(error))
         finally:
             self.progress.value = 0.0
             self.stop.disabled = True
@@ -345,6 +356,9 @@ class Panel:
         """What the toggle changes: the number and the clips. The plot has both lines."""
         with self._drawing:
             if self.case is not None:
+                # A stopped run leaves the pictures behind the sliders: they say what they are of.
+                at = (f"{n.replace('_', ' ')} {getattr(self.case.settings, n)}" for n in self.controls)
+                self.caption.value = f"<small>Shown: {escape(', '.join([*at, self.case.bug]))}</small>"
                 self.number.value = self.case.number(self.fix.value)
                 self.clips.value = self.case.clips(self.fix.value)
                 self.clips.layout.opacity = "1"
@@ -354,7 +368,76 @@ class Panel:
             widget.layout.opacity = str(opacity)
 
     def _say(self, html: str) -> None:
-        self.status.value = f"<span role='status'>{html}</span>"
+        self.status.value = _status(html)
+
+
+class Diagnoser:
+    """Names the bug in a reader's own port: writes the reference for it, reads what the port wrote.
+
+    Args:
+        pipe: svdlab with the checkpoint that the port runs.
+        reference: diffusers' trace, whose inputs the port is to replay.
+        truth: the same in float64.
+    """
+
+    def __init__(self, pipe: SVDPipeline, reference: Trace, truth: Trace):
+        self.pipe, self.reference, self.truth = pipe, reference, truth
+        self.worker = Worker(0.0)
+        wide: dict[str, Any] = {"style": _WIDE, "layout": {"width": "36em"}}
+        self.target = ipywidgets.Text(value="reference.safetensors", description="the reference goes to", **wide)
+        self.write = ipywidgets.Button(description="Write reference")
+        self.source = ipywidgets.Text(placeholder="port.safetensors", description="the port's trace", **wide)
+        self.diagnose = ipywidgets.Button(description="Diagnose", button_style="primary")
+        self.status, self.found = ipywidgets.HTML(), ipywidgets.HTML()
+        self.write.on_click(lambda button: self._start(self._write))
+        self.diagnose.on_click(lambda button: self._start(self._diagnose))
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        if is_live():
+            return self.show()._repr_mimebundle_()
+        text = "With a kernel behind this page, two fields stand here: where the reference goes, and your port's file."
+        return {"text/html": f"<p><i>{escape(text)}</i></p>", "text/plain": text}
+
+    def show(self) -> ipywidgets.Widget:
+        """All of it as one widget."""
+        rows = ([self.target, self.write], [self.source, self.diagnose])
+        return ipywidgets.VBox([*map(ipywidgets.HBox, rows), self.status, self.found])
+
+    def _start(self, work: Callable[[], str]) -> None:
+        def run(stop: threading.Event) -> None:
+            try:
+                self.status.value = _status("at work ...")
+                self.status.value = _status(escape(work()))
+            except Exception as error:
+                self.status.value = _status(_shown_error(error))
+
+        self.worker.submit(run)
+
+    def _write(self) -> str:
+        check_folder(self.target.value)
+        return f"wrote {self.reference.save(self.target.value).label}"
+
+    def _diagnose(self) -> str:
+        from svdlab.parity.diagnose import diagnose
+
+        self.found.value = ""
+        diagnosis = diagnose(self.reference, Trace.open(self.source.value), self.truth, pipe=self.pipe)
+        own = compare(self.reference, capture(self.pipe, replay=self.reference, preprocess=True), self.truth)
+        plot = plot_divergence(own, diagnosis.comparison, "the port")
+        self.found.value = plot._repr_html_() + diagnosis._repr_html_()
+        return "done"
+
+
+def _status(html: str) -> str:
+    return f"<span role='status'>{html}</span>"
+
+
+def _shown_error(error: Exception) -> str:
+    """Bad input in its one line; anything else whole, since a thread's traceback would be lost: HTML."""
+    if isinstance(error, SvdlabError):
+        return f"<b role='alert'>{escape(str(error))}</b>"
+    text = escape("".join(traceback.format_exception(error)))
+    return f"<details open><summary>{escape(repr(error))}</summary><pre>{text}</pre></details>"
 
 
 def help_of(name: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 TOKEN = "svdlab-browser-test"
 # Waits for something to appear, generous; nothing is measured by them.
-START_S, COMPUTE_MS = 120, 180_000
+START_S, COMPUTE_MS = 300, 600_000
 # Cells that are out of sight are in the page all the same, and nothing pops up over them.
 LAB_SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -74,7 +74,10 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _answers(url: str) -> bool:
@@ -91,6 +94,7 @@ class Notebook:
     def __init__(self, browser: Any, url: str, name: str):
         self.page = browser.new_page(viewport={"width": 1400, "height": 1000})
         self.page.set_default_timeout(COMPUTE_MS)
+        self.page.set_default_navigation_timeout(COMPUTE_MS)
         self.page.goto(f"{url}/lab/workspaces/{name}/tree/{name}.ipynb?token={TOKEN}")
         self.page.get_by_text("| Idle").wait_for()  # cells that are run before the kernel is there never run
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -107,7 +111,7 @@ class Notebook:
         self.page.locator("[role=status]", has_text=re.compile(f"^{status}")).wait_for()
 
     def toggle_fix(self) -> None:
-        self.page.get_by_label("fix on").press("Space")
+        self.page.get_by_role("checkbox", name="fix on").press("Space")
 
     def number(self) -> tuple[str, str]:
         """The noise ratio under the plot, and the verdict beside it."""
@@ -120,12 +124,18 @@ class Notebook:
         plot, clips = (self.page.locator(f".widget-html {tag}").get_attribute("src") for tag in ("img", "video"))
         return plot, clips
 
-    def wait_for_other(self, plot: str) -> None:
-        """Until the plot is another one and nothing is computed."""
+    def wait_shown(self, *words: str) -> None:
+        """Until all of a case is there whose settings, or whose bug, are those words, and nothing is computed."""
         self.page.wait_for_function(
-            "before => document.querySelector('.widget-html img').getAttribute('src') != before", arg=plot
+            """words => {
+                const html = [...document.querySelectorAll('.widget-html')].map(e => e.textContent);
+                const shown = html.find(text => text.startsWith('Shown: ')) || '';
+                const parts = shown.replace('Shown: ', '').split(', ');
+                const done = document.querySelector('[role=status]')?.textContent === 'done';
+                return done && document.querySelector('.widget-html output') && words.every(w => parts.includes(w));
+            }""",
+            arg=list(words),
         )
-        self.wait_for("done")
 
     def verdict(self) -> str:
         """What the closing cell recorded."""

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
-from jupyter_page import Notebook, chromium, jupyter_lab
+from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
 
 from svdlab.clip import Clip
 from svdlab.lab import Lab, ratio_text
 from svdlab.parity.compare import Comparison
+from svdlab.report import run_report
 from svdlab.settings import GenerationSettings
 from svdlab.sweep import run_sweep
 
@@ -56,22 +58,25 @@ def lab() -> Lab:
     return Lab()
 
 
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
 def said(comparison: Comparison) -> tuple[str, str]:
     return ratio_text(comparison), comparison.verdict
 
 
 def test_the_frame_rate(browser: Any, server: str, lab: Lab) -> None:
     notebook = Notebook(browser, server, "01_fps_conditioning")
-    notebook.wait_for("done")
+    notebook.wait_shown("fps 7")
     start = lab.settings(num_inference_steps=4)
     assert notebook.number() == said(lab.case(start, "fps_not_decremented").on)
     plot, clips = notebook.pictures()
 
     notebook.press("fps", "ArrowRight", times=2)
-    notebook.wait_for_other(plot)
+    notebook.wait_shown("fps 9")
     moved = lab.case(start.replace(fps=9), "fps_not_decremented")
     assert notebook.number() == said(moved.on)
-    assert notebook.pictures()[1] != clips, "another clip"
+    assert notebook.pictures()[0] != plot and notebook.pictures()[1] != clips, "another plot and another clip"
 
     plot, clips = notebook.pictures()
     notebook.toggle_fix()
@@ -79,36 +84,79 @@ def test_the_frame_rate(browser: Any, server: str, lab: Lab) -> None:
     assert notebook.number() == said(moved.off) and notebook.number()[1] == "divergence"
     assert notebook.pictures()[0] == plot and notebook.pictures()[1] != clips, "the plot has both lines, the clip one"
 
-    notebook.press("fps", "ArrowRight", times=5)
-    notebook.wait_for("diffusers, step")
+    # As many steps as there are take long enough to be stopped in the middle.
+    notebook.press("num inference steps", "End")
+    notebook.wait_for("(diffusers|svdlab).*, step")
     notebook.page.get_by_role("button", name="Stop").press("Enter")
     notebook.wait_for("stopped")
-    notebook.press("fps", "ArrowLeft", times=5)
-    notebook.wait_for("done")
-    assert notebook.number() == said(moved.off), "a stopped run leaves nothing behind"
+    notebook.press("num inference steps", "Home")
+    notebook.wait_shown("num inference steps 1", "fps 9")
+    short = lab.case(start.replace(fps=9, num_inference_steps=1), "fps_not_decremented")
+    assert notebook.number() == said(short.off), "a stopped run leaves nothing behind"
     assert notebook.verdict().startswith("yes")
 
 
 def test_the_guidance(browser: Any, server: str, lab: Lab) -> None:
     notebook = Notebook(browser, server, "04_per_frame_guidance")
-    notebook.wait_for("done")
+    notebook.wait_shown("guidance_per_step")
     plot, clips = notebook.pictures()
     notebook.press("min guidance scale", "ArrowRight", times=3)
     notebook.press("max guidance scale", "ArrowLeft", times=4)
-    notebook.wait_for_other(plot)
     settings = lab.settings(num_inference_steps=4, min_guidance_scale=1.3, max_guidance_scale=2.6)
     for bug in ("guidance_per_step", "guidance_constant"):
+        notebook.page.get_by_label("the bug").select_option(bug)
+        notebook.wait_shown("min guidance scale 1.3", "max guidance scale 2.6", bug)
+        assert notebook.pictures()[0] != plot and notebook.pictures()[1] != clips
+        plot, clips = notebook.pictures()
         case = lab.case(settings, bug)
-        assert notebook.number() == said(case.on)
+        assert notebook.number() == said(case.off if bug == "guidance_constant" else case.on)
         notebook.toggle_fix()
-        notebook.page.get_by_text(f"Fix off ({bug})").wait_for()
-        assert notebook.number() == said(case.off)
-        notebook.toggle_fix()
-        plot = notebook.pictures()[0]
-        notebook.page.get_by_label("the bug").select_option("guidance_constant")
-        if bug == "guidance_per_step":
-            notebook.wait_for_other(plot)
-    assert notebook.pictures()[1] != clips
+        notebook.page.get_by_text(f"Fix {'on' if bug == 'guidance_constant' else f'off ({bug})'}:").wait_for()
+        assert notebook.number() == said(case.on if bug == "guidance_constant" else case.off)
+
+
+def test_a_reader_brings_a_file(browser: Any, server: str) -> None:
+    notebook = Notebook(browser, server, "09_diagnose_a_port")
+    field = notebook.page.get_by_label("the port's trace")
+    field.fill("not-there.safetensors")
+    field.press("Tab")
+    notebook.page.keyboard.press("Enter")
+    notebook.wait_for("not-there.safetensors")
+    notebook.page.get_by_role("button", name="Write reference").press("Enter")
+    notebook.wait_for("wrote reference.safetensors")
+    field.fill("reference.safetensors")
+    field.press("Tab")
+    notebook.page.keyboard.press("Enter")
+    notebook.wait_for("done")
+    assert "nothing to explain" in notebook.page.locator(".widget-html", has_text="parity:").inner_text()
+
+
+def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("# A page\n\n$$x = \\frac{1}{2}$$"),
+        nbformat.v4.new_code_cell("fps = 7", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(
+            "import numpy as np\nfrom svdlab.clip import Clip\nClip(np.zeros((3, 16, 16, 3), np.uint8), fps)"
+        ),
+        nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
+    ]
+    made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(made, tmp_path / "one.ipynb")
+    (result,) = run_report([tmp_path / "one.ipynb"], tmp_path / "out")
+    assert result.status == "passed", result.error
+    context = browser.new_context(offline=True)
+    asked: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.set_default_timeout(COMPUTE_MS)
+    page.goto((tmp_path / "out/index.html").as_uri())
+    page.get_by_role("link", name="A page").first.click()
+    page.locator("math mfrac").wait_for()
+    page.wait_for_function("() => document.querySelector('video').readyState >= 2")
+    page.get_by_role("link", name="All verdicts").first.click()
+    page.get_by_text("1 of 1 notebooks passed").wait_for()
+    context.close()
+    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
 def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import CLIPVisionConfig as HFCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
-from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.model.layers import Conv2d, group_norm
+from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers
+from svdlab.model.layers import Conv2d, Linear, group_norm
 from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
 
@@ -126,6 +126,40 @@ def test_group_norm_keeps_its_digits_beside_a_large_mean(offset: float) -> None:
     assert ratio(group_norm(rows, weight, bias, 1e-6), reference(rows, weight, bias), truth) <= 4
 
 
+@pytest.mark.parametrize("rows", [1, 100, 130])
+def test_a_few_frames_at_a_time_give_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of real sizes are worked on in pieces, which no small test would reach."""
+    own, reference = _unets(UNETS["three levels, all different"])
+    sample, timestep, token, ids = _unet_inputs(2, 5, (7, 9))
+    sample[1], token[1], ids[1] = 2 * sample[0], -token[0], ids[0] + 1  # two videos that differ in all they are told
+    expected = reference(sample, timestep, token, ids).sample
+    truth = reference.double()(sample.double(), timestep, token.double(), ids.double()).sample
+    monkeypatch.setitem(layers.ROWS, "cpu", rows)
+    calls: list[int] = []
+    own.down_blocks[1].attentions[0].transformer_blocks[0].ff.register_forward_hook(
+        lambda module, args, output: calls.append(output.shape[1])
+    )
+    assert ratio(own(sample, timestep, own.condition(token, ids, 5)), expected, truth) <= 4
+    assert len(calls) > 1 and sum(calls) == 10, "in pieces, and every frame of both videos"
+
+
+def test_the_unet_is_one_graph_to_torch_compile() -> None:
+    """``fullgraph`` raises at the first graph break."""
+    own, _ = _unets({})
+    sample, timestep, token, ids = _unet_inputs(2, 4, (8, 8))
+    conditioning = own.condition(token, ids, 4)
+    compiled = torch.compile(own, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(sample, timestep, conditioning), own(sample, timestep, conditioning))
+
+
+def test_a_packed_weight_serves_every_size() -> None:
+    """A layer called at one size and then at another multiplies by the same weight."""
+    layer = Linear(48, 80)
+    for count in (1, 3000, 7, 64):
+        x = torch.randn(count, 48)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 def test_several_context_tokens_are_refused() -> None:
     own, _ = _unets({})
     with pytest.raises(SvdlabError, match=r"image_embeddings: got shape \(1, 2, 32\), allowed: \(batch, 1, channels\)"):
@@ -229,17 +263,23 @@ def _shared_vaes(dtype: torch.dtype = torch.float32) -> tuple[VAE, AutoencoderKL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fourteen_frames_in_every_chunk_size(dtype: torch.dtype) -> None:
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@given(videos=st.integers(1, 2), height=st.integers(1, 5), width=st.integers(1, 5), seed=st.integers(0, 999))
+def test_fourteen_frames_in_every_chunk_size(
+    dtype: torch.dtype, videos: int, height: int, width: int, seed: int
+) -> None:
     """Also shows that diffusers' own chunking does depend on the chunk, by far more than rounding."""
-    own, reference = _vaes({})
-    latents = torch.randn(1, 14, 4, 4, 4, generator=torch.Generator().manual_seed(6)).to(dtype)
-    own, reference = own.to(dtype), reference.to(dtype)
-    whole = reference.decode(latents[0], 14).sample
-    chunked = torch.cat([reference.decode(c, len(c)).sample for c in latents[0].split(2)])
-    truth = reference.double().decode(latents[0].double(), 14).sample
+    latents = torch.randn(videos, 14, 4, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    own, reference = _shared_vaes(dtype)
+    whole = torch.stack([reference.decode(video, 14).sample for video in latents])
+    in_twos = torch.stack([torch.cat([reference.decode(c, 2).sample for c in video.split(2)]) for video in latents])
+    truth = _shared_vaes(torch.float64)[0].decode(latents.double())
+    theirs = ratio(in_twos, whole, truth)
     for chunk in (1, 2, 3, 5, 8, 14):
-        assert ratio(own.decode(latents, chunk)[0], whole, truth) <= 4
-    assert ratio(chunked, whole, truth) > 20
+        found = ratio(own.decode(latents, chunk), whole, truth)
+        note(f"chunk {chunk}: noise ratio {found:.2f}; diffusers, chunks of 2 against 14: {theirs:.0f}")
+        assert found <= 4
+    assert theirs > 20 or dtype == torch.bfloat16, "in bfloat16 rounding hides the cuts of the smallest clips"
 
 
 def test_what_an_optimizer_does_to_the_weights_is_seen_by_the_next_inference() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,22 @@ def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path)
     page = (tmp_path / result.page).read_text()
     assert "At other positions of the sliders" in page and page.count("<video") == 2
     assert "widget-view" not in page, "there is no kernel behind the page"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.stem[:2] in ("01", "02", "03", "04", "05", "06")], ids=lambda p: p.stem
+)
+def test_a_fix_is_told_in_full(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    story = "".join(cells[0]["source"])
+    assert "$$" in story and "**diffusers**" in story and ".py:" in story, "the formula, and where diffusers has it"
+    bugs = re.findall(r"^    bugs=\[(.*)\],$", "\n".join(sources(cells)), re.MULTILINE)
+    assert bugs and all(f"`{bug}`" in story for bug in re.findall(r'"(\w+)"', bugs[0])), (
+        "every bug of the sliders is told"
+    )
+    sliders = re.findall(r"^    sliders=\[(.*)\],$", "\n".join(sources(cells)), re.MULTILINE)
+    assert {"fps", "min_guidance_scale", "max_guidance_scale"} <= set(re.findall(r'"(\w+)"', sliders[0]))
+
+
+def sources(cells: list[dict[str, object]]) -> list[str]:
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]  # type: ignore[arg-type]

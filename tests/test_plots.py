@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from svdlab import plots
-from svdlab.lab import Case, Lab, every_chunk, motion, picture, stage_table, table
+from svdlab.lab import Case, Lab, catalogue_table, every_chunk, motion, picture, stage_table, table
 from svdlab.parity.diagnose import CatalogueRow, row_of
 
 BUG = "guidance_constant"
@@ -39,6 +40,7 @@ def test_every_figure_has_axes_with_names_and_a_text(case: Case) -> None:
         plots.plot_fix(on, off, BUG),
         plots.plot_grid(["1", "2"], [on, on], {BUG: [off, off]}, "fps (1/s)"),
         plots.plot_curves([1, 2], {"a": [1, 2], "b": [2, 3]}, ("x (s)", "y (m)"), log_x=True, band=(0, 1, "band")),
+        plots.plot_ramps({"a": torch.ones(2, 3), "b": torch.zeros(2, 3)}),
         plots.plot_frames(on, off, BUG),
         plots.plot_steps(on),
         plots.plot_catalogue([row_of(BUG, off), row_of("another", on)]),
@@ -46,13 +48,21 @@ def test_every_figure_has_axes_with_names_and_a_text(case: Case) -> None:
     for figure in figures:
         html = figure._repr_html_()
         assert re.search(r'<img [^>]*alt="[^"]{20,}" src="data:image/png;base64,iVBOR', html)
-        assert figure.axes[0].get_ylabel() and all(ax.get_xlabel() for ax in figure.axes)
+        assert figure.axes[0].get_ylabel() and all(
+            ax.get_xlabel() or ax.get_label() == "<colorbar>" for ax in figure.axes
+        )
 
 
 def test_the_lines_are_the_numbers(case: Case) -> None:
     probes, steps = plots.plot_fix(case.on, case.off, BUG).axes
     drawn = lines(probes)
-    assert drawn[f"fix off ({BUG})"] == [max(p.divergence, 1e-9) for p in case.off.probes]
+    zero = min(drawn["svdlab float32, fix on"])
+    assert drawn[f"fix off ({BUG})"] == [p.divergence or zero for p in case.off.probes]
+    assert 0 < zero <= min(p.divergence for p in case.on.probes if p.divergence) / 10, "equal lies below all others"
+    ticks = {
+        float(at): label.get_text() for at, label in zip(probes.get_yticks(), probes.get_yticklabels(), strict=True)
+    }
+    assert ticks[zero] == "0" and list(ticks.values()).count("0") == 1
     assert drawn["diffusers float32 (the noise floor)"] == [p.floor for p in case.on.probes]
     assert all(len(line.get_ydata()) == 2 for line in steps.get_lines()), "one point a step"
     frames = lines(plots.plot_frames(case.on, case.off, BUG).axes[0])
@@ -71,12 +81,36 @@ def test_the_steps_and_the_catalogue_are_the_numbers(case: Case) -> None:
     assert [text.get_text() for text in ax.texts] == ["quiet"], "the bugs that only the ratio catches are named"
 
 
+def test_a_benchmark_is_drawn_as_it_was_timed() -> None:
+    case = {"name": "unet", "dtype": "float32", "ratio": 2.0, "ratio_range": [1.5, 3.0]}
+    case |= {"svdlab_of_matrix_peak": 0.5, "diffusers_of_matrix_peak": 0.25}
+    row = {"axis": "frames", "dtype": "float32", "values": [2, 4], "svdlab_s": [1.0, 2.0], "diffusers_s": [2.0, 8.0]}
+    row |= {"svdlab_exponent": 1.0, "diffusers_exponent": 2.0}
+    figure = plots.plot_bench(
+        {"cases": [case, {**case, "compiled_ratio": 1.2, "compiled_ratio_range": [1, 2]}], "growth": [row]}
+    )
+    ratios, limits, grown = figure.axes
+    assert [patch.get_width() for patch in limits.patches] == [50, 50, 25, 25]
+    assert lines(grown)["diffusers, frames, float32: 2.00"] == [1.0, 4.0]
+    assert all(ax.get_xlabel() for ax in figure.axes) and len(figure.alt) > 20
+    assert len(plots.plot_bench({"cases": [case], "growth": []}).axes) == 2
+    assert [c.get_label() for c in ratios.containers] == ["diffusers", "diffusers, compiled"]
+
+
 def test_the_stages_show_their_worst_probe(case: Case) -> None:
     html = stage_table(case.off).data
     worst = max(p.ratio for p in case.off.probes if p.name.startswith("noise_pred."))
     row = re.search("<tr><td>noise prediction, every step</td><td>2</td><td>([^<]+)</td>", html)
     assert row and row[1] == f"{worst:.2f}"
     assert all(stage in html for stage in ("image embedding", "image latents", "frames"))
+
+
+def test_what_a_bar_lets_through_is_marked() -> None:
+    rows = [CatalogueRow("quiet", "frames", 1e4, 1e-5, True), CatalogueRow("<none>", None, 1.0, 1e-1, False)]
+    quiet, none = re.findall("<tr><td>.*?</tr>", catalogue_table(rows).data)
+    through, caught = "lets it through", "catches it"
+    assert re.findall(f"{through}|{caught}", quiet) == [through, caught]
+    assert re.findall(f"{through}|{caught}", none) == [caught, through] and "&lt;none&gt;" in none
 
 
 def test_a_table_shows_what_it_is_given_and_no_markup() -> None:
@@ -94,9 +128,10 @@ def test_a_chunk_changes_diffusers_and_not_the_exact_decode(lab: Lab, case: Case
 
 
 def test_a_picture_has_a_text_and_whole_pixels() -> None:
-    shown = picture("two greys", torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
-    assert shown.alt == "two greys"
-    with Image.open(io.BytesIO(shown.data)) as image:
+    html = picture('two <"greys">', torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).data
+    alt, png = re.search('alt="([^"]*)" src="data:image/png;base64,([^"]*)"', html).groups()  # type: ignore[union-attr]
+    assert alt == "two &lt;&quot;greys&quot;&gt;"
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
         assert image.height == 192 and image.width > 2 * 192
 
 
@@ -104,3 +139,25 @@ def test_motion_is_the_change_from_frame_to_frame() -> None:
     frames = torch.stack([torch.full((3, 4, 4), level / 127.5 - 1) for level in (0.0, 10.0, 30.0)])
     assert motion(frames) == pytest.approx(15.0, abs=1e-4)
     assert motion(frames[:1]) == 0.0
+
+
+def test_a_film_shows_every_frame_of_every_row(case: Case) -> None:
+    plot = case.film(fix=False)
+    rows = ["diffusers", "svdlab, fix off"]
+    assert [ax.get_ylabel() for ax in plot.axes[::3]][:2] == rows and len(plot.axes) == 9
+    first = case.off.traces["candidate"]["frames"][0, 0].permute(1, 2, 0).float()
+    drawn = torch.from_numpy(plot.axes[3].get_images()[0].get_array().data)
+    assert torch.allclose(drawn, (first / 2 + 0.5).clamp(0, 1), atol=1e-6)
+    assert rows[1] in plot.alt
+
+
+def test_the_ramp_is_drawn_as_it_is() -> None:
+    ramp = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    plot = plots.plot_ramps({"one": ramp, "other": ramp.flip(0)})
+    assert torch.equal(torch.from_numpy(plot.axes[0].get_images()[0].get_array().data), ramp)
+    assert [text.get_text() for text in plot.axes[1].texts] == ["3.0", "4.0", "1.0", "2.0"]
+
+
+def test_two_passes_hold_less_than_one(lab: Lab, case: Case) -> None:
+    (_, one), (_, two) = (lab.step_cost(case.settings.replace(cfg=way), rounds=1) for way in ("batched", "sequential"))
+    assert 0 < two < one

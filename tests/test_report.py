@@ -15,7 +15,8 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from svdlab.report import NotebookResult, changes, index_page, record, report, run_report
+from svdlab.errors import SvdlabError
+from svdlab.report import NotebookResult, changes, index_page, moved, record, report, run_report, take_formulas
 
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
@@ -38,7 +39,8 @@ def test_a_failing_notebook_does_not_stop_the_others(tmp_path: Path) -> None:
     results = run_report(books, tmp_path / "out", {"depth": 7})
     assert [r.status for r in results] == ["error", "passed", "failed"]
     assert "boom" in results[0].error
-    assert results[1].verdicts == [{"name": "one is <1>", "passed": True, "numbers": {"ratio": 1.5, "n": 7}}]
+    found = {"name": "one is <1>", "passed": True, "numbers": {"ratio": 1.5, "n": 7}, "fixes": []}
+    assert results[1].verdicts == [found] and results[1].parameters == {"depth": 7}
     written = json.loads((tmp_path / "out/results.json").read_text())
     assert [n["status"] for n in written["notebooks"]] == ["error", "passed", "failed"]
     assert written["versions"]["svdlab"]
@@ -48,9 +50,47 @@ def test_a_failing_notebook_does_not_stop_the_others(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         ["a_raises.html", "b & <i>passes.html", "c_is_no.html", "index.html", "report.xml", "results.json"]
     )
-    for page in (tmp_path / "out").glob("*.html"):
-        remote = re.findall(r"(?:src|href)=[\"']?(?:https?:)?//[^\"' >]+", page.read_text())
-        assert not remote, (page.name, remote)
+    assert "boom" in (tmp_path / "out/a_raises.html").read_text().partition("</nav>")[2][:200], "the error comes first"
+
+
+def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    cells = ["from svdlab.plots import plot_curves\nplot_curves([1, 2], {'a': [1, 2]}, ('x (s)', 'y (m)'))", PASSES]
+    run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
+    for name in ("index.html", "one.html"):
+        page = (tmp_path / "out" / name).read_text()
+        assert "<script" not in page and "<link" not in page and "<iframe" not in page
+        assert not re.findall(r"(?:src|href|url|@import)\s*[=(]?\s*[\"']?(?:https?:)?//[\w.]", page)
+        here = {*re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)}
+        assert here <= {"index.html", "one.html", "results.json", "report.xml"}, "links lead to files beside it"
+    assert "data:image/png" in (tmp_path / "out/one.html").read_text()
+    assert '<img alt="from one" src="data:image/png' in (tmp_path / "out/index.html").read_text(), "a thumbnail"
+
+
+def test_pages_lead_to_each_other(tmp_path: Path) -> None:
+    books = [notebook(tmp_path / f"{name}.ipynb", PASSES) for name in ("a", "b <i>", "c")]
+    made = nbformat.read(books[1], as_version=4)
+    made.cells.insert(0, nbformat.v4.new_markdown_cell("# Is <i> safe?\n\n$$\\tfrac{1}{4}$$ and $x_1$, not `$y$`"))
+    nbformat.write(made, books[1])
+    results = run_report(books, tmp_path / "out", {})
+    assert [r.title for r in results] == ["a", "Is <i> safe?", "c"]
+    page = (tmp_path / "out/b <i>.html").read_text()
+    assert page.count('<a href="a.html" rel="prev">') == page.count('<a href="c.html" rel="next">') == 2
+    assert "<title>Is &lt;i&gt; safe?</title>" in page
+    assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>4</mn></mrow></mfrac>" in page, "a formula is in one piece"
+    assert page.count("<math") == 2 and "$y$" in page and "svdlab-formula" not in page
+    middle = '<a href="b%20%3Ci%3E.html">Is &lt;i&gt; safe?</a>'
+    assert middle in (tmp_path / "out/index.html").read_text()
+    assert 'rel="prev"' not in (tmp_path / "out/a.html").read_text()
+
+
+def test_formulas_are_taken_and_code_is_not() -> None:
+    formulas: list[str] = []
+    for code in ("costs `$a$` or ```\n$b$\n```", "5 $ and 6 $ are no formula"):
+        assert take_formulas(code, formulas) == code and not formulas
+    assert take_formulas("$$x\n= 1$$ and $y$", formulas).count("formula") == len(formulas) == 2
+    take_formulas(r"$\text{time\_ids}_i$", formulas)
+    assert "<mtext>time_ids</mtext>" in formulas.pop()
+    assert 'display="block"' in formulas[0] and 'display="inline"' in formulas[1]
 
 
 @pytest.mark.parametrize(("cell", "code"), [(PASSES, 0), (PASSES.replace("True", "False"), 1), ("1 / 0", 1)])
@@ -62,21 +102,58 @@ def test_exit_codes(tmp_path: Path, cell: str, code: int) -> None:
     assert json.loads((tmp_path / "r.json").read_text())["notebooks"][0]["name"] == "one"
 
 
-def test_a_folder_without_notebooks(tmp_path: Path) -> None:
-    result = CliRunner().invoke(report, ["--notebooks", str(tmp_path)])
-    assert "holds no *.ipynb" in str(result.exception)
+def test_notebooks_can_be_chosen_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.ipynb").write_text("no notebook")
+    for name in ("a", "b", "more/c"):
+        notebook(tmp_path / f"{name}.ipynb", PASSES)
+
+    def asked(*paths: str) -> list[str]:
+        arguments = [part for path in paths for part in ("--notebooks", str(tmp_path / path))]
+        result = CliRunner().invoke(report, [*arguments, "--out", str(tmp_path / "out")])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return [n["name"] for n in json.loads((tmp_path / "out/results.json").read_text())["notebooks"]]
+
+    for wrong in (["empty"], ["nowhere.ipynb"], ["more", "more/c.ipynb"], ["text.ipynb"]):
+        with pytest.raises(SvdlabError, match="(notebooks: .*|not a notebook)"):
+            asked(*wrong)
+    assert asked("b.ipynb", "more") == ["b", "c"]
 
 
 def test_record_shows_itself() -> None:
-    bundle = record("a <b>", False, ratio=9.87654)._repr_mimebundle_()
-    assert bundle["text/plain"] == "NO: a <b>: ratio 9.88" and "a &lt;b&gt;" in bundle["text/html"]
+    fix = {"bug": "<b>", "ratio_on": 1.2, "ratio_off": 7e4, "first_divergence": "frames", "frames_mse": 2e-5}
+    bundle = record("a <b>", False, fixes=[fix], ratio=9.87654)._repr_mimebundle_()
+    assert bundle["text/plain"] == "NO: a <b>: ratio 9.88"
+    assert "a &lt;b&gt;" in bundle["text/html"] and "<td>&lt;b&gt;</td>" in bundle["text/html"]
+    assert "7e+04" in bundle["text/html"] and "lets it through" in bundle["text/html"]
+
+
+def about(**parameters: object) -> dict[str, object]:
+    return {
+        "made": "2026-01-02",
+        "seconds": 3.0,
+        "parameters": parameters,
+        "versions": {"python": sys.version.split()[0]},
+    }
 
 
 def test_the_index_names_what_made_it() -> None:
-    result = NotebookResult("x", "passed", 1.0, [], "", "x.html")
-    page = index_page([result], {"python": sys.version.split()[0]}, {"model": "<b>mine</b>", "fps": 9})
-    assert sys.version.split()[0] in page and 'href="x.html"' in page
-    assert "&lt;b&gt;mine" in page and "<td>9</td>" in page
+    result = NotebookResult("x", "passed", 1.0, [], "", "x.html", "X", {"steps": "<4>"})
+    page = index_page([result], about(model="<b>mine</b>", fps=9))
+    assert sys.version.split()[0] in page and 'href="x.html"' in page and "2026-01-02" in page
+    assert "&lt;b&gt;mine" in page and "<td>9</td>" in page and "<td>&lt;4&gt;</td>" in page
+
+
+def test_the_index_has_a_row_for_every_bug() -> None:
+    fixes = [
+        {"bug": bug, "ratio_on": on, "ratio_off": 7e4, "first_divergence": "frames", "frames_mse": mse}
+        for bug, on, mse in (("quiet", 1.2, 1e-5), ("loud", 99.0, 0.1))
+    ]
+    page = index_page([NotebookResult("x", "passed", 1.0, [{**verdict("v", True), "fixes": fixes}])], about())
+    quiet, loud = re.findall(r"<td>(?:quiet|loud)</td>.*?</tr>", page, re.DOTALL)
+    assert "lets it through" in quiet and "#00664f" in quiet and "catches it" in loud and "#a32a00" in loud
 
 
 def test_junit_names_what_failed(tmp_path: Path) -> None:
@@ -95,7 +172,7 @@ def test_a_report_shows_the_first_clip_of_each_notebook(tmp_path: Path) -> None:
     cells = ["import numpy as np\nfrom svdlab.clip import Clip\nClip(np.zeros((2, 8, 8, 3), np.uint8), 7)", PASSES]
     run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
     assert (
-        '<video autoplay loop muted playsinline src="data:video/mp4;base64,'
+        '<video autoplay loop muted playsinline aria-label="from one" src="data:video/mp4;base64,'
         in (tmp_path / "out/index.html").read_text()
     )
 
@@ -134,6 +211,18 @@ def test_what_changed_since_the_previous_report() -> None:
     assert found == {"lost": ("yes", "absent", True), "bad": ("NO", "yes", False), "new": ("absent", "NO", False)}
 
 
+def test_numbers_that_moved_since_the_previous_report() -> None:
+    def result(ratio: float, first: str) -> NotebookResult:
+        fix = {"bug": "b", "ratio_on": 1.0, "ratio_off": 7e4, "first_divergence": first, "frames_mse": 0.1}
+        return NotebookResult("a", "passed", 1.0, [{**verdict("v", True), "numbers": {"ratio": ratio}, "fixes": [fix]}])
+
+    before = {"notebooks": [result(1.2341, "frames").to_dict()]}
+    assert moved([result(1.2342, "frames")], before) == [], "as far as it is shown"
+    now = [result(1.31, "latents.000")]
+    assert moved(now, before) == [("a", "ratio", "1.23", "1.31"), ("a", "b: first divergence", "frames", "latents.000")]
+    assert "numbers that moved: 2" in index_page(now, about(), before)
+
+
 def test_a_regression_exits_with_one(tmp_path: Path) -> None:
     # Every notebook passes, but a verdict of the previous report is no longer there.
     notebook(tmp_path / "one.ipynb", PASSES)
@@ -164,7 +253,7 @@ def test_a_broken_rule_turns_the_right_notebook_red(tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     for name in ("01_fps_conditioning", "02_timestep_scaling"):
         shutil.copy(root / f"notebooks/{name}.ipynb", tmp_path / "notebooks")
-    command = "-m svdlab.cli report --out out --workers 1 --num-inference-steps 1 -p fps_grid [7]"
+    command = "-m svdlab.cli report --out out --workers 2 --num-inference-steps 1 -p fps_grid [7]"
     program = f"import sys; sys.argv[1:] = {command.split()[2:]}; from svdlab.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

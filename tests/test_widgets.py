@@ -13,10 +13,11 @@ from torch import nn
 from svdlab import widgets
 from svdlab.errors import SvdlabError
 from svdlab.lab import Lab, ratio_text
+from svdlab.parity import capture
 from svdlab.parity.compare import three_way
 from svdlab.rules import Rules
 from svdlab.settings import GenerationSettings
-from svdlab.widgets import Explorer, Panel, Worker, control, is_live
+from svdlab.widgets import Diagnoser, Explorer, Panel, Worker, control, is_live
 
 BUG = "fps_not_decremented"
 
@@ -134,7 +135,12 @@ def test_stop_leaves_at_once_and_breaks_nothing(panel: Panel, monkeypatch: pytes
     assert said[-1] == "stopped" and not any("step 2" in s for s in said if "float64" in s)
     assert panel.number.value == "" or "being measured" in panel.number.value
     assert not nn.modules.module._global_forward_pre_hooks
+    assert "fps 11," in panel.caption.value, "what is shown is what was computed"
     monkeypatch.undo()
+    panel.controls["fps"].value = 13
+    panel.stop.click()
+    panel.worker.join()
+    assert "fps 11," in panel.caption.value, "and not where the slider stands"
     panel.compute()
     panel.worker.join()
     assert ", parity" in panel.number.value and panel.stop.disabled
@@ -171,7 +177,9 @@ def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, la
     assert page.count("<video") == 2 and page.count("<img") == 2
     answer = explorer.answer()
     assert answer["passed"] and answer["settings_seen"] == 3
-    assert answer["worst_ratio_fix_on"] <= 4 < answer[f"ratio_with_{BUG}"]
+    (fix,) = answer["fixes"]
+    assert fix["bug"] == BUG and fix["first_divergence"] == "added_time_ids"
+    assert fix["ratio_on"] <= answer["worst_ratio_fix_on"] <= 4 < fix["ratio_off"]
 
 
 def test_only_the_broken_fix_is_blamed(explorer: Explorer, lab: Lab) -> None:
@@ -182,9 +190,35 @@ def test_only_the_broken_fix_is_blamed(explorer: Explorer, lab: Lab) -> None:
     assert spared["passed"] and spared["diverges_elsewhere"] == "added_time_ids"
 
 
+def test_a_bug_below_the_noise_is_no_failure_and_is_named(lab: Lab, explorer: Explorer) -> None:
+    level = explorer.start.replace(min_guidance_scale=2.0, max_guidance_scale=2.0)
+    answer = Explorer(lab, level, ["guidance_per_step", BUG], ["fps"]).answer()
+    assert answer["passed"] and answer["bugs_below_the_noise"] == "guidance_per_step"
+
+
 def test_one_reference_serves_what_diffusers_does_not_know(lab: Lab) -> None:
     settings = GenerationSettings(num_frames=2, num_inference_steps=1, height=32, width=32)
     reference = lab.reference(settings)
     for same in ({"cfg": "sequential"}, {"decode": "exact", "decode_chunk_size": 1}, {"decode_chunk_size": 2}):
         assert lab.reference(settings.replace(**same)) is reference
     assert lab.reference(settings.replace(decode_chunk_size=1)) is not reference
+
+
+def test_a_reader_finds_the_bug_in_their_own_file(lab: Lab, tmp_path: Path) -> None:
+    settings = lab.settings(num_frames=2, num_inference_steps=1, height=32, width=32)
+    panel = Diagnoser(lab.pipe, lab.reference(settings), lab.truth(settings))
+    assert "<img" not in panel._repr_mimebundle_()["text/html"], "a page has no kernel"
+    panel.target.value = str(tmp_path / "reference.safetensors")
+    panel.write.click()
+    panel.worker.join()
+    assert f"wrote {panel.target.value}" in panel.status.value
+    port = str(tmp_path / "port.safetensors")
+    reference = lab.reference(settings)
+    buggy = lab.pipe.with_rules(Rules.with_bugs(BUG))
+    capture(buggy, replay=reference, preprocess=True, until="noise_pred.000", path=port)
+    for name, said in ((str(tmp_path / "none"), "none"), (port, "done")):
+        panel.source.value = name
+        panel.diagnose.click()
+        panel.worker.join()
+        assert said in panel.status.value, panel.status.value
+    assert f"{BUG}: fed fps instead of fps - 1" in panel.found.value and "<img" in panel.found.value

@@ -7,7 +7,7 @@ above and that autograd does not keep, so that training works and inference touc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,11 @@ class Packed(nn.Module):
     """A layer whose weight oneDNN keeps in its own blocked order on CPUs, made at the first inference call.
 
     Without it oneDNN reorders the weight in every call, which costs more than the product where activations are
-    small; the price is a second copy of the weights in memory. A 1x1 convolution over the one layout is a linear
-    layer, and on AMD processors a faster one than MKL's. Training, other devices and ``torch.compile`` read the plain
-    weight.
+    small; the price is a second copy of the weights in memory. Training, other devices and ``torch.compile`` read the
+    plain weight.
     """
 
-    _blocked: Tensor | None = None
+    _blocked: list[Tensor] | None = None
     _blocked_version = -1  # of the weight that was blocked: an optimizer changes it in place
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Packed:
@@ -44,27 +43,85 @@ class Packed(nn.Module):
         self._blocked = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _reordered(self, weight: Tensor, reorder: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        if self._blocked is None or self._blocked_version != weight._version:
+            self._blocked, self._blocked_version = reorder(weight), weight._version
+        return self._blocked
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Sequence[Tensor]:
+        """``F.linear`` of (..., in) with a view of this layer's weight (out, in), in equal parts of its result.
+
+        A layer always asks for the same number of parts. Unlike MKL's, oneDNN's product is fast on AMD's processors.
+        """
+        if not _packs(x):
+            product = F.linear(x, weight, bias)
+            return product.chunk(parts, dim=-1) if parts > 1 else [product]
+        blocked = self._reordered(weight, lambda w: [_onednn._reorder_linear_weight(p) for p in w.chunk(parts)])
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        return [_onednn._linear_pointwise(x, w, b, "none", [], "") for w, b in zip(blocked, biases, strict=True)]
+
     def convolve(
         self, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int | tuple[int, int], stride: int = 1
     ) -> Tensor:
         """``F.conv2d`` of channels_last images (N, C, H, W) with a view of this layer's weight (O, I, kH, kW)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _packs(images):
+        if not _packs(images):
             return F.conv2d(images, weight, bias, stride=stride, padding=padding)
         pads = [padding, padding] if isinstance(padding, int) else list(padding)
         strides, dilation = [stride, stride], [1, 1]
-        if self._blocked is None or self._blocked_version != weight._version:
-            size = list(images.shape)
-            self._blocked_version = weight._version
-            self._blocked = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, strides, dilation, 1, size)
-        return torch.ops.mkldnn._convolution_pointwise(
-            images, self._blocked, bias, pads, strides, dilation, 1, "none", [], ""
-        )
+
+        def reorder(weight: Tensor) -> list[Tensor]:
+            return [_onednn._reorder_convolution_weight(weight, pads, strides, dilation, 1, list(images.shape))]
+
+        (blocked,) = self._reordered(weight, reorder)
+        return _onednn._convolution_pointwise(images, blocked, bias, pads, strides, dilation, 1, "none", [], "")
+
+
+_onednn = torch.ops.mkldnn
 
 
 def _packs(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
     )
+
+
+# Rows of an activation that are worked on at a time: on CPUs, so that what a layer makes is still in the cache, or
+# at least in memory that the process holds already, when the next one reads it; elsewhere, for the memory.
+ROWS = {"cpu": 2048}
+ROWS_ELSEWHERE = 2**16
+
+
+def over_frames(function: Callable[..., Tensor], frames: Sequence[Tensor], *per_video: Tensor | None) -> Tensor:
+    """``function(*frames, *per_video)`` for a function that treats every frame alone, a few frames at a time.
+
+    Training and ``torch.compile`` see one call.
+
+    Args:
+        function: of tensors (B, F, H, W, C) and of ``per_video``; gives (B, F, H', W', C').
+        frames: its arguments (B, F, H, W, C).
+        per_video: further arguments, (B, ...) each, or None.
+    """
+    videos, count, height, width = frames[0].shape[:4]
+    rows = ROWS.get(frames[0].device.type, ROWS_ELSEWHERE)
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if whole or videos * count * height * width <= rows:
+        return function(*frames, *per_video)
+    step, result = max(1, rows // (height * width)), None
+    for video in range(videos):
+        one = slice(video, video + 1)
+        constants = [None if c is None else c[one] for c in per_video]
+        for start in range(0, count, step):
+            few = slice(start, start + step)
+            y = function(*(x[one, few] for x in frames), *constants)
+            if result is None:
+                result = y.new_empty(videos, count, *y.shape[2:])
+            result[one, few] = y
+    assert result is not None
+    return result
 
 
 def sinusoids(values: Tensor, dim: int) -> Tensor:
@@ -83,17 +140,19 @@ class Linear(Packed, nn.Linear):
     """A linear layer over the channel axis: (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _packs(x):
-            return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        y = self.convolve(rows, self.weight[:, :, None, None], self.bias, padding=0)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return self.multiply(x, self.weight, self.bias)[0]
+
+    def halves(self, x: Tensor) -> Sequence[Tensor]:
+        """The result's first and second half of channels, as tensors of their own where the weight is packed."""
+        return self.multiply(x, self.weight, self.bias, parts=2)
 
 
 class Conv2d(Packed, nn.Conv2d):
     """A spatial convolution of every frame: (B, F, H, W, in) -> (B, F, H', W', out)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1):
+            return self.multiply(x, self.weight.flatten(1), self.bias)[0]
         padding, stride = int(self.padding[0]), self.stride[0]
         return layout.from_images(
             self.convolve(layout.as_images(x), self.weight, self.bias, padding, stride), x.shape[0]
@@ -121,11 +180,10 @@ def group_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return F.group_norm(rows.transpose(1, 2), GROUPS, weight, bias, eps).transpose(1, 2)
     mean = rows.mean(1)
-    centred = rows - mean[:, None]
-    group_mean, group_variance = merged_moments(mean, centred.square().mean(1))
+    squares = [(part - mean[:, None]).square_().sum(1) for part in rows.split(ROWS["cpu"], dim=1)]
+    group_mean, group_variance = merged_moments(mean, sum(squares[1:], squares[0]) / rows.shape[1])
     scale = (group_variance + eps).rsqrt() * weight
-    shift = bias + (mean - group_mean) * scale
-    return torch.addcmul(shift[:, None], centred, scale[:, None])
+    return torch.addcmul((bias - group_mean * scale)[:, None], rows, scale[:, None])
 
 
 def merged_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,9 +264,14 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = over_frames(lambda frames: self.conv1(F.silu(self.norm1(frames), inplace=True)), [x])
         if self.time_emb_proj is not None and emb is not None:
-            h += self.time_emb_proj(emb)[:, None, None, None]
+            emb = self.time_emb_proj(emb)[:, None, None, None]
+        return over_frames(self._second_half, [h, x], emb)
+
+    def _second_half(self, h: Tensor, x: Tensor, emb: Tensor | None) -> Tensor:
+        if emb is not None:
+            h += emb
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -241,22 +304,24 @@ class TemporalResnetBlock(nn.Module):
         reads one frame of halo on each side. Beside ``x`` it holds one more video and a chunk. Inference only.
         """
         h = torch.empty_like(x)
-        for frames, update in _halo_chunks(self.norm1, self.conv1, x, chunk):
-            h[frames] = update
-        for frames, update in _halo_chunks(self.norm2, self.conv2, h, chunk):
-            x[frames] += share * update
+        scale, shift = self.norm1.statistics(x)
+        for start in range(0, len(x), chunk):
+            frames = slice(start, min(start + chunk, len(x)))
+            h[frames] = _convolve_frames(self.conv1, x, frames, scale, shift)
+        scale, shift = self.norm2.statistics(h)
+        for start in range(0, len(x), chunk):
+            frames = slice(start, min(start + chunk, len(x)))
+            x[frames].addcmul_(_convolve_frames(self.conv2, h, frames, scale, shift), share)
 
 
-def _halo_chunks(norm: VideoGroupNorm, conv: TemporalConv, x: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    scale, shift = norm.statistics(x)
-    last = x.shape[0]
-    for start in range(0, last, chunk):
-        stop = min(start + chunk, last)
-        window = x[max(start - 1, 0) : min(stop + 1, last)]
-        active = F.silu(torch.addcmul(shift, window.to(scale.dtype), scale), inplace=True).to(x.dtype)
-        # At the clip's ends the conv pads with zeros, after the activation.
-        active = F.pad(active, (0, 0, 0, 0, 0, 0, int(start == 0), int(stop == last)))
-        yield slice(start, stop), conv(active[None], padding=0)[0]
+def _convolve_frames(conv: TemporalConv, x: Tensor, frames: slice, scale: Tensor, shift: Tensor) -> Tensor:
+    """Some frames of ``conv(silu(x * scale + shift))`` of one video (F, H, W, C)."""
+    # One frame more at each end; beyond the clip the conv pads with zeros, after the activation.
+    window = x.new_zeros(1, frames.stop - frames.start + 2, *x.shape[1:])
+    for i in range(max(frames.start - 1, 0), min(frames.stop + 1, len(x))):
+        # A frame at a time, so that a half-precision video is wide for one frame only.
+        window[0, i - frames.start + 1] = F.silu(torch.addcmul(shift, x[i].to(scale.dtype), scale), inplace=True)
+    return conv(window, padding=0)[0]
 
 
 class AlphaBlender(nn.Module):
@@ -276,11 +341,11 @@ class AlphaBlender(nn.Module):
         return torch.sigmoid(self.mix_factor if self.switch_spatial_to_temporal_mix else -self.mix_factor)
 
     def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
-        return torch.lerp(spatial, temporal, self.temporal_share())
+        return torch.lerp(spatial, temporal, self.temporal_share().to(spatial.dtype))
 
     def add(self, spatial: Tensor, update: Tensor) -> Tensor:
         """The blend of ``spatial`` and ``spatial + update``."""
-        return torch.addcmul(spatial, update, self.temporal_share())
+        return torch.addcmul(spatial, update, self.temporal_share().to(spatial.dtype))
 
 
 class SpatioTemporalResBlock(nn.Module):
@@ -350,7 +415,7 @@ class GEGLU(nn.Module):
         self.approximate = "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = self.proj.halves(x)
         return value * F.gelu(gate, approximate=self.approximate)
 
 
@@ -382,6 +447,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, image_token: Tensor) -> Tensor:
+        return over_frames(self._frames, [x], image_token)
+
+    def _frames(self, x: Tensor, image_token: Tensor) -> Tensor:
         x = self.attn1.over_space(self.norm1(x)).add_(x).add_(image_token)
         return self.ff(self.norm3(x)).add_(x)
 
@@ -404,9 +472,9 @@ class TemporalTransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, image_token: Tensor) -> Tensor:
-        x = self.ff_in(self.norm_in(x)).add_(x)
+        x = over_frames(lambda frames: self.ff_in(self.norm_in(frames)).add_(frames), [x])
         x = self.attn1.over_time(self.norm1(x)).add_(x).add_(image_token)
-        return self.ff(self.norm3(x)).add_(x)
+        return over_frames(lambda frames: self.ff(self.norm3(frames)).add_(frames), [x])
 
 
 @dataclass(frozen=True)
@@ -464,7 +532,7 @@ class SpatioTemporalTransformer(nn.Module):
         )
 
     def forward(self, x: Tensor, conditioning: TransformerConditioning) -> Tensor:
-        h = self.proj_in(self.norm(x))
+        h = over_frames(lambda frames: self.proj_in(self.norm(frames)), [x])
         layers = zip(
             self.transformer_blocks,
             self.temporal_transformer_blocks,

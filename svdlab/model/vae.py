@@ -54,6 +54,10 @@ class VAEConfig:
         """Pixels per latent, along height and along width."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def encoder_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the encoder runs in: the published one overflows in float16, and ``force_upcast`` says so."""
+        return torch.float32 if dtype == torch.float16 and self.force_upcast else dtype
+
 
 class AttentionBlock(Attention):
     """One-head self-attention among a frame's pixels, with its norm and residual: (B, F, H, W, C) -> the same."""

@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,47 @@ def load_diffusers(
     for model in (pipe.unet, pipe.vae, pipe.image_encoder):
         model.eval().requires_grad_(False)
     return cast_diffusers(pipe, dtype, device)
+
+
+def diffusers_network(name: str, network: nn.Module) -> Any:
+    """diffusers' (for the image encoder transformers') twin of one of svdlab's networks, on the same weight tensors.
+
+    Args:
+        name: "unet", "vae" or "image_encoder".
+        network: svdlab's; its weights are shared, not copied.
+    """
+    with _quiet():
+        from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        options = asdict(network.config)  # type: ignore[call-overload]
+        with torch.device("meta"):
+            if name == "unet":
+                twin: Any = UNetSpatioTemporalConditionModel(**options)
+            elif name == "vae":
+                twin = AutoencoderKLTemporalDecoder(**options)
+            else:
+                twin = CLIPVisionModelWithProjection(CLIPVisionConfig(**options))
+        state = network.state_dict()
+        twin.load_state_dict(state, strict=True, assign=True)
+        for module in twin.modules():
+            if "position_ids" in module._buffers:  # no part of a checkpoint: made again
+                positions = torch.arange(module._buffers["position_ids"].shape[-1])[None]
+                module._buffers["position_ids"] = positions.to(next(iter(state.values())).device)
+    return twin.eval().requires_grad_(False)
+
+
+def diffusers_pipeline(unet: nn.Module, vae: nn.Module, image_encoder: nn.Module, scheduler: Any) -> Any:
+    """diffusers' pipeline around its networks and svdlab's scheduler settings (``EulerScheduler``)."""
+    with _quiet():
+        from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
+        from transformers import CLIPImageProcessor
+
+        pipe = StableVideoDiffusionPipeline(
+            vae, image_encoder, unet, EulerDiscreteScheduler.from_config(asdict(scheduler)), CLIPImageProcessor()
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def cast_diffusers(pipe: Any, dtype: torch.dtype, device: str | torch.device | None = None) -> Any:
@@ -238,7 +280,8 @@ def capture_diffusers(
 
 
 def _chunk(settings: GenerationSettings) -> int | None:
-    return None if settings.decode == "exact" else settings.decode_chunk_size
+    chunk = settings.decode_chunk_size
+    return chunk if settings.decode == "parity" and isinstance(chunk, int) else None
 
 
 def _pil_list(image: Any) -> list[Any]:

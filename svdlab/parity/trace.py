@@ -701,8 +701,9 @@ def check_until(until: str | None, settings: GenerationSettings) -> None:
 def effective_chunk(settings: GenerationSettings) -> int | None:
     """The decode chunk that changes the result: None where every clip is decoded as one."""
     chunk = settings.decode_chunk_size
-    whole = settings.decode == "exact" or chunk is None or chunk >= (settings.num_frames or 0)
-    return None if whole else chunk
+    if settings.decode == "exact" or not isinstance(chunk, int) or chunk >= (settings.num_frames or 0):
+        return None
+    return chunk
 
 
 def replay_inputs(
@@ -753,10 +754,7 @@ def _svdlab_tap(
         if name.endswith("temporal_res_block"):
             # svdlab's block returns the update alone; the checkpoint's block is x + update.
             tensor = args[0] + tensor
-        tensor = tensor.permute(0, 1, 4, 2, 3)
-        if name.startswith("vae.decoder"):
-            writer.extend(full_name, tensor.flatten(0, 1), frames=settings.num_frames)
-        else:
-            writer.extend(full_name, tensor)
+        frames = settings.num_frames if name.startswith(("unet", "vae.decoder")) else 1
+        writer.extend(full_name, tensor.permute(0, 1, 4, 2, 3).flatten(0, 1), frames=frames)
 
     return hook

@@ -47,15 +47,15 @@ def initialise_(vae: VAE) -> VAE:
         elif isinstance(module, Upsample):
             _pass_through_(module.conv, centre)
         elif isinstance(module, AttentionBlock):
-            nn.init.zeros_(module.to_out[0].weight)
+            _zero_(module.to_out[0].weight)
         elif isinstance(module, (ResnetBlock, TemporalResnetBlock)):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
-            if getattr(module, "conv_shortcut", None) is not None:
+            _zero_(module.conv2.weight)
+            _zero_(module.conv2.bias)
+            if isinstance(module, ResnetBlock) and module.conv_shortcut is not None:
                 _pass_through_(module.conv_shortcut, (0, 0))
-    nn.init.normal_(encoder.conv_in.bias)
-    nn.init.normal_(decoder.conv_in.bias, std=0.7)
     with torch.no_grad():
+        cast(Tensor, encoder.conv_in.bias).normal_()
+        cast(Tensor, decoder.conv_in.bias).normal_(std=0.7)
         encoder.conv_out.weight[:latent] *= 6
         encoder.conv_out.weight[latent:] *= 0.1
         decoder.conv_in.weight *= 3
@@ -66,12 +66,18 @@ def initialise_(vae: VAE) -> VAE:
 
 
 @torch.no_grad()
+def _zero_(parameter: Any) -> None:
+    parameter.zero_()
+
+
+@torch.no_grad()
 def _pass_through_(conv: nn.Module, taps: tuple[int | slice, ...], weight: float = 1.0) -> None:
     """Each output channel starts as one input channel at the given taps of the kernel, in turns."""
     kernel, bias = cast(Tensor, conv.weight), cast(Tensor, conv.bias)
     for channel in range(len(kernel)):
         kernel[channel] = 0
-        kernel[(channel, channel % kernel.shape[1], *taps)] = weight
+        place = (channel, channel % kernel.shape[1], *taps)
+        kernel[place] = weight
     bias.zero_()
 
 

@@ -50,7 +50,8 @@ class Stage:
 def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[float]:
     """Train until the schedule's end, from the last saved step if there is one; leave the averaged weights.
 
-    All in float32: in bfloat16 the autoencoder's loss fell several times more slowly, step for step.
+    Weights and moments stay in float32; a network that can do with less says so in its ``forward``. The autoencoder
+    cannot: in bfloat16 its loss fell several times more slowly, step for step.
 
     Args:
         stage: see there. Its network ends with the moving average of the weights.

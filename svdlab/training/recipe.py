@@ -71,9 +71,9 @@ class Recipe:
 
     image_encoder: Schedule = Schedule(steps=400, batch=32, learning_rate=1e-3)
     vae_crops: Schedule = Schedule(steps=3000, batch=8, learning_rate=2e-3, ema_decay=0.99)
-    vae_images: Schedule = Schedule(steps=400, batch=4, learning_rate=1e-3, ema_decay=0.99, warmup=20)
+    vae_images: Schedule = Schedule(steps=1500, batch=4, learning_rate=1.5e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
-    unet: Schedule = Schedule(steps=3000, batch=8, learning_rate=9e-4, warmup=200)
+    unet: Schedule = Schedule(steps=9000, batch=8, learning_rate=8e-4, warmup=300)
     clips: int = 5000
     augmentations: int = 1
     noise_aug: tuple[float, float] = (-3.0, 1.0)

@@ -1,0 +1,199 @@
+"""The benchmark: both implementations do the same work in turns, and the numbers are what was timed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from svdlab import bench as benchmark
+from svdlab.bench import COMPILED, DIFFUSERS, SVDLAB, Bench, CaseResult, Timing, alternate, compiled_vae, exponent
+from svdlab.errors import SvdlabError
+from svdlab.memory import Simulation
+from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
+from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+
+TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIPVisionConfig(**TINY_CLIP))
+SIZE = {"height": 32, "width": 40, "num_frames": 3}
+
+
+def made(model: Path | str = "embedded", compile: bool = False, **given: Any) -> Bench:
+    sizes = dict.fromkeys(("unet", "decode", "clip", "generation", "full-generation"), SIZE)
+    growth = {"frames": (2, 3), "side": (32, 40)}
+    return Bench(
+        TINY,
+        str(model),
+        "cpu",
+        pairs=2,
+        compile=compile,
+        given={"num_inference_steps": 1, **given},
+        sizes=sizes,
+        growth=growth,
+        progress=False,
+    )
+
+
+def outputs(runner: Bench, case: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """What each implementation computes in a case."""
+    if "generation" in case:
+        _, _, calls = runner._generation(case, dtype)
+    else:
+        _, calls = runner._stage(case, runner.settings(case, dtype))
+    results = {}
+    for name, call in calls.items():
+        value = call()
+        value = torch.cat(value) if isinstance(value, list) else getattr(value, "frames", value)
+        results[name] = value.flatten()
+    return results
+
+
+@pytest.mark.parametrize("given", [{}, {"cfg": "sequential", "decode": "exact", "num_videos_per_prompt": 2}], ids=str)
+@pytest.mark.parametrize("case", ["unet", "decode", "clip", "full-generation"])
+def test_both_do_the_same_work(case: str, given: dict[str, Any]) -> None:
+    results = outputs(made(**given), case)
+    torch.testing.assert_close(results[SVDLAB], results[DIFFUSERS], rtol=1e-3, atol=2e-3)
+
+
+def test_both_decode_in_the_chunks_that_were_asked_for() -> None:
+    cut, whole = (outputs(made(decode_chunk_size=size), "decode") for size in (1, 3))
+    torch.testing.assert_close(cut[SVDLAB], cut[DIFFUSERS], rtol=1e-3, atol=2e-3)
+    assert (cut[SVDLAB] - whole[SVDLAB]).norm() > 1e-2 * whole[SVDLAB].norm()
+
+
+def test_the_generation_is_that_of_the_checkpoint(tiny: Path) -> None:
+    results = outputs(made(tiny), "generation")
+    torch.testing.assert_close(results[SVDLAB], results[DIFFUSERS], rtol=1e-3, atol=2e-3)
+    assert not torch.allclose(results[SVDLAB], outputs(made(tiny), "full-generation")[SVDLAB], atol=0.05)
+
+
+def test_the_weights_are_shared() -> None:
+    runner = made()
+    for name in ("unet", "vae", "image_encoder"):
+        own, twin = runner._network(name, "float32")
+        assert runner._network(name, "float32")[0] is own
+        theirs = twin.state_dict()
+        assert all(value.data_ptr() == theirs[key].data_ptr() for key, value in own.state_dict().items())
+
+
+def test_implementations_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in (SVDLAB, DIFFUSERS)}  # type: ignore[misc]
+    timings = alternate(calls, 3, "cpu")
+    a, b = SVDLAB, DIFFUSERS
+    assert order == [a, b, a, b, b, a, a, b], "one run to warm up, then pairs whose order changes"
+    assert all(len(t.seconds) == 3 and min(t.seconds) > 0 for t in timings.values())
+
+
+def test_ratios_are_paired() -> None:
+    timings = {SVDLAB: Timing((1.0, 2.0, 4.0), 2**30), DIFFUSERS: Timing((2.0, 6.0, 4.0), 2**31)}
+    result = CaseResult("unet", "float32", {"height": 8}, 8 * 10**9, {**timings, COMPILED: Timing((1.0, 1.0, 1.0), 0)})
+    written = result.to_dict(peak_flops=8e9)
+    assert (written["svdlab_s"], written["diffusers_s"], written["pairs"]) == (2.0, 4.0, 3)
+    assert (written["ratio"], written["ratio_range"]) == (2.0, [1.0, 3.0])
+    assert (written["compiled_ratio"], written["compiled_ratio_range"]) == (0.5, [0.25, 1.0])
+    assert written["floor_s"] == 1.0 and written["svdlab_of_matrix_peak"] == 0.5
+    assert (written["svdlab_peak_gib"], written["diffusers_peak_gib"]) == (1.0, 2.0)
+
+
+def test_a_compiled_vae_leaves_the_other_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module: torch.nn.Sequential(module))
+    runner = made(compile=True)
+    _, vae = runner._network("vae", "float32")
+    before = vae.decoder
+    assert compiled_vae(vae).decoder is not before and vae.decoder is before
+
+
+def test_compiled_is_timed_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda module: (compiled.append(type(module).__name__), module)[1])
+    runner = made(compile=True)
+    assert list(runner.run("unet", "float32").timings) == [SVDLAB, DIFFUSERS, COMPILED]
+    assert compiled == ["UNetSpatioTemporalConditionModel"]
+    runner.run("full-generation", "float32")
+    assert set(compiled[1:]) == {
+        "UNetSpatioTemporalConditionModel",
+        "TemporalDecoder",
+        "CLIPVisionModelWithProjection",
+    }
+
+
+def test_flops_are_those_of_the_products() -> None:
+    settings = made().settings("clip", "float32")
+    tower, tokens, width = TINY.image_encoder, 50, TINY.image_encoder.hidden_size
+    layer = 4 * tokens * width**2 + 2 * tokens * width * tower.intermediate_size + 2 * tokens**2 * width
+    patches = (tokens - 1) * 3 * tower.patch_size**2 * width
+    expected = 2 * (tower.num_hidden_layers * layer + patches + width * tower.projection_dim)
+    assert Simulation(TINY, settings).flops("image_encoder") == expected
+    one, two = (made().settings("unet", "float32", num_frames=n) for n in (4, 8))
+    ratio = Simulation(TINY, two).flops("unet_batched") / Simulation(TINY, one).flops("unet_batched")
+    assert 1.95 < ratio < 2.05, "frames cost alike but for the attention among them"
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    x = [1.0, 2.0, 5.0]
+    assert exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
+
+
+# --- the command ---
+
+
+def run(*arguments: str) -> Any:
+    result = CliRunner().invoke(benchmark.bench, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    options = ["--quick", "--dtype", "float32", "--pairs", "1", "--num-inference-steps", "1"]
+    result = run(*options, *files)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert [case["name"] for case in written["cases"]] == ["unet", "decode", "clip", "generation", "full-generation"]
+    for case in written["cases"]:
+        assert {"svdlab_s", "diffusers_s", "ratio", "ratio_range", "tflop", "floor_s"} <= case.keys()
+        assert f"{case['svdlab_s']:.3g}" in result.output and f"{case['ratio']:.2f}" in result.output
+        assert case["svdlab_peak_gib"] > 0 and case["dtype"] == "float32"
+    assert [row["axis"] for row in written["growth"]] == ["frames", "pixels"]
+    assert all(math.isfinite(row["svdlab_exponent"]) for row in written["growth"])
+    assert written["matrix_peak_gflops"]["float32"] > 0 and written["quick"]
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "b.gif"], "--plot: got 'b.gif', allowed: .png, .svg, .pdf"),
+        (["--device", "cuda"], "--device: got 'cuda', but torch sees no CUDA device here"),
+        (["--device", "mps"], "--device: got 'mps', allowed here: cpu, cuda"),
+        (["--decode-chunk-size", "auto"], "decode_chunk_size: got 'auto', allowed here: integer >= 1"),
+        (["--fps", "0"], "fps: got 0, allowed: integer >= 1"),
+        (["--json", "nowhere/b.json"], "nowhere is no folder that can be written"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Bench, "run", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(SvdlabError, match=message):
+        run(*arguments)
+
+
+def test_a_gpu_gets_the_published_size_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to know what would run on one."""
+    asked: list[tuple[str, str, dict[str, Any]]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(benchmark, "matrix_peak", lambda *_: 1e12)
+    result = CaseResult("x", "float16", SIZE, 10**12, dict.fromkeys((SVDLAB, DIFFUSERS), Timing((1.0,), 1)))
+    monkeypatch.setattr(Bench, "run", lambda self, case, dtype: (asked.append((case, dtype, self.sizes)), result)[1])
+    monkeypatch.setattr(Bench, "grow", lambda *_: [])
+    assert run("--device", "cuda").exit_code == 0
+    assert {case for case, _, _ in asked} == {"unet", "decode", "clip", "generation", "full-generation"}
+    assert {dtype for _, dtype, _ in asked} == {"float16"}
+    assert asked[-1][2]["full-generation"] == {"height": 576, "width": 1024, "num_frames": 14}

@@ -1,0 +1,182 @@
+"""Simulated memory against what the allocator really gives, and what fits a budget."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from svdlab import memory
+from svdlab.errors import SvdlabError
+from svdlab.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak, stage_calls
+from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
+from svdlab.pipeline import SVDPipeline
+from svdlab.settings import GenerationSettings
+from svdlab.weights import ARCHITECTURES, TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+
+# Large enough that the fused attention's buffers, which do not grow with the tokens, stay small beside the rest.
+CLIP = CLIPVisionConfig(**{**TINY_CLIP, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512})
+TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIP)
+SMALL = GenerationSettings(height=48, width=72, num_frames=5)
+
+
+def simulated(settings: GenerationSettings, configs: Configs = TINY, device: str = "cpu") -> Simulation:
+    return Simulation(configs, settings, device)
+
+
+@functools.cache
+def real_network(name: str, dtype: torch.dtype) -> Any:
+    return NETWORKS[name](getattr(TINY, name)).to(dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", STAGES)
+def test_simulated_peaks_are_those_that_the_allocator_sees(name: str, dtype: str) -> None:
+    settings = SMALL.replace(dtype=dtype)
+    network = real_network(STAGES[name], settings.torch_dtype)
+    call, new = stage_calls(TINY, settings)[name], functools.partial(torch.zeros, dtype=settings.torch_dtype)
+    for chunk in (1, 3) if name.startswith("decode") else (None,):
+        call(network, new, chunk)  # weights are prepared by the first call
+        measured = measured_peak(lambda chunk=chunk: call(network, new, chunk))  # type: ignore[misc]
+        assert simulated(settings).stage(name, chunk).activations == pytest.approx(measured, rel=0.1)
+
+
+def test_prepared_weights_are_those_that_the_first_call_keeps() -> None:
+    network = NETWORKS["vae"](TINY.vae).eval().requires_grad_(False)
+    calls, kept = stage_calls(TINY, SMALL), []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for name in ("vae_encode", "decode_exact"):
+            calls[name](network, torch.zeros, 1)
+    kept = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    own = sum(p.nbytes for p in network.parameters())
+    assert own < simulated(SMALL).weights["vae"] == pytest.approx(own + sum(kept), rel=0.1)
+
+
+def test_a_whole_generation_peaks_where_its_largest_stage_does(tiny: Path, photo: Any) -> None:
+    pipe = SVDPipeline.from_pretrained(tiny)
+    settings = SMALL.replace(num_inference_steps=1, height=96, width=128)
+    pipe.generate(photo, settings, progress=False)
+    configs = Configs(pipe.unet.config, pipe.vae.config, pipe.image_encoder.config)
+    names = ("image_encoder", "vae_encode", "unet_batched", "decode_exact")
+    largest = max(simulated(settings, configs).stage(name).activations for name in names)
+    inputs = pipe.prepare(photo, settings, torch.Generator())
+    assert largest == pytest.approx(measured_peak(lambda: pipe.run(inputs, settings)), rel=0.1)
+
+
+def test_measured_peak_is_that_of_the_moment() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000).add_(1)
+
+    def together() -> list[torch.Tensor]:
+        return [torch.ones(1000) for _ in range(3)]
+
+    assert measured_peak(one_after_the_other) == pytest.approx(4000, rel=0.01)
+    assert measured_peak(together) == pytest.approx(12000, rel=0.01)
+
+
+# --- the published architecture ---
+
+
+@functools.cache
+def full_size(**changes: Any) -> Simulation:
+    settings = GenerationSettings(height=576, width=1024, num_frames=14, dtype="float16").replace(**changes)
+    return Simulation(ARCHITECTURES["svd"], settings)
+
+
+def test_the_published_architectures_weights() -> None:
+    parameters = {name: size / 2 for name, size in full_size().weights.items()}
+    assert parameters == {"image_encoder": 632_076_800, "vae": 97_742_847, "unet": 1_524_623_082}
+
+
+def test_what_memory_depends_on() -> None:
+    batched, sequential = (full_size().stage(f"unet_{cfg}").activations for cfg in ("batched", "sequential"))
+    assert 0.45 * batched < sequential < 0.6 * batched
+    wide = full_size(dtype="float32").stage("unet_batched").activations
+    assert wide == pytest.approx(2 * batched, rel=0.02)
+    unguided = full_size(max_guidance_scale=1.0).stage("unet_batched").activations
+    assert unguided == pytest.approx(sequential, rel=0.02)
+    parity = [full_size().stage("decode_parity", chunk).activations for chunk in (2, 4, 14)]
+    assert parity[0] * 1.9 < parity[1] and parity[1] * 3 < parity[2]
+    exact = [full_size().stage("decode_exact", chunk).activations for chunk in (1, 2, 4, 8)]
+    assert exact == sorted(exact) and exact[-1] < 0.7 * parity[-1]
+
+
+def test_the_exact_decode_holds_two_videos_and_a_chunk() -> None:
+    widest_video = 14 * 576 * 1024 * 128 * 2
+    frame = widest_video / 14
+    one, two = (full_size().stage("decode_exact", chunk).activations for chunk in (1, 2))
+    assert 2 * widest_video < one < 2 * widest_video + 8 * frame and two - one < 4 * frame
+
+
+def test_attention_makes_no_matrix_of_scores() -> None:
+    once, twice = (full_size(height=h, num_frames=1).stage("unet_batched").activations for h in (576, 1152))
+    assert twice == pytest.approx(2 * once, rel=0.05)
+
+
+def test_offloading_leaves_one_network() -> None:
+    simulation = full_size()
+    stage = simulation.stage("decode_exact")
+    others = simulation.weights["unet"] + simulation.weights["image_encoder"]
+    assert simulation.peak(stage, offload=False) == simulation.peak(stage, offload=True) + others
+
+
+def test_the_largest_chunk_is_the_last_that_fits() -> None:
+    simulation = full_size()
+    option = simulation.option("batched", True, "exact", 8 * GIB)
+    chunk = option.decode_chunk_size
+    assert option.fits and chunk
+    assert simulation.stage("decode_exact", chunk).peak <= 8 * GIB < simulation.stage("decode_exact", chunk + 1).peak
+
+
+# --- the command ---
+
+
+def run(tmp_path: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
+    result = CliRunner().invoke(memory.memory, [*arguments, "--json", str(tmp_path / "m.json")])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output, json.loads((tmp_path / "m.json").read_text())
+
+
+def test_fourteen_frames_fit_eight_gib_with_the_exact_decode(tmp_path: Path) -> None:
+    size = "--height 576 --width 1024 --num-frames 14 --dtype float16 --budget-gib 8".split()
+    code, out, written = run(tmp_path, *size)
+    assert code == 0 and written["fits"] and "weights included" in out
+    best = written["best"]
+    assert best["decode"] == "exact" and best["peak_gib"] <= 8 and best["decode_chunk_size"] >= 2
+    assert written["decode_chunk_size"] == best["decode_chunk_size"]
+    assert [stage["name"] for stage in written["stages"]] == list(STAGES)
+    assert all(stage["peak_gib"] > stage["weights_gib"] > 0.1 for stage in written["stages"])
+
+
+def test_nothing_fits_a_budget_below_the_weights(tmp_path: Path) -> None:
+    code, out, written = run(tmp_path, "--model", "svd", "--dtype", "float16", "--budget-gib", "2")
+    assert code == 1 and not written["fits"] and written["decode_chunk_size"] is None
+    assert "nothing fits 2 GiB: the least is" in out and not any(o["fits"] for o in written["options"])
+
+
+def test_the_settings_are_those_of_a_generation(tmp_path: Path, tiny: Path) -> None:
+    arguments = ["--model", str(tiny), "--decode-chunk-size", "3", "--num-videos-per-prompt", "2", "--device", "cpu"]
+    code, _, written = run(tmp_path, *arguments)
+    assert code == 0 and written["settings"]["height"] == 64 and "options" not in written
+    chunks = {stage["name"]: stage["decode_chunk_size"] for stage in written["stages"]}
+    assert chunks["decode_exact"] == chunks["decode_parity"] == 3 and chunks["unet_batched"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "60"], "height: got 60, allowed: integer >= 8 a multiple of 8"),
+        (["--device", "gpu7"], "--device: got 'gpu7', allowed: cpu, cuda, cuda:1, mps"),
+        (["--model", "nothing here"], "model: 'nothing here' is no folder"),
+    ],
+)
+def test_bad_input(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(SvdlabError, match=message):
+        run(tmp_path, *arguments)
