@@ -393,7 +393,7 @@ def bench(
 
     The networks are of full size with random weights; "generation" runs --model. Without --dtype: float32 and bfloat16
     on CPUs, float16 on CUDA. "full-generation" runs by default on CUDA alone: 14 frames of 1024x576 in 25 steps. On two
-    quiet CPU cores everything takes about an hour and 16 GiB; height, width and number of frames change the sizes.
+    quiet CPU cores expect most of an hour and 16 GiB; height, width and number of frames change the sizes.
     """
     from rich.console import Console
 
