@@ -59,7 +59,8 @@ def main() -> None:
     machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     peaks = ", ".join(f"{peak:.0f} GFLOP/s in {dtype}" for dtype, peak in found["matrix_peak_gflops"].items())
     text = put(PAGE.read_text(), "machine", f"Measured on: {machine}. Matrix peak: {peaks}.")
-    text = put(text, "cases", table(CASE_COLUMNS, case_rows(found)))
+    figure = f"![Ratios, distance from the matrix peak, and growth]({PAGE.with_suffix('.png').name})"
+    text = put(text, "cases", f"{table(CASE_COLUMNS, case_rows(found))}\n\n{figure}")
     text = put(text, "growth", table(GROWTH_COLUMNS, growth_rows(found)) if found["growth"] else "Not measured.")
     PAGE.write_text(put(text, "memory", memory_tables()))
     plot_bench(found).savefig(PAGE.with_suffix(".png"), dpi=110)

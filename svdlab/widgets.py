@@ -256,7 +256,9 @@ class Panel:
         self.bug = ipywidgets.Dropdown(
             options=explorer.bugs, description="the bug", style=_WIDE, layout={"width": "30em"}
         )
-        self.fix = ipywidgets.Checkbox(value=True, description="fix on", indent=False, layout={"width": "6em"})
+        self.fix = ipywidgets.Checkbox(
+            value=True, description="fix on", indent=False, layout={"width": "6em", "margin": "2px 2px 2px 6px"}
+        )
         self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
         self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
         self.progress = ipywidgets.FloatProgress(max=1.0, layout={"width": "12em"})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from svdlab.errors import SvdlabError
+from svdlab.model import layers
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import INPUTS, Trace, capture
 from svdlab.pipeline import SVDPipeline
@@ -188,6 +189,19 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     assert {n: ours.shape(n) for n in ours} == {n: theirs.shape(n) for n in theirs}
     assert ours.settings == theirs.settings and ours.dtype == theirs.dtype == settings.dtype
     assert len(ours.taps) > 200
+
+
+def test_taps_join_what_is_computed_a_few_frames_at_a_time(
+    tiny: Path, photo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = SVDPipeline.from_pretrained(tiny)
+    settings = SETTINGS.replace(num_inference_steps=1, num_videos_per_prompt=2)
+    whole = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
+    monkeypatch.setitem(layers.ROWS, "cpu", 1)
+    pieces = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
+    assert list(pieces) == list(whole)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(pieces[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()), msg=name)
 
 
 def test_half_precision_restores_the_upcast_vae(tiny: Path, photo: Any) -> None:

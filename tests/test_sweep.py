@@ -251,8 +251,9 @@ def test_three_by_three_with_the_checkpoint_that_ships(
     assert [(row.fps, row.max_guidance_scale) for row in table.itertuples()] == [
         (fps, guidance) for fps in (7, 14, 28) for guidance in (1.0, 3.0, 5.0)
     ]
-    assert table["frames_sha256"].is_unique and table[["difference_fps", "difference_max_guidance_scale"]].gt(0).all(
-        None
+    assert (
+        table["frames_sha256"].is_unique
+        and table[["difference_fps", "difference_max_guidance_scale"]].gt(0).to_numpy().all()
     )
 
 

@@ -54,9 +54,11 @@ def slow(said: Path, seconds: float) -> WorkerPlugin:
     return plugin(before)
 
 
-def began(said: Path) -> list[tuple[str, int]]:
-    """The identity and the process of every point that began."""
-    return [(name, int(process)) for name, process in (p.name.split("-") for p in said.iterdir())]
+def began(said: Path, since: float = 0.0) -> list[tuple[str, int]]:
+    """The identity and the process of every point that began, the last one first."""
+    times = {path: path.stat().st_mtime for path in said.iterdir()}
+    names = [path.name.split("-") for path in sorted(times, key=times.__getitem__, reverse=True) if times[path] > since]
+    return [(identity, int(process)) for identity, process in names]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +89,8 @@ def test_a_worker_killed_in_mid_point(tiny: Path, tmp_path: Path) -> None:
     def watch(progress: Progress) -> None:
         if progress.done < 6 or killed:
             return
-        points = tmp_path / "out/points"
-        while not killed:
-            killed.extend((i, process) for i, process in began(said) if not (points / i).is_dir())
-            time.sleep(0.01)
+        while not killed:  # until a point has only just begun
+            killed.extend(began(said, since=time.time() - 0.1))
         os.kill(killed[0][1], signal.SIGKILL)
 
     with local_cluster(4, threads=1) as cluster:
