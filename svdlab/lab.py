@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
-import os
 import statistics
 import threading
 import time
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlab.clip import Clip, side_by_side
+from svdlab.memory import measured_peak
 from svdlab.options import sample_picture
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
@@ -259,7 +258,8 @@ class Lab:
                 if self._device.startswith("cuda"):
                     torch.cuda.synchronize(self._device)
 
-            peak, seconds = _peak(step, self._device), []
+            step()  # what a first pass prepares is no activation
+            peak, seconds = measured_peak(step, self._device), []
             for _ in range(rounds):
                 started = time.perf_counter()
                 step()
@@ -283,22 +283,6 @@ class Lab:
             while len(self._traces) > _CASE_TRACES and sum(map(_bytes, self._traces.values())) > _CACHE_BYTES:
                 self._traces.popitem(last=False)
             return self._traces[key]
-
-
-def _peak(run: Callable[[], Any], device: str) -> int:
-    """Bytes that are allocated at most during a run, beside what was there before; after a run that warms up."""
-    run()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr of its start and its end otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
 
 
 def _bytes(trace: Trace) -> int:

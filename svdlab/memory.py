@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -129,6 +130,7 @@ def measured_peak(function: Callable[[], Any], device: str | torch.device = "cpu
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr of its start and its end otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None

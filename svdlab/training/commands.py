@@ -69,7 +69,7 @@ def evaluate(model: str, device: str, images: int, steps: int, card: str | None,
 
     figures = measure(model, images=images, steps=steps, device=device)
     for figure in figures:
-        click.echo(f"{'yes' if figure.passed else 'NO ':4}{figure.name:34}{figure.numbers()}  ({figure.bar})")
+        click.echo(f"{'yes' if figure.passed else 'NO ':4}{figure.name:36} {figure.numbers()}  ({figure.bar})")
     if card:
         write_text(card, model_card(model, figures, images, steps))
     if json_path:
