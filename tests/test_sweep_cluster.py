@@ -78,7 +78,7 @@ def test_two_local_workers_give_the_same_bits(alone: Sweep, tiny: Path, tmp_path
     sweep = run_sweep(tmp_path, grid(AXES), SMALL, model=str(tiny), image=PICTURE, backend=two)
     assert hashes(sweep) == hashes(alone)
     processes = {sweep.metrics(identity)["process"] for identity in sweep.plan.points}
-    assert len(processes) == 2 and os.getpid() not in processes
+    assert processes <= set(two.client.run(os.getpid).values()), "computed by the workers, in whichever share"
     assert set(sweep.table()["threads"]) == {1}
 
 

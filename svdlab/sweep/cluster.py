@@ -127,8 +127,17 @@ def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]
         threads: of torch in each; default: the cores, divided.
     """
     share = str(threads or max(1, (os.cpu_count() or 1) // workers))
-    # No point waits in a worker's pocket while another worker could take it.
-    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):
+    threads_of = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
+    config: dict[str, Any] = {
+        # No point waits in a worker's pocket while another worker could take it.
+        "distributed.scheduler.worker-saturation": 1.0,
+        # Dask would make malloc give every freed tensor back to the system, at the price of as much system time.
+        "distributed.nanny.pre-spawn-environ": {
+            "MALLOC_TRIM_THRESHOLD_": None,
+            **threads_of,
+        },
+    }
+    with dask.config.set(config):
         cluster = distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -136,7 +145,7 @@ def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]
             memory_limit=0,  # a model may fill the machine; Dask would kill its worker
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
-            env={name: share for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
+            env=threads_of,
         )
     try:
         with _client(cluster, f"{workers} local workers") as client:
