@@ -47,6 +47,7 @@ class Stage:
     fingerprint: str
 
 
+@torch.enable_grad()
 def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[float]:
     """Train until the schedule's end, from the last saved step if there is one; leave the averaged weights.
 
