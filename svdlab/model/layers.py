@@ -178,7 +178,8 @@ def group_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     mean, channel by channel. Half precision rounds more coarsely than that, and GPU kernels do not have the flaw.
     """
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return F.group_norm(rows.transpose(1, 2), GROUPS, weight, bias, eps).transpose(1, 2)
+        images = rows[:, :, None].permute(0, 3, 1, 2)  # channels_last, in which the kernel reads and writes
+        return F.group_norm(images, GROUPS, weight, bias, eps).permute(0, 2, 3, 1)[:, :, 0]
     mean = rows.mean(1)
     squares = [(part - mean[:, None]).square_().sum(1) for part in rows.split(ROWS["cpu"], dim=1)]
     group_mean, group_variance = merged_moments(mean, sum(squares[1:], squares[0]) / rows.shape[1])
