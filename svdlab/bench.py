@@ -24,7 +24,7 @@ from svdlab.files import atomic_path, check_folder, write_json
 from svdlab.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak
 from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.options import DEVICE, JSON, MODEL, check_device, sample_picture, settings_options
-from svdlab.pipeline import SVDPipeline, resolve_size
+from svdlab.pipeline import SVDPipeline
 from svdlab.rules import PREDICT, decode_clip
 from svdlab.scheduler import EulerScheduler
 from svdlab.settings import GenerationSettings
@@ -39,6 +39,7 @@ from svdlab.weights import (
     ImageNormalization,
     channels_last,
     randomize_,
+    resolve_size,
 )
 
 SVDLAB, DIFFUSERS, COMPILED = "svdlab", "diffusers", "compiled"

@@ -31,10 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from svdlab.files import check_folder, write_json
 from svdlab.model import VAE, CLIPVision, UNet
 from svdlab.options import JSON, check_device, settings_options
-from svdlab.pipeline import resolve_size
 from svdlab.rules import PREDICT, decode_clip
 from svdlab.settings import GenerationSettings
-from svdlab.weights import ARCHITECTURES, Configs, load_configs
+from svdlab.weights import ARCHITECTURES, Configs, load_configs, resolve_size
 
 GIB = 2**30
 NETWORKS: dict[str, type[Any]] = {"image_encoder": CLIPVision, "vae": VAE, "unet": UNet}

@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 
 from svdlab import images, scheduler
 from svdlab.errors import SvdlabError
-from svdlab.model import UNetConfig, VAEConfig
 from svdlab.rules import PREDICT, Rules
 from svdlab.settings import GenerationSettings
-from svdlab.weights import EMBEDDED, Components, Configs, channels_last, load_components
+from svdlab.weights import EMBEDDED, Components, Configs, channels_last, load_components, resolve_size
 
 if TYPE_CHECKING:
     from svdlab.clip import Clip
@@ -403,27 +402,6 @@ class SVDPipeline:
                 vae.to(self.dtype)
         latents = rules.image_latents(latents, vae.config.scaling_factor)
         return rules.augment_latents(latents, settings.noise_aug_strength)
-
-
-def resolve_size(settings: GenerationSettings, unet: UNetConfig, vae: VAEConfig) -> GenerationSettings:
-    """Fill in height, width and number of frames where the settings leave them to the checkpoint.
-
-    Raises:
-        SvdlabError: a size that the VAE cannot make.
-    """
-    factor = vae.scale_factor
-    side = (unet.sample_size or 96) * factor
-    # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
-    height, width = (576, 1024) if unet.sample_size == 96 else (side, side)
-    resolved = settings.replace(
-        height=settings.height or height,
-        width=settings.width or width,
-        num_frames=settings.num_frames or unet.num_frames,
-    )
-    for name in ("height", "width"):
-        if (value := getattr(resolved, name)) % factor:
-            raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
-    return resolved
 
 
 def _ignore(name: str, value: Tensor) -> None:

@@ -22,6 +22,7 @@ from svdlab.errors import SvdlabError
 from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
 from svdlab.model.config import read_config
 from svdlab.scheduler import EulerScheduler
+from svdlab.settings import GenerationSettings
 
 EMBEDDED = "embedded"
 # Saved by old versions of transformers; a constant.
@@ -55,6 +56,27 @@ class Components:
     image_encoder: CLIPVision
     scheduler: EulerScheduler
     feature_extractor: ImageNormalization
+
+
+def resolve_size(settings: GenerationSettings, unet: UNetConfig, vae: VAEConfig) -> GenerationSettings:
+    """Fill in height, width and number of frames where the settings leave them to the checkpoint.
+
+    Raises:
+        SvdlabError: a size that the VAE cannot make.
+    """
+    factor = vae.scale_factor
+    side = (unet.sample_size or 96) * factor
+    # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
+    height, width = (576, 1024) if unet.sample_size == 96 else (side, side)
+    resolved = settings.replace(
+        height=settings.height or height,
+        width=settings.width or width,
+        num_frames=settings.num_frames or unet.num_frames,
+    )
+    for name in ("height", "width"):
+        if (value := getattr(resolved, name)) % factor:
+            raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
+    return resolved
 
 
 def load_components(
