@@ -9,21 +9,11 @@ from pathlib import Path
 
 import av
 import pytest
+from command_line import run
 from PIL import Image
 
-from svdlab import cli, weights
+from svdlab import weights
 from svdlab.options import sample_photo
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["svdlab", *arguments])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture

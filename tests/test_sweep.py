@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from command_line import run as svdlab
 from PIL import Image
 
-from svdlab import cli
 from svdlab.clip import Clip
 from svdlab.errors import SvdlabError
 from svdlab.lab import Lab
@@ -51,19 +51,6 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 def hashes(sweep: Sweep) -> dict[str, str]:
     table = sweep.table()
     return dict(zip(table["point"], table["frames_sha256"], strict=True))
-
-
-def svdlab(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["svdlab", *arguments])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, when: Any) -> list[int]:
