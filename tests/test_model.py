@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from transformers import CLIPVisionConfig as HFCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
-from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers
-from svdlab.model.layers import Conv2d, Linear, group_norm
+from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers, vae
+from svdlab.model.layers import Conv2d, Linear, Upsample, attend, group_norm
 from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
 
@@ -112,10 +115,11 @@ def test_unet_at_full_size() -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
-def test_group_norm_keeps_its_digits_beside_a_large_mean(offset: float) -> None:
+@pytest.mark.parametrize("positions", [300, 3000])
+def test_group_norm_keeps_its_digits_beside_a_large_mean(positions: int, offset: float) -> None:
     """Torch's channels-last kernel does not, which once put the first step's prediction off by a percent."""
     generator = torch.Generator().manual_seed(10)
-    rows = torch.randn(2, 300, 64, generator=generator) * 0.1 + offset * torch.randn(64, generator=generator)
+    rows = torch.randn(2, positions, 64, generator=generator) * 0.1 + offset * torch.randn(64, generator=generator)
     weight, bias = torch.rand(64, generator=generator) + 0.5, torch.randn(64, generator=generator)
 
     def reference(*tensors: Tensor) -> Tensor:
@@ -123,18 +127,47 @@ def test_group_norm_keeps_its_digits_beside_a_large_mean(offset: float) -> None:
         return F.group_norm(x.transpose(1, 2).contiguous(), 32, scale, shift, 1e-6).transpose(1, 2)
 
     truth = reference(rows.double(), weight.double(), bias.double())
+    assert (rows.numel() <= layers.FEW_NUMBERS) == (positions == 300), "one size for each way"
     assert ratio(group_norm(rows, weight, bias, 1e-6), reference(rows, weight, bias), truth) <= 4
 
 
-@pytest.mark.parametrize("rows", [1, 100, 130])
-def test_a_few_frames_at_a_time_give_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "spread"), [(40, 1.0), (900, 1.0), (900, 6.0)])
+def test_attention_of_any_length(length: int, spread: float, dtype: torch.dtype) -> None:
+    """Few, all and many positions go different ways; with the larger spread a few keys win everything."""
+    generator = torch.Generator().manual_seed(12)
+    tokens = (spread * torch.randn(3, 2, length, 2, 32, generator=generator)).to(dtype).transpose(2, 3)
+    expected, truth = (F.scaled_dot_product_attention(*t) for t in (tokens, tokens.double()))
+    assert ratio(attend(*tokens), expected, truth) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(10, 14), (9, 13), (10, 13)])
+def test_upsampling(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Doubled sides run as a convolution of the small image, others do not; both after each other in one module."""
+    generator = torch.Generator().manual_seed(13)
+    own = Upsample(32).to(dtype)
+    x = torch.randn(2, 3, 5, 7, 32, generator=generator).to(dtype)
+    for target in (size, (10, 14), size):
+        expected, truth = (
+            F.conv2d(F.interpolate(t.flatten(0, 1).permute(0, 3, 1, 2), size=target), weight, bias, padding=1)
+            for t, weight, bias in (
+                (x, own.conv.weight, own.conv.bias),
+                (x.double(), own.conv.weight.double(), own.conv.bias.double()),
+            )
+        )
+        assert ratio(own(x, target).flatten(0, 1).permute(0, 3, 1, 2), expected, truth) <= 2
+
+
+@pytest.mark.parametrize("numbers", [1, 3000, 6000])
+def test_a_few_frames_at_a_time_give_the_same(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations of real sizes are worked on in pieces, which no small test would reach."""
     own, reference = _unets(UNETS["three levels, all different"])
     sample, timestep, token, ids = _unet_inputs(2, 5, (7, 9))
     sample[1], token[1], ids[1] = 2 * sample[0], -token[0], ids[0] + 1  # two videos that differ in all they are told
     expected = reference(sample, timestep, token, ids).sample
     truth = reference.double()(sample.double(), timestep, token.double(), ids.double()).sample
-    monkeypatch.setitem(layers.ROWS, "cpu", rows)
+    monkeypatch.setitem(layers.AT_A_TIME, "cpu", numbers)
     calls: list[int] = []
     own.down_blocks[1].attentions[0].transformer_blocks[0].ff.register_forward_hook(
         lambda module, args, output: calls.append(output.shape[1])
@@ -241,15 +274,25 @@ def test_vae_equals_diffusers(name: str) -> None:
     videos=st.integers(1, 2),
     height=st.integers(1, 6),
     width=st.integers(1, 6),
+    numbers=st.sampled_from([1, 500, 5000, 2**20]),
     seed=st.integers(0, 999),
 )
 def test_exact_decode_does_not_depend_on_the_chunk(
-    frames: int, chunk: int, videos: int, height: int, width: int, seed: int
+    frames: int, chunk: int, videos: int, height: int, width: int, numbers: int, seed: int
 ) -> None:
     own, _ = _shared_vaes()
     latents = torch.randn(videos, frames, 4, height, width, generator=torch.Generator().manual_seed(seed))
     whole, truth = own.decode(latents), _shared_vaes(torch.float64)[0].decode(latents.double())
-    assert ratio(own.decode(latents, chunk), whole, truth) <= 4
+    with in_pieces(numbers):
+        assert ratio(own.decode(latents, chunk), whole, truth) <= 4
+
+
+@contextmanager
+def in_pieces(numbers: int) -> Iterator[None]:
+    """Take clips apart as other devices do, in chunks, and those into pieces of so many numbers."""
+    chunks = patch.object(vae, "at_a_time", lambda x, size, at_least: at_least)
+    with chunks, patch.dict(layers.AT_A_TIME, cpu=numbers):
+        yield
 
 
 _SHARED: dict[torch.dtype, tuple[VAE, AutoencoderKLTemporalDecoder]] = {}
@@ -276,7 +319,8 @@ def test_fourteen_frames_in_every_chunk_size(
     truth = _shared_vaes(torch.float64)[0].decode(latents.double())
     theirs = ratio(in_twos, whole, truth)
     for chunk in (1, 2, 3, 5, 8, 14):
-        found = ratio(own.decode(latents, chunk), whole, truth)
+        with in_pieces(2000):
+            found = ratio(own.decode(latents, chunk), whole, truth)
         note(f"chunk {chunk}: noise ratio {found:.2f}; diffusers, chunks of 2 against 14: {theirs:.0f}")
         assert found <= 4
     assert theirs > 20 or dtype == torch.bfloat16, "in bfloat16 rounding hides the cuts of the smallest clips"

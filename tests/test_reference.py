@@ -185,7 +185,9 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     dtype = settings.torch_dtype
     ours = capture(SVDPipeline.from_pretrained(tiny, dtype=dtype), pictures, settings, taps=patterns)
     theirs = capture_diffusers(load_diffusers(tiny, dtype), pictures, settings, taps=patterns)
-    assert list(ours) == list(theirs)
+    # svdlab embeds the time before it takes the frames apart; the rest runs in one order.
+    in_order = [[n for n in trace if "time_emb_proj" not in n] for trace in (ours, theirs)]
+    assert in_order[0] == in_order[1]
     assert {n: ours.shape(n) for n in ours} == {n: theirs.shape(n) for n in theirs}
     assert ours.settings == theirs.settings and ours.dtype == theirs.dtype == settings.dtype
     assert len(ours.taps) > 200
@@ -197,7 +199,7 @@ def test_taps_join_what_is_computed_a_few_frames_at_a_time(
     pipe = SVDPipeline.from_pretrained(tiny)
     settings = SETTINGS.replace(num_inference_steps=1, num_videos_per_prompt=2)
     whole = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
-    monkeypatch.setitem(layers.ROWS, "cpu", 1)
+    monkeypatch.setitem(layers.AT_A_TIME, "cpu", 1)
     pieces = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
     assert list(pieces) == list(whole)
     for name, tensor in whole.items():

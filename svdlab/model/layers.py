@@ -6,8 +6,9 @@ above and that autograd does not keep, so that training works and inference touc
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,25 +59,40 @@ class Packed(nn.Module):
             return product.chunk(parts, dim=-1) if parts > 1 else [product]
         blocked = self._reordered(weight, lambda w: [_onednn._reorder_linear_weight(p) for p in w.chunk(parts)])
         biases = [None] * parts if bias is None else bias.chunk(parts)
-        return [_onednn._linear_pointwise(x, w, b, "none", [], "") for w, b in zip(blocked, biases, strict=True)]
+        return [_product(x, w, b) for w, b in zip(blocked, biases, strict=True)]
 
     def convolve(
-        self, images: Tensor, weight: Tensor, bias: Tensor | None, padding: int | tuple[int, int], stride: int = 1
+        self,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: int | tuple[int, int],
+        stride: int = 1,
+        arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """``F.conv2d`` of channels_last images (N, C, H, W) with a view of this layer's weight (O, I, kH, kW)."""
+        """``F.conv2d`` of channels_last images (N, C, H, W) with a view of this layer's weight (O, I, kH, kW).
+
+        A layer always asks for the same arrangement of its weight, which is made when the weight is blocked.
+        """
         if not _packs(images):
-            return F.conv2d(images, weight, bias, stride=stride, padding=padding)
+            return F.conv2d(images, arrange(weight) if arrange else weight, bias, stride=stride, padding=padding)
         pads = [padding, padding] if isinstance(padding, int) else list(padding)
         strides, dilation = [stride, stride], [1, 1]
 
         def reorder(weight: Tensor) -> list[Tensor]:
-            return [_onednn._reorder_convolution_weight(weight, pads, strides, dilation, 1, list(images.shape))]
+            kernel = arrange(weight) if arrange else weight
+            return [_onednn._reorder_convolution_weight(kernel, pads, strides, dilation, 1, list(images.shape))]
 
         (blocked,) = self._reordered(weight, reorder)
         return _onednn._convolution_pointwise(images, blocked, bias, pads, strides, dilation, 1, "none", [], "")
 
 
 _onednn = torch.ops.mkldnn
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` in oneDNN; the weight blocked or contiguous."""
+    return _onednn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _packs(x: Tensor) -> bool:
@@ -89,10 +105,17 @@ def _packs(x: Tensor) -> bool:
     )
 
 
-# Rows of an activation that are worked on at a time: on CPUs, so that what a layer makes is still in the cache, or
+# Numbers of an activation that are worked on at a time: on CPUs, so that what a layer makes is still in the cache, or
 # at least in memory that the process holds already, when the next one reads it; elsewhere, for the memory.
-ROWS = {"cpu": 2048}
-ROWS_ELSEWHERE = 2**16
+AT_A_TIME = {"cpu": 2**20}
+AT_A_TIME_ELSEWHERE = 2**24
+
+
+def at_a_time(x: Tensor, size: int, at_least: int = 1) -> int:
+    """How many parts of ``size`` numbers of a tensor to work on at a time; on CPUs, where few are best, one will do."""
+    if x.device.type == "cpu":
+        return max(1, AT_A_TIME["cpu"] // size)
+    return max(1, at_least, AT_A_TIME_ELSEWHERE // size)
 
 
 def over_frames(function: Callable[..., Tensor], frames: Sequence[Tensor], *per_video: Tensor | None) -> Tensor:
@@ -105,12 +128,13 @@ def over_frames(function: Callable[..., Tensor], frames: Sequence[Tensor], *per_
         frames: its arguments (B, F, H, W, C).
         per_video: further arguments, (B, ...) each, or None.
     """
-    videos, count, height, width = frames[0].shape[:4]
-    rows = ROWS.get(frames[0].device.type, ROWS_ELSEWHERE)
+    videos, count = frames[0].shape[:2]
+    step = at_a_time(frames[0], frames[0][0, 0].numel())
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if whole or videos * count * height * width <= rows:
+    if whole or videos * count <= step:
         return function(*frames, *per_video)
-    step, result = max(1, rows // (height * width)), None
+    step = math.ceil(count / math.ceil(count / step))  # pieces of a size
+    result = None
     for video in range(videos):
         one = slice(video, video + 1)
         constants = [None if c is None else c[one] for c in per_video]
@@ -165,9 +189,13 @@ class TemporalConv(Packed, nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
 
-    def forward(self, x: Tensor, padding: int = 1) -> Tensor:
-        y = self.convolve(layout.as_time_strips(x), self.weight[..., 0], self.bias, (padding, 0))
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolve(layout.as_time_strips(x), self.weight[..., 0], self.bias, (1, 0))
         return layout.from_time_strips(y, x.shape[2])
+
+
+# A norm of so few numbers is bound by the count of its operations, and the transposed copy stays in the cache.
+FEW_NUMBERS = 2**18
 
 
 def group_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -177,14 +205,30 @@ def group_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     diffusers' contiguous tensors keep wherever a group's mean is large beside its spread. Here it is taken about the
     mean, channel by channel. Half precision rounds more coarsely than that, and GPU kernels do not have the flaw.
     """
-    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+    on_cpu = rows.device.type == "cpu"
+    if on_cpu and rows.numel() <= FEW_NUMBERS:
+        images = rows.transpose(1, 2).contiguous()
+        return F.group_norm(images, GROUPS, weight, bias, eps).transpose(1, 2).contiguous()
+    if not on_cpu or rows.dtype != torch.float32:
         images = rows[:, :, None].permute(0, 3, 1, 2)  # channels_last, in which the kernel reads and writes
         return F.group_norm(images, GROUPS, weight, bias, eps).permute(0, 2, 3, 1)[:, :, 0]
-    mean = rows.mean(1)
-    squares = [(part - mean[:, None]).square_().sum(1) for part in rows.split(ROWS["cpu"], dim=1)]
-    group_mean, group_variance = merged_moments(mean, sum(squares[1:], squares[0]) / rows.shape[1])
+    mean, variance = channel_moments(rows)
+    group_mean, group_variance = merged_moments(mean, variance)
     scale = (group_variance + eps).rsqrt() * weight
     return torch.addcmul((bias - group_mean * scale)[:, None], rows, scale[:, None])
+
+
+def channel_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (N, P, C) over P positions, in float32 or wider: (N, C) each."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    parts = rows.split(at_a_time(rows, rows[:, 0].numel()), dim=1)
+    mean = _total(part.to(wide).sum(1) for part in parts) / rows.shape[1]
+    squares = ((part.to(wide) - mean[:, None]).square_().sum(1) for part in parts)
+    return mean, _total(squares) / rows.shape[1]
+
+
+def _total(terms: Iterator[Tensor]) -> Tensor:
+    return sum(terms, next(terms))
 
 
 def merged_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,21 +264,13 @@ class VideoGroupNorm(nn.GroupNorm):
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,) of the normalisation of one video (F, H, W, C), whatever chunk is normalised later.
 
-        Frame by frame in a fixed order: the result does not depend on a chunk size, and no temporary is larger than a
-        frame.
+        Frame by frame in a fixed order: the result does not depend on a chunk size.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        frames = [torch.stack(_frame_moments(frame.to(wide).flatten(0, 1))) for frame in x]
-        means, variances = torch.stack(frames, dim=1)
+        means, variances = channel_moments(x.flatten(1, 2))
         mean = means.mean(0)
         group_mean, variance = merged_moments(mean, (variances + (means - mean).square()).mean(0))
         scale = (variance + self.eps).rsqrt() * self.weight
         return scale, self.bias - group_mean * scale
-
-
-def _frame_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    mean = rows.mean(0)
-    return mean, (rows - mean).square_().mean(0)
 
 
 class TimestepEmbedding(nn.Module):
@@ -265,12 +301,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = over_frames(lambda frames: self.conv1(F.silu(self.norm1(frames), inplace=True)), [x])
         if self.time_emb_proj is not None and emb is not None:
             emb = self.time_emb_proj(emb)[:, None, None, None]
-        return over_frames(self._second_half, [h, x], emb)
+        return over_frames(self._frames, [x], emb)
 
-    def _second_half(self, h: Tensor, x: Tensor, emb: Tensor | None) -> Tensor:
+    def _frames(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if emb is not None:
             h += emb
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
@@ -298,31 +334,27 @@ class TemporalResnetBlock(nn.Module):
             h += self.time_emb_proj(emb)[:, None, None, None]
         return self.conv2(F.silu(self.norm2(h), inplace=True))
 
-    def add_in_chunks(self, x: Tensor, share: Tensor, chunk: int) -> None:
-        """``x += share * self(x)`` for one video (F, H, W, C), ``chunk`` frames at a time and in place.
+    def add_to(self, x: Tensor, share: Tensor) -> None:
+        """``x += share * self(x)`` for one video (F, H, W, C), in place, some pixels of all frames at a time.
 
-        The same numbers as ``forward`` for any chunk: the norms take the whole video's statistics, and a temporal conv
-        reads one frame of halo on each side. Beside ``x`` it holds one more video and a chunk. Inference only.
+        A temporal conv looks at no other pixel, and the norms take the whole video's statistics, so the numbers are
+        those of ``forward``. Beside ``x`` it holds one more video. Inference only.
         """
         h = torch.empty_like(x)
+        few = at_a_time(x, x[:, 0, 0].numel())
+        parts = list(zip(x.flatten(1, 2).split(few, dim=1), h.flatten(1, 2).split(few, dim=1), strict=True))
         scale, shift = self.norm1.statistics(x)
-        for start in range(0, len(x), chunk):
-            frames = slice(start, min(start + chunk, len(x)))
-            h[frames] = _convolve_frames(self.conv1, x, frames, scale, shift)
+        for part, changed in parts:
+            changed.copy_(_convolve_activated(self.conv1, part, scale, shift))
         scale, shift = self.norm2.statistics(h)
-        for start in range(0, len(x), chunk):
-            frames = slice(start, min(start + chunk, len(x)))
-            x[frames].addcmul_(_convolve_frames(self.conv2, h, frames, scale, shift), share)
+        for part, changed in parts:
+            part.addcmul_(_convolve_activated(self.conv2, changed, scale, shift), share)
 
 
-def _convolve_frames(conv: TemporalConv, x: Tensor, frames: slice, scale: Tensor, shift: Tensor) -> Tensor:
-    """Some frames of ``conv(silu(x * scale + shift))`` of one video (F, H, W, C)."""
-    # One frame more at each end; beyond the clip the conv pads with zeros, after the activation.
-    window = x.new_zeros(1, frames.stop - frames.start + 2, *x.shape[1:])
-    for i in range(max(frames.start - 1, 0), min(frames.stop + 1, len(x))):
-        # A frame at a time, so that a half-precision video is wide for one frame only.
-        window[0, i - frames.start + 1] = F.silu(torch.addcmul(shift, x[i].to(scale.dtype), scale), inplace=True)
-    return conv(window, padding=0)[0]
+def _convolve_activated(conv: TemporalConv, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``conv(silu(pixels * scale + shift))`` of some pixels of one video (F, P, C)."""
+    wide = torch.addcmul(shift, pixels.to(scale.dtype), scale)
+    return conv(F.silu(wide, inplace=True).to(pixels.dtype)[None, :, :, None])[0, :, :, 0]
 
 
 class AlphaBlender(nn.Module):
@@ -374,6 +406,34 @@ class SpatioTemporalResBlock(nn.Module):
         return self.time_mixer.add(x, self.temporal_res_block(x, emb))
 
 
+LONG = 512  # positions
+SCORES = 2**20  # that are held at a time: they stay in the cache
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of (N, heads, L, d) among all L positions: the same shape.
+
+    On CPUs torch's kernel is slower in bfloat16 than in float32, and takes its products from MKL in small blocks. Here
+    few numbers go through it in float32, and long sequences have the scores of some queries at a time from oneDNN, in
+    float32 as that kernel has them.
+    """
+    if not _packs(q):
+        return F.scaled_dot_product_attention(q, k, v)
+    n, heads, length, d = q.shape
+    if length < LONG:
+        if q.numel() > FEW_NUMBERS:
+            return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    result = q.new_empty(n, length, heads, d).transpose(1, 2)
+    for i, head in itertools.product(range(n), range(heads)):
+        keys, values = k[i, head].float() * d**-0.5, v[i, head].T.contiguous()
+        few = SCORES // length or 1
+        for queries, attended in zip(q[i, head].split(few), result[i, head].split(few), strict=True):
+            scores = _product(queries.float(), keys)
+            attended.copy_(_product(scores.softmax(-1).to(q.dtype), values))
+    return result
+
+
 class Attention(nn.Module):
     """Multi-head attention weights in the checkpoint's names; which axis attends is the caller's choice of view.
 
@@ -391,12 +451,12 @@ class Attention(nn.Module):
     def over_space(self, x: Tensor) -> Tensor:
         """Self-attention among the pixels of each frame: (B, F, H, W, C) -> the same shape."""
         q, k, v = (layout.spatial_heads(p(x), self.heads) for p in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](layout.from_spatial_heads(F.scaled_dot_product_attention(q, k, v), x.shape))
+        return self.to_out[0](layout.from_spatial_heads(attend(q, k, v), x.shape))
 
     def over_time(self, x: Tensor) -> Tensor:
         """Self-attention among the frames at each pixel: (B, F, H, W, C) -> the same shape."""
         q, k, v = (layout.temporal_heads(p(x), self.heads) for p in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](layout.from_temporal_heads(F.scaled_dot_product_attention(q, k, v), x.shape))
+        return self.to_out[0](layout.from_temporal_heads(attend(q, k, v), x.shape))
 
     def to_single_token(self, context: Tensor) -> Tensor:
         """Cross-attention to ONE context token: (B, 1, D) -> (B, 1, 1, 1, C), the same for every query.
@@ -563,6 +623,32 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 0, 0, 1, 0, 1)) if self.pad_end else x)
 
 
+class EnlargingConv2d(Conv2d):
+    """A 3x3 convolution of an image enlarged to its nearest neighbours: (B, F, H, W, in) -> (B, F, H', W', out).
+
+    Where both sides double, the three taps along a side meet two different pixels only. Inference on CPUs adds up,
+    once, the taps that meet the same one: the four pixels that a pixel becomes are then channels of one 2x2
+    convolution of the small image, with 4/9 of the multiplications.
+    """
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        b, _, height, width, _ = x.shape
+        images = layout.as_images(x)
+        if not _packs(x) or size != (2 * height, 2 * width):
+            y = F.conv2d(F.interpolate(images, size=size), self.weight, self.bias, padding=1)
+            return layout.from_images(y, b)
+        bias = None if self.bias is None else self.bias.repeat(4)
+        y = self.convolve(images, self.weight, bias, padding=1, arrange=_taps_of_quarters)
+        return layout.from_quarters(layout.from_images(y, b))
+
+
+def _taps_of_quarters(weight: Tensor) -> Tensor:
+    """(O, I, 3, 3) -> (4 O, I, 2, 2): upper left, upper right, lower left and lower right pixel of every four."""
+    met = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=weight.device)
+    taps = torch.einsum("ihy,jwx,ocyx->ijochw", met, met, weight.float())
+    return taps.flatten(0, 2).to(weight.dtype)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour to ``size`` (height, width), or twice as large, then a convolution.
 
@@ -571,8 +657,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = EnlargingConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return self.conv(layout.from_images(F.interpolate(layout.as_images(x), size=size), x.shape[0]))
+        return self.conv(x, size or (2 * x.shape[2], 2 * x.shape[3]))

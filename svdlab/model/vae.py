@@ -21,6 +21,7 @@ from svdlab.model.layers import (
     SpatioTemporalResBlock,
     TemporalConv,
     Upsample,
+    at_a_time,
 )
 
 
@@ -180,7 +181,7 @@ class TemporalDecoder(nn.Module):
     def in_chunks(self, z: Tensor, chunk: int) -> Tensor:
         """What ``forward`` gives, with activations of ``chunk`` frames wherever a layer does not look across frames.
 
-        The layers that do (the temporal blocks) are run by ``TemporalResnetBlock.add_in_chunks``. Inference only.
+        The layers that do are run by ``TemporalResnetBlock.add_to``. Inference only.
         """
         x, per_frame = z, [self.conv_in]
         for module in self.modules_in_order():
@@ -188,7 +189,7 @@ class TemporalDecoder(nn.Module):
                 x = _map_frames([*per_frame, module.spatial_res_block], x, chunk)
                 share = module.time_mixer.temporal_share()
                 for video in x:
-                    module.temporal_res_block.add_in_chunks(video, share, chunk)
+                    module.temporal_res_block.add_to(video, share)
                 per_frame = []
             else:
                 per_frame.append(module)  # type: ignore[arg-type]
@@ -199,16 +200,17 @@ class TemporalDecoder(nn.Module):
 
 
 def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: int) -> Tensor:
-    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time."""
+    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time or more small ones."""
+    step = at_a_time(x, x[0, 0].numel(), at_least=chunk)
     frames = x.flatten(0, 1)
     result = None
-    for start in range(0, len(frames), chunk):
-        y = frames[None, start : start + chunk]
+    for start in range(0, len(frames), step):
+        y = frames[None, start : start + step]
         for function in functions:
             y = function(y)
         if result is None:
             result = y.new_empty(len(frames), *y.shape[2:])
-        result[start : start + chunk] = y[0]
+        result[start : start + step] = y[0]
     assert result is not None
     return result.unflatten(0, x.shape[:2])
 
