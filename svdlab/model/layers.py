@@ -414,20 +414,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention of (N, heads, L, d) among all L positions: the same shape.
 
     On CPUs torch's kernel is slower in bfloat16 than in float32, and takes its products from MKL in small blocks. Here
-    few numbers go through it in float32, and long sequences have the scores of some queries at a time from oneDNN, in
-    float32 as that kernel has them.
+    bfloat16 goes through it in float32, a few heads at a time, and long sequences have the scores of some queries at a
+    time from oneDNN, in float32 as that kernel has them.
     """
-    if not _packs(q):
-        return F.scaled_dot_product_attention(q, k, v)
     n, heads, length, d = q.shape
-    if length < LONG:
-        if q.numel() > FEW_NUMBERS:
-            return F.scaled_dot_product_attention(q, k, v)
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    if not _packs(q) or (q.dtype == torch.float32 and length < LONG):
+        return F.scaled_dot_product_attention(q, k, v)
     result = q.new_empty(n, length, heads, d).transpose(1, 2)
+    if length < LONG:
+        few = max(1, FEW_NUMBERS // (n * length * d))
+        for attended, *inputs in zip(*(t.split(few, dim=1) for t in (result, q, k, v)), strict=True):
+            attended.copy_(F.scaled_dot_product_attention(*(t.float() for t in inputs)))
+        return result
+    few = max(1, SCORES // length)
     for i, head in itertools.product(range(n), range(heads)):
         keys, values = k[i, head].float() * d**-0.5, v[i, head].T.contiguous()
-        few = SCORES // length or 1
         for queries, attended in zip(q[i, head].split(few), result[i, head].split(few), strict=True):
             scores = _product(queries.float(), keys)
             attended.copy_(_product(scores.softmax(-1).to(q.dtype), values))
