@@ -425,13 +425,18 @@ def plot_bench(found: Mapping[str, Any]) -> Plot:
 
 def _draw_ratios(ax: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
     at = range(len(cases))
-    for prefix, marker, label in (("", "o", "diffusers"), ("compiled_", "^", "diffusers, compiled")):
+    shown = (
+        ("", "o", DIFFUSERS, "diffusers"),
+        ("compiled_", "^", DIFFUSERS, "diffusers, compiled"),
+        ("svdlab_compiled_", "s", SVDLAB, "svdlab, compiled"),
+    )
+    for prefix, marker, color, label in shown:
         rows = [(y, case) for y, case in zip(at, cases, strict=True) if f"{prefix}ratio" in case]
         if rows:
             medians = np.array([case[f"{prefix}ratio"] for _, case in rows])
             reach = np.abs(np.array([case[f"{prefix}ratio_range"] for _, case in rows]).T - medians)
             ys = [y for y, _ in rows]
-            ax.errorbar(medians, ys, xerr=reach, fmt=marker, color=DIFFUSERS, capsize=3, label=label)
+            ax.errorbar(medians, ys, xerr=reach, fmt=marker, color=color, capsize=3, label=label)
     ax.axvline(1, ls="--", color=SVDLAB, lw=1.5, label="svdlab")
     ax.set_yticks(at, [f"{case['name']} {case['dtype']}" for case in cases], fontsize=8)
     ax.set_xlim(left=0)

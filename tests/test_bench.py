@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,18 @@ import torch
 from click.testing import CliRunner
 
 from svdlab import bench as benchmark
-from svdlab.bench import COMPILED, DIFFUSERS, SVDLAB, Bench, CaseResult, Timing, alternate, compiled_vae, exponent
+from svdlab.bench import (
+    COMPILED,
+    DIFFUSERS,
+    SVDLAB,
+    SVDLAB_COMPILED,
+    Bench,
+    CaseResult,
+    Timing,
+    alternate,
+    compiled_vae,
+    exponent,
+)
 from svdlab.errors import SvdlabError
 from svdlab.memory import Simulation
 from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
@@ -112,11 +124,14 @@ def test_compiled_is_timed_beside_the_others(monkeypatch: pytest.MonkeyPatch) ->
     compiled: list[str] = []
     monkeypatch.setattr(torch, "compile", lambda module: (compiled.append(type(module).__name__), module)[1])
     runner = made(compile=True)
-    assert list(runner.run("unet", "float32").timings) == [SVDLAB, DIFFUSERS, COMPILED]
-    assert compiled == ["UNetSpatioTemporalConditionModel"]
+    assert list(runner.run("unet", "float32").timings) == [SVDLAB, DIFFUSERS, COMPILED, SVDLAB_COMPILED]
+    assert compiled == ["UNetSpatioTemporalConditionModel", "UNet"]
+    assert list(runner.run("decode", "float32").timings) == [SVDLAB, DIFFUSERS, COMPILED]
+    assert compiled[2:] == ["TemporalDecoder"]
     runner.run("full-generation", "float32")
-    assert set(compiled[1:]) == {
+    assert set(compiled[3:]) == {
         "UNetSpatioTemporalConditionModel",
+        "UNet",
         "TemporalDecoder",
         "CLIPVisionModelWithProjection",
     }
@@ -166,6 +181,15 @@ def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_case_has_a_process_of_its_own() -> None:
+    """And what it finds comes back, errors too."""
+    assert benchmark.apart(os.getpid) != os.getpid()
+    result = benchmark.apart(made().run, "clip", "float32")
+    assert result.name == "clip" and len(result.ratios(DIFFUSERS)) == 2
+    with pytest.raises(SvdlabError, match="nowhere"):
+        benchmark.apart(made("nowhere").run, "generation", "float32")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -193,6 +217,7 @@ def test_a_gpu_gets_the_published_size_in_half_precision(monkeypatch: pytest.Mon
     result = CaseResult("x", "float16", SIZE, 10**12, dict.fromkeys((SVDLAB, DIFFUSERS), Timing((1.0,), 1)))
     monkeypatch.setattr(Bench, "run", lambda self, case, dtype: (asked.append((case, dtype, self.sizes)), result)[1])
     monkeypatch.setattr(Bench, "grow", lambda *_: [])
+    monkeypatch.setattr(benchmark, "apart", lambda function, *args: function(*args))
     assert run("--device", "cuda").exit_code == 0
     assert {case for case, _, _ in asked} == {"unet", "decode", "clip", "generation", "full-generation"}
     assert {dtype for _, dtype, _ in asked} == {"float16"}
