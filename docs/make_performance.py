@@ -1,7 +1,8 @@
 """The figures of ``docs/performance.md``: what ``svdlab bench`` and ``svdlab memory`` say, and nothing else.
 
-Run ``svdlab bench --json bench.json`` on a quiet machine, then ``python docs/make_performance.py bench.json``. It
-writes ``docs/performance.png`` and what stands between the markers of ``docs/performance.md``.
+Run ``svdlab bench --json bench.json`` on a quiet machine, then ``python docs/make_performance.py bench.json``; further
+files replace the cases that they hold, too. It writes ``docs/performance.png`` and what stands between the markers of
+``docs/performance.md``.
 """
 
 import json
@@ -55,7 +56,9 @@ def memory_tables() -> str:
 
 def main() -> None:
     """Fill the page in."""
-    found = json.loads(Path(sys.argv[1]).read_text())
+    found, *more = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
+    newer = {(case["name"], case["dtype"]): case for other in more for case in other["cases"]}
+    found["cases"] = [newer.get((case["name"], case["dtype"]), case) for case in found["cases"]]
     machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     peaks = ", ".join(f"{peak:.0f} GFLOP/s in {dtype}" for dtype, peak in found["matrix_peak_gflops"].items())
     text = put(PAGE.read_text(), "machine", f"Measured on: {machine}. Matrix peak: {peaks}.")
