@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,12 +10,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from pieces import in_pieces
 from torch import Tensor
 from transformers import CLIPVisionConfig as HFCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
-from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers, vae
+from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers
 from svdlab.model.layers import Conv2d, Linear, Upsample, attend, group_norm
 from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
@@ -285,14 +283,6 @@ def test_exact_decode_does_not_depend_on_the_chunk(
     whole, truth = own.decode(latents), _shared_vaes(torch.float64)[0].decode(latents.double())
     with in_pieces(numbers):
         assert ratio(own.decode(latents, chunk), whole, truth) <= 4
-
-
-@contextmanager
-def in_pieces(numbers: int) -> Iterator[None]:
-    """Take clips apart as other devices do, in chunks, and those into pieces of so many numbers."""
-    chunks = patch.object(vae, "at_a_time", lambda x, size, at_least: at_least)
-    with chunks, patch.dict(layers.AT_A_TIME, cpu=numbers):
-        yield
 
 
 _SHARED: dict[torch.dtype, tuple[VAE, AutoencoderKLTemporalDecoder]] = {}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableVideoDiffusionPipeline
+from pieces import in_pieces
 from PIL import Image
 
 from svdlab import cli, memory
@@ -128,9 +129,11 @@ def test_the_chunk_grows_with_what_is_free_and_the_result_does_not_change(
     pipe = SVDPipeline.from_pretrained(tiny)
     settings = SMALL.replace(num_frames=4)
     simulation = memory.Simulation(pipe.configs, settings, "cpu")
-    needed = [simulation.stage("decode_exact", chunk).activations for chunk in range(1, 5)]
-    results = [decoded(pipe, need / 0.9 + 1, monkeypatch) for need in needed]
-    assert [chunk for _, chunk in results] == [1, 2, 3, 4]
+    with in_pieces(1000):
+        needed = [simulation.stage("decode_exact", chunk).activations for chunk in range(1, 5)]
+        results = [decoded(pipe, need / 0.9 + 1, monkeypatch) for need in needed]
+    largest = [max(chunk for chunk, n in enumerate(needed, 1) if n <= need) for need in needed]
+    assert [chunk for _, chunk in results] == largest and len(set(largest)) >= 3
     for frames, _ in results:
         torch.testing.assert_close(frames, results[0][0], rtol=1e-4, atol=1e-4)
     assert decoded(pipe, 0, monkeypatch)[1] == 1, "a decode is tried even where the simulation says it will not fit"

@@ -183,7 +183,7 @@ class TemporalDecoder(nn.Module):
 
         The layers that do are run by ``TemporalResnetBlock.add_to``. Inference only.
         """
-        x, per_frame = z, [self.conv_in]
+        x, per_frame = z.clone(), [self.conv_in]  # what follows works in place
         for module in self.modules_in_order():
             if isinstance(module, SpatioTemporalResBlock):
                 x = _map_frames([*per_frame, module.spatial_res_block], x, chunk)
@@ -200,7 +200,10 @@ class TemporalDecoder(nn.Module):
 
 
 def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: int) -> Tensor:
-    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time or more small ones."""
+    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time or more small ones.
+
+    Where they keep a frame's shape, the result takes the place of ``x``.
+    """
     step = at_a_time(x, x[0, 0].numel(), at_least=chunk)
     frames = x.flatten(0, 1)
     result = None
@@ -209,7 +212,7 @@ def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: i
         for function in functions:
             y = function(y)
         if result is None:
-            result = y.new_empty(len(frames), *y.shape[2:])
+            result = frames if y.shape[2:] == frames.shape[1:] else y.new_empty(len(frames), *y.shape[2:])
         result[start : start + step] = y[0]
     assert result is not None
     return result.unflatten(0, x.shape[:2])
