@@ -49,6 +49,11 @@ if torch.backends.mkldnn.is_available():
         """The blocked weight of ``layers.Packed`` is as large as the plain one."""
         return torch.empty_like(weight)
 
+    @torch.library.register_fake("mkldnn::_linear_pointwise.binary")
+    def _product_with(x: Tensor, other: Tensor, *_: Any) -> Tensor:
+        """A product that another tensor is added to or multiplied with is as large as that."""
+        return torch.empty_like(other)
+
 
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of tensors that are made while it is on: ``live`` now, ``peak`` at most.

@@ -49,17 +49,15 @@ class Packed(nn.Module):
             self._blocked, self._blocked_version = reorder(weight), weight._version
         return self._blocked
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1) -> Sequence[Tensor]:
-        """``F.linear`` of (..., in) with a view of this layer's weight (out, in), in equal parts of its result.
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` of (..., in) with a view of this layer's weight (out, in).
 
-        A layer always asks for the same number of parts. Unlike MKL's, oneDNN's product is fast on AMD's processors.
+        Unlike MKL's, oneDNN's product is fast on AMD's processors.
         """
         if not _packs(x):
-            product = F.linear(x, weight, bias)
-            return product.chunk(parts, dim=-1) if parts > 1 else [product]
-        blocked = self._reordered(weight, lambda w: [_onednn._reorder_linear_weight(p) for p in w.chunk(parts)])
-        biases = [None] * parts if bias is None else bias.chunk(parts)
-        return [_product(x, w, b) for w, b in zip(blocked, biases, strict=True)]
+            return F.linear(x, weight, bias)
+        (blocked,) = self._reordered(weight, lambda w: [_onednn._reorder_linear_weight(w)])
+        return _product(x, blocked, bias)
 
     def convolve(
         self,
@@ -164,11 +162,17 @@ class Linear(Packed, nn.Linear):
     """A linear layer over the channel axis: (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)[0]
+        return self.multiply(x, self.weight, self.bias)
 
-    def halves(self, x: Tensor) -> Sequence[Tensor]:
-        """The result's first and second half of channels, as tensors of their own where the weight is packed."""
-        return self.multiply(x, self.weight, self.bias, parts=2)
+    def gated(self, x: Tensor, approximate: str) -> Tensor:
+        """The result's first half of channels times the GELU of its second half, each touched once if possible."""
+        if not _packs(x):
+            value, gate = F.linear(x, self.weight, self.bias).chunk(2, dim=-1)
+            return value * F.gelu(gate, approximate=approximate)
+        blocked = self._reordered(self.weight, lambda w: [_onednn._reorder_linear_weight(half) for half in w.chunk(2)])
+        value_bias, gate_bias = self.bias.chunk(2)
+        gate = _onednn._linear_pointwise(x, blocked[1], gate_bias, "gelu", [], approximate)
+        return _onednn._linear_pointwise.binary(x, gate, blocked[0], value_bias, "mul")
 
 
 class Conv2d(Packed, nn.Conv2d):
@@ -176,7 +180,7 @@ class Conv2d(Packed, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size == (1, 1):
-            return self.multiply(x, self.weight.flatten(1), self.bias)[0]
+            return self.multiply(x, self.weight.flatten(1), self.bias)
         padding, stride = int(self.padding[0]), self.stride[0]
         return layout.from_images(
             self.convolve(layout.as_images(x), self.weight, self.bias, padding, stride), x.shape[0]
@@ -477,8 +481,7 @@ class GEGLU(nn.Module):
         self.approximate = "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj.halves(x)
-        return value * F.gelu(gate, approximate=self.approximate)
+        return self.proj.gated(x, self.approximate)
 
 
 class FeedForward(nn.Module):
