@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from svdlab.bench import CASE_COLUMNS, GROWTH_COLUMNS, case_rows, growth_rows
-from svdlab.memory import GIB, STAGES, Simulation
-from svdlab.plots import plot_bench
-from svdlab.settings import GenerationSettings
-from svdlab.weights import ARCHITECTURES
+from svdlab.bench.cases import CASE_COLUMNS, GROWTH_COLUMNS, case_rows, growth_rows
+from svdlab.notebook.figures import plot_bench
+from svdlab.svd.checkpoint import ARCHITECTURES
+from svdlab.svd.memory import GIB, STAGES, Simulation
+from svdlab.svd.settings import GenerationSettings
 
 PAGE = Path(__file__).with_name("performance.md")
 

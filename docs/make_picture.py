@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from svdlab.options import sample_picture
+from svdlab.cli.options import sample_picture
+from svdlab.notebook.figures import plot_divergence
 from svdlab.parity import capture
+from svdlab.parity.bugs import Rules
 from svdlab.parity.compare import compare, three_way
-from svdlab.pipeline import SVDPipeline
-from svdlab.plots import plot_divergence
-from svdlab.rules import Rules
-from svdlab.settings import GenerationSettings
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 # One that the usual bar on the frames, a mean squared error of 1e-3, lets through.
 BUG = "noise_aug_after_encode"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from svdlab.options import sample_photo
-from svdlab.weights import write_random_checkpoint
+from svdlab.cli.options import sample_photo
+from svdlab.svd.checkpoint import write_random_checkpoint
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from svdlab.model import layers, vae
+from svdlab.svd import layers, vae
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from svdlab import bench as benchmark
-from svdlab.bench import (
+from svdlab.bench import cases as benchmark
+from svdlab.bench.cases import (
     COMPILED,
     DIFFUSERS,
     SVDLAB,
@@ -26,9 +26,9 @@ from svdlab.bench import (
     exponent,
 )
 from svdlab.errors import SvdlabError
-from svdlab.memory import Simulation
-from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
-from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
+from svdlab.svd.checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+from svdlab.svd.memory import Simulation
 
 TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIPVisionConfig(**TINY_CLIP))
 SIZE = {"height": 32, "width": 40, "num_frames": 3}

@@ -16,11 +16,11 @@ import nbformat
 import pytest
 from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
 
-from svdlab.clip import Clip
-from svdlab.lab import Lab, ratio_text
 from svdlab.parity.compare import Comparison
-from svdlab.report import run_report
-from svdlab.settings import GenerationSettings
+from svdlab.parity.lab import Lab, ratio_text
+from svdlab.report.run import run_report
+from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.video import Clip
 from svdlab.sweep import run_sweep
 
 
@@ -136,9 +136,9 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
         nbformat.v4.new_markdown_cell("# A page\n\n$$x = \\frac{1}{2}$$"),
         nbformat.v4.new_code_cell("fps = 7", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            "import numpy as np\nfrom svdlab.clip import Clip\nClip(np.zeros((3, 16, 16, 3), np.uint8), fps)"
+            "import numpy as np\nfrom svdlab.svd.video import Clip\nClip(np.zeros((3, 16, 16, 3), np.uint8), fps)"
         ),
-        nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
+        nbformat.v4.new_code_cell("from svdlab.report.run import record\nrecord('so', True, ratio=1.0)"),
     ]
     made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
     nbformat.write(made, tmp_path / "one.ipynb")

@@ -12,8 +12,8 @@ import pytest
 from command_line import run
 from PIL import Image
 
-from svdlab import weights
-from svdlab.options import sample_photo
+from svdlab.cli.options import sample_photo
+from svdlab.svd import checkpoint as weights
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_model_that_is_not_there(
 def test_ctrl_c_leaves_nothing(
     picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdlab.pipeline import SVDPipeline
+    from svdlab.svd.pipeline import SVDPipeline
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -104,7 +104,7 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 def test_importing_svdlab_is_light() -> None:
     script = (
-        "import sys, svdlab, svdlab.pipeline, svdlab.cli; "
+        "import sys, svdlab, svdlab.svd.pipeline, svdlab.cli; "
         "names = 'diffusers transformers matplotlib ipywidgets dask distributed pandas pyarrow'; "
         "heavy = set(names.split()) & set(sys.modules); "
         "sys.exit(repr(heavy) if heavy else 0)"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from svdlab.clip import Clip, side_by_side
 from svdlab.errors import SvdlabError
+from svdlab.svd.video import Clip, side_by_side
 
 
 def clip(height: int = 64, width: int = 48, frames: int = 5, fps: int = 7) -> Clip:

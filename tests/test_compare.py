@@ -14,14 +14,14 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+from svdlab.cli import parity as commands
 from svdlab.errors import SvdlabError
-from svdlab.parity import commands
+from svdlab.notebook.figures import plot_divergence
 from svdlab.parity.compare import Comparison, bound, compare, resolution, three_way
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import Trace, capture
-from svdlab.pipeline import SVDPipeline
-from svdlab.plots import plot_divergence
-from svdlab.settings import GenerationSettings
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2, seed=3)
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from svdlab.data import DIRECTIONS, HELD_OUT, SHAPES, SIZE, Scene, displacement, sample_image, sample_scene, speed
 from svdlab.errors import SvdlabError
+from svdlab.training.data import (
+    DIRECTIONS,
+    HELD_OUT,
+    SHAPES,
+    SIZE,
+    Scene,
+    displacement,
+    sample_image,
+    sample_scene,
+    speed,
+)
 
 
 def test_motion_falls_with_the_frame_rate_and_rises_with_the_bucket() -> None:

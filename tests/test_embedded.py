@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from svdlab.data import DIRECTIONS, SIZE, displacement, sample_scene
+from svdlab.parity.bugs import Rules
 from svdlab.parity.reference import load_diffusers
-from svdlab.pipeline import SVDPipeline
-from svdlab.rules import Rules
+from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene
 from svdlab.training.recipe import IMAGE_ENCODER, UNET, VAE, Recipe
-from svdlab.weights import EMBEDDED, checkpoint_folder
 
 SCENES = [sample_scene(i) for i in range(6)]
 AHEAD = np.array([DIRECTIONS[scene.direction] for scene in SCENES])

@@ -11,13 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from svdlab import memory
 from svdlab.errors import SvdlabError
-from svdlab.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak, stage_calls
-from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
-from svdlab.pipeline import SVDPipeline
-from svdlab.settings import GenerationSettings
-from svdlab.weights import ARCHITECTURES, TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig, memory
+from svdlab.svd.checkpoint import ARCHITECTURES, TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+from svdlab.svd.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak, stage_calls
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 # Large enough that the fused attention's buffers, which do not grow with the tokens, stay small beside the rest.
 CLIP = CLIPVisionConfig(**{**TINY_CLIP, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512})

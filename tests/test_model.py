@@ -16,9 +16,9 @@ from transformers import CLIPVisionConfig as HFCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
-from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers
-from svdlab.model.layers import Conv2d, Linear, Upsample, attend, group_norm
-from svdlab.weights import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
+from svdlab.svd import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig, layers
+from svdlab.svd.checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
+from svdlab.svd.layers import Conv2d, Linear, Upsample, attend, group_norm
 
 
 def ratio(candidate: Tensor, reference: Tensor, truth: Tensor) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from svdlab.report import run_report
+from svdlab.report.run import run_report
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 

@@ -14,12 +14,13 @@ from diffusers import StableVideoDiffusionPipeline
 from pieces import in_pieces
 from PIL import Image
 
-from svdlab import cli, memory
+from svdlab.cli.generate import generate
 from svdlab.errors import SvdlabError
+from svdlab.parity.bugs import Rules
 from svdlab.parity.trace import effective_chunk
-from svdlab.pipeline import SVDPipeline
-from svdlab.rules import Rules
-from svdlab.settings import GenerationSettings
+from svdlab.svd import memory
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 SMALL = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=2)
 NETWORKS = ("image_encoder", "vae", "unet")
@@ -103,7 +104,7 @@ def test_generate_offloads(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monke
     Image.new("RGB", (40, 32)).save(tmp_path / "a.png")
     size = ["--height", "32", "--width", "40", "--num-frames", "2", "--num-inference-steps", "1"]
     files = [str(tmp_path / "a.png"), "--out", str(tmp_path / "a.gif"), "--model", str(tiny)]
-    result = CliRunner().invoke(cli.generate, [*files, *size, "--offload"])
+    result = CliRunner().invoke(generate, [*files, *size, "--offload"])
     assert result.exit_code == 0 and asked == ["cpu"], result.output
 
 
@@ -155,6 +156,6 @@ def test_auto_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 32)).save(tmp_path / "a.png")
     size = ["--height", "32", "--width", "40", "--num-frames", "2", "--num-inference-steps", "1"]
     files = [str(tmp_path / "a.png"), "--out", str(tmp_path / "a.gif"), "--model", str(tiny)]
-    assert CliRunner().invoke(cli.generate, [*files, *size, "--decode-chunk-size", "auto"]).exit_code == 0
-    refused = CliRunner().invoke(cli.generate, [*files, *size, "--decode-chunk-size", "some"])
+    assert CliRunner().invoke(generate, [*files, *size, "--decode-chunk-size", "auto"]).exit_code == 0
+    refused = CliRunner().invoke(generate, [*files, *size, "--decode-chunk-size", "some"])
     assert refused.exit_code == 2 and "decode-chunk-size" in refused.output

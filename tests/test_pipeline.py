@@ -14,9 +14,9 @@ from PIL import Image
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.compare import three_way
-from svdlab.pipeline import SVDPipeline
-from svdlab.settings import GenerationSettings
-from svdlab.weights import write_random_checkpoint
+from svdlab.svd.checkpoint import write_random_checkpoint
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 SMALL: dict[str, Any] = dict(height=32, width=40, num_frames=3, num_inference_steps=2, progress=False)
 CROSS, PLAIN = "CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from planted import PLANTS, UNKNOWN, planted
 
+from svdlab.parity.bugs import BUGS
 from svdlab.parity.reference import capture_diffusers, load_diffusers
 from svdlab.parity.trace import Trace
-from svdlab.rules import BUGS
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=4, num_inference_steps=3, seed=5)
 

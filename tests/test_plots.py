@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from svdlab import plots
-from svdlab.lab import Case, Lab, catalogue_table, every_chunk, motion, picture, stage_table, table
+from svdlab.notebook import figures as plots
 from svdlab.parity.diagnose import CatalogueRow, row_of
+from svdlab.parity.lab import Case, Lab, catalogue_table, every_chunk, motion, picture, stage_table, table
 
 BUG = "guidance_constant"
 

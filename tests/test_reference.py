@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from svdlab.errors import SvdlabError
-from svdlab.model import layers
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import INPUTS, Trace, capture
-from svdlab.pipeline import SVDPipeline
-from svdlab.settings import GenerationSettings
+from svdlab.svd import layers
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2, seed=3)
 

@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from svdlab.errors import SvdlabError
-from svdlab.report import NotebookResult, changes, index_page, moved, record, report, run_report, take_formulas
+from svdlab.report.run import NotebookResult, changes, index_page, moved, record, report, run_report, take_formulas
 
-PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
+PASSES = "from svdlab.report.run import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
 
 def notebook(path: Path, *cells: str) -> Path:
@@ -54,7 +54,10 @@ def test_a_failing_notebook_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    cells = ["from svdlab.plots import plot_curves\nplot_curves([1, 2], {'a': [1, 2]}, ('x (s)', 'y (m)'))", PASSES]
+    cells = [
+        "from svdlab.notebook.figures import plot_curves\nplot_curves([1, 2], {'a': [1, 2]}, ('x (s)', 'y (m)'))",
+        PASSES,
+    ]
     run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
     for name in ("index.html", "one.html"):
         page = (tmp_path / "out" / name).read_text()
@@ -169,7 +172,7 @@ def test_junit_names_what_failed(tmp_path: Path) -> None:
 
 
 def test_a_report_shows_the_first_clip_of_each_notebook(tmp_path: Path) -> None:
-    cells = ["import numpy as np\nfrom svdlab.clip import Clip\nClip(np.zeros((2, 8, 8, 3), np.uint8), 7)", PASSES]
+    cells = ["import numpy as np\nfrom svdlab.svd.video import Clip\nClip(np.zeros((2, 8, 8, 3), np.uint8), 7)", PASSES]
     run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
     assert (
         '<video autoplay loop muted playsinline aria-label="from one" src="data:video/mp4;base64,'

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from svdlab import rules
 from svdlab.errors import SvdlabError
-from svdlab.pipeline import Inputs, SVDPipeline
-from svdlab.rules import BUGS, Rules
-from svdlab.settings import GenerationSettings
+from svdlab.parity import bugs as rules
+from svdlab.parity.bugs import BUGS, Rules
+from svdlab.svd.pipeline import Inputs, SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=3)
 

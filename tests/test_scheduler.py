@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from svdlab import scheduler as own
 from svdlab.errors import SvdlabError
-from svdlab.scheduler import EulerScheduler
-from svdlab.weights import SVD_SCHEDULER
+from svdlab.svd import sampler as own
+from svdlab.svd.checkpoint import SVD_SCHEDULER
+from svdlab.svd.sampler import EulerScheduler
 
 # The file that Stability published, with the options other samplers left in it.
 PUBLISHED = {

@@ -19,10 +19,10 @@ import pytest
 from command_line import run as svdlab
 from PIL import Image
 
-from svdlab.clip import Clip
 from svdlab.errors import SvdlabError
-from svdlab.lab import Lab
-from svdlab.settings import GenerationSettings
+from svdlab.parity.lab import Lab
+from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.video import Clip
 from svdlab.sweep import Sweep, compare_sweeps, grid, parse_axis, resume_sweep, run_sweep
 from svdlab.sweep import point as point_module
 from svdlab.sweep import run as run_module
@@ -132,7 +132,7 @@ def test_what_is_not_allowed_is_refused_before_anything_starts(
 def test_a_size_that_this_checkpoint_cannot_make_is_refused_before_anything_starts(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from svdlab.weights import TINY_VAE, write_random_checkpoint
+    from svdlab.svd.checkpoint import TINY_VAE, write_random_checkpoint
 
     deep = {"block_out_channels": (32,) * 5, "down_block_types": ("DownEncoderBlock2D",) * 5}
     model = write_random_checkpoint(tmp_path_factory.mktemp("deep"), vae={**TINY_VAE, **deep})
@@ -189,7 +189,7 @@ def test_neighbours_are_compared(four: Sweep) -> None:
 def test_a_list_of_points_and_clips_of_two_sizes(tiny: Path, tmp_path: Path) -> None:
     listed = tmp_path / "points.json"
     listed.write_text(json.dumps([{"height": 32}, {"height": 40}, {"height": 40, "rules": "gelu_tanh"}]))
-    from svdlab.sweep.commands import _read_points
+    from svdlab.cli.sweep import _read_points
 
     sweep = run_sweep(tmp_path / "out", _read_points(str(listed)), SMALL, model=str(tiny), image=PICTURE)
     table = sweep.table()
@@ -245,7 +245,7 @@ def test_three_by_three_with_the_checkpoint_that_ships(
 
 
 def test_the_model_is_loaded_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdlab.pipeline import SVDPipeline
+    from svdlab.svd.pipeline import SVDPipeline
 
     loaded, load = list[object](), SVDPipeline.from_pretrained
 
@@ -304,7 +304,7 @@ def test_a_failing_point_is_recorded_and_the_rest_goes_on(
 
 
 def test_frames_that_are_not_numbers_are_a_failure(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdlab.pipeline import SVDPipeline
+    from svdlab.svd.pipeline import SVDPipeline
 
     run = SVDPipeline.run
     monkeypatch.setattr(SVDPipeline, "run", lambda self, *args, **options: run(self, *args, **options) / 0)
@@ -469,7 +469,7 @@ def test_another_version_makes_new_points_and_says_so(
 
 
 def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
-    from svdlab.weights import write_random_checkpoint
+    from svdlab.svd.checkpoint import write_random_checkpoint
 
     model = write_random_checkpoint(tmp_path / "model", seed=0)
     first = run_sweep(tmp_path / "out", grid({"fps": [7]}), SMALL, model=str(model), image=PICTURE)

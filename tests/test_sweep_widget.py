@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from test_sweep import AXES, PICTURE, SMALL, failing
 
-from svdlab import plots
 from svdlab.errors import SvdlabError
+from svdlab.notebook import figures as plots
+from svdlab.notebook.sweep_board import SweepExplorer, SweepPanel, View, values_text
 from svdlab.sweep import Sweep, grid, run_sweep
-from svdlab.sweep.widget import SweepExplorer, SweepPanel, View, values_text
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_answer_is_no_where_a_point_failed(tiny: Path, monkeypatch: pytest.M
     failing(monkeypatch, when)
     page = explorer.page()
     assert page.count("data:image/webp") == 1 and "<td>failed</td>" in page and "no memory left" in page
-    monkeypatch.setattr("svdlab.sweep.widget.SweepExplorer.run", lambda self: Sweep.open(self.out))
+    monkeypatch.setattr("svdlab.notebook.sweep_board.SweepExplorer.run", lambda self: Sweep.open(self.out))
     assert not explorer.answer()["passed"]
 
 
@@ -158,7 +158,7 @@ def test_an_earlier_sweep_is_loaded(panel: SweepPanel, explorer: SweepExplorer, 
 
 
 def test_an_error_is_shown_whole(panel: SweepPanel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdlab.sweep.widget.run_sweep", None)
+    monkeypatch.setattr("svdlab.notebook.sweep_board.run_sweep", None)
     panel.compute()
     panel.worker.join()
     assert "TypeError" in panel.status.value and "Traceback" in panel.status.value and panel.stop.disabled

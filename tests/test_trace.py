@@ -20,7 +20,7 @@ from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
 from svdlab.parity import trace as tracing
 from svdlab.parity.trace import METADATA_KEY, Trace, TraceWriter, execution_key
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=16, width=24, num_frames=3, num_inference_steps=2)
 DOCS = Path(__file__).parents[1] / "docs" / "trace-format.md"

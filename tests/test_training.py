@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from svdlab import scheduler
-from svdlab.data import HELD_OUT, sample_image, sample_scene
+from svdlab.cli.training import train_tiny
 from svdlab.errors import SvdlabError
 from svdlab.parity.reference import load_diffusers
-from svdlab.pipeline import SVDPipeline
+from svdlab.svd import sampler as scheduler
+from svdlab.svd.pipeline import SVDPipeline
 from svdlab.training import autoencoder, denoiser, evaluate
-from svdlab.training.commands import train_tiny
+from svdlab.training.data import HELD_OUT, sample_image, sample_scene
 from svdlab.training.fit import Stage, fit
 from svdlab.training.recipe import Recipe, Schedule
 

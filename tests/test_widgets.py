@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from svdlab import widgets
 from svdlab.errors import SvdlabError
-from svdlab.lab import Lab, ratio_text
+from svdlab.notebook import explorer as widgets
+from svdlab.notebook.explorer import Diagnoser, Explorer, Panel, Worker, control, is_live
 from svdlab.parity import capture
+from svdlab.parity.bugs import Rules
 from svdlab.parity.compare import three_way
-from svdlab.rules import Rules
-from svdlab.settings import GenerationSettings
-from svdlab.widgets import Diagnoser, Explorer, Panel, Worker, control, is_live
+from svdlab.parity.lab import Lab, ratio_text
+from svdlab.svd.settings import GenerationSettings
 
 BUG = "fps_not_decremented"
 
@@ -112,7 +112,7 @@ def test_the_number_is_what_the_package_computes(panel: Panel, lab: Lab, tiny: P
 def test_what_was_computed_is_kept(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
     panel.show()
     panel.worker.join()
-    monkeypatch.setattr("svdlab.lab.capture", None)
+    monkeypatch.setattr("svdlab.parity.lab.capture", None)
     panel.controls["fps"].value = 8
     panel.controls["fps"].value = 7
     panel.worker.join()

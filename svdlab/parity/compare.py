@@ -40,7 +40,7 @@ from svdlab.parity.trace import (
     num_steps,
     probe_of,
 )
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -497,8 +497,8 @@ def three_way(
         SvdlabError: bad settings, an image that cannot be read, a checkpoint that does not load.
     """
     from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-    from svdlab.pipeline import SVDPipeline
-    from svdlab.weights import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.pipeline import SVDPipeline
 
     settings = settings or GenerationSettings()
     checkpoint = checkpoint_folder(os.fspath(model))

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
+from svdlab.parity.bugs import BUGS, Rules, pixels_as_given
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Stop, Trace, capture, execution_key, replay_inputs
-from svdlab.pipeline import Inputs, SVDPipeline
-from svdlab.rules import BUGS, Rules, pixels_as_given
+from svdlab.svd.pipeline import Inputs, SVDPipeline
 
 if TYPE_CHECKING:
     from rich.table import Table

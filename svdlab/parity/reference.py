@@ -42,7 +42,7 @@ from svdlab.parity.trace import (
     source_images,
     version_of,
 )
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 
 def load_diffusers(

@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path
 from svdlab.parity import taps as tapping
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from svdlab.pipeline import Inputs, SVDPipeline
+    from svdlab.svd.pipeline import Inputs, SVDPipeline
 
 FORMAT = 1
 METADATA_KEY = "svdlab.trace"

@@ -25,7 +25,7 @@ import numpy as np
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, write_json
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.plan import RULES, Point, neighbours, rules_text
 from svdlab.sweep.point import CLIP, FORMAT, FRAMES, METRICS, THUMBNAIL, Model, Outcome, Source, SweepHalted, save_point
 
@@ -230,7 +230,7 @@ class Sweep:
         return self._frames(identity)
 
     def _read_frames(self, identity: str) -> np.ndarray:
-        from svdlab.clip import Clip
+        from svdlab.svd.video import Clip
 
         return Clip.from_video(self._point(identity) / FRAMES).to_numpy()
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdlab.errors import SvdlabError
-from svdlab.rules import Rules
-from svdlab.settings import GenerationSettings
+from svdlab.parity.bugs import Rules
+from svdlab.svd.settings import GenerationSettings
 
 RULES = "rules"
 _NO_BUG = "none"

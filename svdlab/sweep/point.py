@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from svdlab.errors import SvdlabError
 from svdlab.files import write_folder
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.plan import Point
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from svdlab.lab import Lab
-    from svdlab.pipeline import SVDPipeline
+    from svdlab.parity.lab import Lab
+    from svdlab.svd.pipeline import SVDPipeline
 
 FORMAT = 1
 CLIP, THUMBNAIL, FRAMES, METRICS = "clip.mp4", "thumbnail.webp", "frames.mkv", "metrics.json"
 _THUMBNAIL_HEIGHT = 96  # pixels
 _SAMPLE_S = 0.01  # between two looks at a process's memory
 # What makes a clip: a change here makes other points, a change of a plot or of a widget does not.
-_CODE = ("model", "images.py", "pipeline.py", "rules.py", "scheduler.py")
+_CODE = ("svd", "parity/bugs.py")
 Step = Callable[[int, int], None]
 
 
@@ -134,8 +134,8 @@ def look(
     """
     import torch
 
-    from svdlab.pipeline import SVDPipeline
-    from svdlab.weights import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.pipeline import SVDPipeline
 
     folder = checkpoint_folder(name, revision=revision)
     pipe = SVDPipeline.from_pretrained(folder, device="meta", dtype=torch.float32)
@@ -146,7 +146,7 @@ def look(
 
 
 def _identify(name: str, folder: Path) -> Model:
-    from svdlab.weights import checkpoint_files
+    from svdlab.svd.checkpoint import checkpoint_files
 
     digest = hashlib.sha256()
     for file in checkpoint_files(folder):
@@ -191,7 +191,7 @@ def compute_point(source: Source, point: Point, step: Step | None = None) -> Out
     Raises:
         SweepHalted: this process has another version or another model, the model does not load, the disk is full.
     """
-    from svdlab.lab import Stopped
+    from svdlab.parity.lab import Stopped
 
     points, identity = Path(source.points), source.identity(point)
     with _one_at_a_time:
@@ -235,8 +235,8 @@ def _lab(source: Source, dtype: str) -> Lab:
         raise SweepHalted(f"{where}: svdlab is {code_version()}, allowed: {source.code}, the driver's")
     from PIL import Image
 
-    from svdlab.lab import Lab
-    from svdlab.weights import checkpoint_folder
+    from svdlab.parity.lab import Lab
+    from svdlab.svd.checkpoint import checkpoint_folder
 
     _loaded = None  # two models at once may not fit
     try:
@@ -258,10 +258,10 @@ def _lab(source: Source, dtype: str) -> Lab:
 def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str, bytes]:
     import torch
 
-    from svdlab.clip import Clip
-    from svdlab.lab import motion_per_frame
+    from svdlab.parity.bugs import Rules
+    from svdlab.parity.lab import motion_per_frame
     from svdlab.parity.trace import num_steps
-    from svdlab.rules import Rules
+    from svdlab.svd.video import Clip
 
     settings, pipe = point.settings, lab.pipe.with_rules(Rules.with_bugs(*point.rules))
     steps = num_steps(settings)

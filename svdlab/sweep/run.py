@@ -13,9 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from svdlab.cli.options import sample_picture
 from svdlab.errors import SvdlabError
-from svdlab.options import sample_picture
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.folder import Plan, Sweep
 from svdlab.sweep.plan import Changes, Point, axes_of, make_points
 from svdlab.sweep.point import Outcome, Source, Step, SweepHalted, code_version, compute_point, image_digest, look
@@ -93,7 +93,7 @@ class InProcess:
 
     def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
         """See ``Backend``; a point under way is given up at its next denoising step."""
-        from svdlab.lab import Stopped
+        from svdlab.parity.lab import Stopped
 
         def on_step(i: int, steps: int) -> None:
             if stop():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.cluster import local_cluster
 from svdlab.sweep.plan import Changes
 from svdlab.sweep.run import run_sweep

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlab.data import DIRECTIONS, SIZE, Scene, displacement
-from svdlab.model import VAE
-from svdlab.model.layers import Downsample, ResnetBlock, TemporalResnetBlock, Upsample
-from svdlab.model.vae import AttentionBlock
+from svdlab.svd import VAE
+from svdlab.svd.layers import Downsample, ResnetBlock, TemporalResnetBlock, Upsample
+from svdlab.svd.vae import AttentionBlock
+from svdlab.training.data import DIRECTIONS, SIZE, Scene, displacement
 from svdlab.training.recipe import Recipe
 
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdlab import rules, scheduler
-from svdlab.data import Scene
-from svdlab.model import VAE, CLIPVision, UNet
-from svdlab.model.layers import ResnetBlock, SpatioTemporalTransformer, TemporalResnetBlock
+from svdlab.parity import bugs as rules
+from svdlab.svd import VAE, CLIPVision, UNet
+from svdlab.svd import sampler as scheduler
+from svdlab.svd.layers import ResnetBlock, SpatioTemporalTransformer, TemporalResnetBlock
 from svdlab.training.autoencoder import draw_motion, to_tensor
+from svdlab.training.data import Scene
 from svdlab.training.recipe import Recipe
 from svdlab.training.tower import clip_pixels
 

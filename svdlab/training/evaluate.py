@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from svdlab.data import DIRECTIONS, SIZE, displacement, sample_scene, speed
 from svdlab.parity.reference import load_diffusers
-from svdlab.pipeline import SVDPipeline
+from svdlab.svd.checkpoint import checkpoint_folder
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene, speed
 from svdlab.training.recipe import Recipe
-from svdlab.weights import checkpoint_folder
 
 _BATCH = 16
 _FPS = (7, 14, 28)
@@ -159,7 +159,7 @@ def model_card(model: str, figures: list[Figure], images: int, steps: int) -> st
 
     pipe, folder = SVDPipeline.from_pretrained(model), checkpoint_folder(model)
     networks = {"UNet": pipe.unet, "VAE": pipe.vae, "image encoder": pipe.image_encoder}
-    loader = Environment(loader=PackageLoader("svdlab"), keep_trailing_newline=True)
+    loader = Environment(loader=PackageLoader("svdlab.training"), keep_trailing_newline=True)
     return loader.get_template("model_card.md").render(
         megabytes=round(sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6, 1),
         num_frames=pipe.unet.config.num_frames,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
+from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 
 # Every level has two channels a group-norm group or more: one alone would be an instance norm, without flat colour.
 VAE = VAEConfig(

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlab import rules
-from svdlab.data import DIRECTIONS, SHAPES, SIZE, Scene
-from svdlab.model import CLIPVision
+from svdlab.parity import bugs as rules
+from svdlab.svd import CLIPVision
+from svdlab.svd.checkpoint import ImageNormalization
 from svdlab.training.autoencoder import to_tensor
+from svdlab.training.data import DIRECTIONS, SHAPES, SIZE, Scene
 from svdlab.training.recipe import Recipe
-from svdlab.weights import ImageNormalization
 
 _NUMBERS = 3 + 6 + 2 + 1  # colour, two background colours, start, radius
 

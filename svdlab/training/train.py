@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from svdlab.data import SIZE, Scene
 from svdlab.files import atomic_path
-from svdlab.model import VAE, CLIPVision, UNet
+from svdlab.svd import VAE, CLIPVision, UNet
+from svdlab.svd.checkpoint import write_checkpoint
 from svdlab.training import autoencoder, denoiser, tower
 from svdlab.training import recipe as recipes
+from svdlab.training.data import SIZE, Scene
 from svdlab.training.fit import Stage, fit
 from svdlab.training.recipe import Recipe
-from svdlab.weights import write_checkpoint
 
 
 def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[str, list[float]]:

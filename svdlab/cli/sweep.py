@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from svdlab.cli.options import DEVICE, JSON, MODEL, read_image, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
-from svdlab.options import DEVICE, JSON, MODEL, read_image, settings_options
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from svdlab.sweep.folder import Sweep

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 import numpy as np
 
-from svdlab.clip import Clip
 from svdlab.errors import SvdlabError
-from svdlab.plots import plot_heatmaps
-from svdlab.rules import BUGS
-from svdlab.settings import GenerationSettings, allowed
+from svdlab.notebook.explorer import Worker, help_of, is_live, unit_of
+from svdlab.notebook.figures import plot_heatmaps
+from svdlab.parity.bugs import BUGS
+from svdlab.svd.checkpoint import EMBEDDED
+from svdlab.svd.settings import GenerationSettings, allowed
+from svdlab.svd.video import Clip
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import PLAN, Sweep
 from svdlab.sweep.plan import RULES, grid, make_points, parse_values
 from svdlab.sweep.run import Backend, Progress, Stop, Watch, run_sweep
-from svdlab.weights import EMBEDDED
-from svdlab.widgets import Worker, help_of, is_live, unit_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from svdlab.plots import Plot
+    from svdlab.notebook.figures import Plot
 
 _AXES = 3  # rows of axis and values
 _NONE = "(no axis)"

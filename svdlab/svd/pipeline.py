@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdlab import images, scheduler
 from svdlab.errors import SvdlabError
-from svdlab.rules import PREDICT, Rules
-from svdlab.settings import GenerationSettings
-from svdlab.weights import EMBEDDED, Components, Configs, channels_last, load_components, resolve_size
+from svdlab.parity.bugs import PREDICT, Rules
+from svdlab.svd import images
+from svdlab.svd import sampler as scheduler
+from svdlab.svd.checkpoint import EMBEDDED, Components, Configs, channels_last, load_components, resolve_size
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from svdlab.clip import Clip
+    from svdlab.svd.video import Clip
 
 Probe = Callable[[str, Tensor], None]
 Callback = Callable[["SVDPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -226,7 +227,7 @@ class SVDPipeline:
 
     def generate(self, image: Any, settings: GenerationSettings, progress: bool = True) -> list[Clip]:
         """Clips from settings, seeded by them: what the command line, notebooks and sweeps call."""
-        from svdlab.clip import Clip
+        from svdlab.svd.video import Clip
 
         settings = self.resolve(settings)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -379,7 +380,7 @@ class SVDPipeline:
         chunk, exact = settings.decode_chunk_size, settings.decode == "exact"
         with self.rules.in_force(self.unet, self.vae), self._on_device(self.vae):
             if chunk == "auto":
-                from svdlab.memory import largest_chunk
+                from svdlab.svd.memory import largest_chunk
 
                 chunk, exact = largest_chunk(self.configs, self.resolve(settings), self.device), True
             frames = self.rules.decode(self.vae, latents, chunk, exact)

@@ -18,13 +18,13 @@ import ipywidgets
 
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder
-from svdlab.lab import Case, Lab, Stopped, ratio_text
+from svdlab.notebook.figures import plot_divergence, plot_grid
+from svdlab.parity.bugs import BUGS
 from svdlab.parity.compare import compare
+from svdlab.parity.lab import Case, Lab, Stopped, ratio_text
 from svdlab.parity.trace import Trace, capture
-from svdlab.pipeline import SVDPipeline
-from svdlab.plots import plot_divergence, plot_grid
-from svdlab.rules import BUGS
-from svdlab.settings import GenerationSettings
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 
 # A checkpoint of more weights answers in minutes: its sliders wait for the Run button.
 _LIVE_PARAMETERS = 10**8

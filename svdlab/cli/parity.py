@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
+from svdlab.cli.options import DEVICE, JSON, MODEL, read_image, sample_picture, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
-from svdlab.options import DEVICE, JSON, MODEL, read_image, sample_picture, settings_options
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from svdlab.parity.compare import Comparison
@@ -117,13 +117,13 @@ def trace(
         "path": out,
     }
     if implementation == "svdlab":
-        from svdlab.pipeline import SVDPipeline
+        from svdlab.svd.pipeline import SVDPipeline
 
         pipe = SVDPipeline.from_pretrained(model, dtype=settings.torch_dtype, device=device)
         made = capture(pipe, picture, settings, progress=True, **shared)
     else:
         from svdlab.parity.reference import capture_diffusers, load_diffusers
-        from svdlab.weights import checkpoint_folder
+        from svdlab.svd.checkpoint import checkpoint_folder
 
         # A truth has the weights of the run that it is the truth of.
         weights = settings.torch_dtype if replay is None else DTYPES[replay.dtype]
@@ -171,7 +171,7 @@ def compare(
     moved = None
     if rerun:
         from svdlab.parity.reference import capture_diffusers, load_diffusers
-        from svdlab.weights import checkpoint_folder
+        from svdlab.svd.checkpoint import checkpoint_folder
 
         diffusers = load_diffusers(checkpoint_folder(model), DTYPES[one.dtype], device)
         moved = capture_diffusers(diffusers, replay=one, perturb=0, progress=True)
@@ -189,7 +189,7 @@ def diagnose(reference: str, candidate: str, truth: str | None, json_path: str |
     """Name the known bug, or the two, that explain a candidate's trace."""
     from svdlab.parity.diagnose import diagnose as explain
     from svdlab.parity.trace import DTYPES, Trace
-    from svdlab.pipeline import SVDPipeline
+    from svdlab.svd.pipeline import SVDPipeline
 
     check_folder(json_path)
     one, other = Trace.open(reference), Trace.open(candidate)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlab.model import layout
+from svdlab.svd import layout
 
 GROUPS = 32
 

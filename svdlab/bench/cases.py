@@ -21,16 +21,12 @@ from torch import Tensor
 from torch.utils import benchmark
 from tqdm import tqdm
 
+from svdlab.cli.options import DEVICE, JSON, MODEL, check_device, sample_picture, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, check_folder, write_json
-from svdlab.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak
-from svdlab.model import CLIPVisionConfig, UNetConfig, VAEConfig
-from svdlab.options import DEVICE, JSON, MODEL, check_device, sample_picture, settings_options
-from svdlab.pipeline import SVDPipeline
-from svdlab.rules import PREDICT, decode_clip
-from svdlab.scheduler import EulerScheduler
-from svdlab.settings import GenerationSettings
-from svdlab.weights import (
+from svdlab.parity.bugs import PREDICT, decode_clip
+from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
+from svdlab.svd.checkpoint import (
     ARCHITECTURES,
     SVD_SCHEDULER,
     TINY_CLIP,
@@ -43,6 +39,10 @@ from svdlab.weights import (
     randomize_,
     resolve_size,
 )
+from svdlab.svd.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.settings import GenerationSettings
 
 SVDLAB, DIFFUSERS, COMPILED, SVDLAB_COMPILED = "svdlab", "diffusers", "compiled", "svdlab_compiled"
 CASES = ("unet", "growth", "decode", "clip", "generation", "full-generation")
@@ -481,7 +481,7 @@ def bench(
     if json_path:
         write_json(json_path, found)
     if plot_path:
-        from svdlab.plots import plot_bench
+        from svdlab.notebook.figures import plot_bench
 
         with atomic_path(plot_path) as temporary:
             plot_bench(found).savefig(temporary, dpi=144)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 SUFFIXES = (".mp4", ".gif")
 # Small clips are enlarged to this height, pixel for pixel, so that one sees what there is.

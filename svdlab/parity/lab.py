@@ -21,21 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from svdlab.clip import Clip, side_by_side
-from svdlab.memory import measured_peak
-from svdlab.options import sample_picture
+from svdlab.cli.options import sample_picture
+from svdlab.parity.bugs import PREDICT, Rules
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
-from svdlab.pipeline import SVDPipeline
-from svdlab.rules import PREDICT, Rules
-from svdlab.settings import GenerationSettings
-from svdlab.weights import EMBEDDED, checkpoint_folder
+from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
+from svdlab.svd.memory import measured_peak
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.video import Clip, side_by_side
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from svdlab.notebook.figures import Plot
     from svdlab.parity.diagnose import CatalogueRow
-    from svdlab.plots import Plot
 
 Watch = Callable[[float, str], None]
 # Traces are kept while they fit; beyond that the oldest go. A case needs four.
@@ -90,7 +90,7 @@ class Case:
 
     def film(self, fix: bool) -> Plot:
         """The same frame by frame, on paper."""
-        from svdlab.plots import plot_film
+        from svdlab.notebook.figures import plot_film
 
         return plot_film(self._rows(fix))
 
@@ -125,7 +125,7 @@ class Case:
 
     def plot(self) -> Plot:
         """The divergence along probes and steps, fix off and on."""
-        from svdlab.plots import plot_fix
+        from svdlab.notebook.figures import plot_fix
 
         return plot_fix(self.on, self.off, self.bug)
 

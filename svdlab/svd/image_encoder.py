@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.model.layers import Linear
+from svdlab.svd.layers import Linear
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

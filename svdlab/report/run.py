@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import write_json, write_text
-from svdlab.options import DEVICE, JSON, MODEL, settings_options
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -422,7 +422,9 @@ def _shown(value: Any) -> str:
 def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("svdlab"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("svdlab.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["shown"] = _shown
     return environment
 
@@ -469,7 +471,7 @@ def _side_by_side(model: str, device: str) -> int:
     import psutil
     import torch
 
-    from svdlab.weights import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_folder
 
     weights = sum(file.stat().st_size for file in checkpoint_folder(model).glob("*/*.safetensors"))
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
@@ -509,7 +511,7 @@ def report(
 
     Each notebook takes the settings that its parameters cell names.
     """
-    sources = [Path(path) for path in chosen] or [Path(__file__).parent.parent / "notebooks"]
+    sources = [Path(path) for path in chosen] or [Path(__file__).parent.parent.parent / "notebooks"]
     notebooks = [p for source in sources for p in (sorted(source.glob("*.ipynb")) if source.is_dir() else [source])]
     for path in notebooks:
         if path.suffix != ".ipynb" or not path.is_file():

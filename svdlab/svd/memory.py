@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from svdlab.cli.options import JSON, check_device, settings_options
 from svdlab.files import check_folder, write_json
-from svdlab.model import VAE, CLIPVision, UNet
-from svdlab.options import JSON, check_device, settings_options
-from svdlab.rules import PREDICT, decode_clip
-from svdlab.settings import GenerationSettings
-from svdlab.weights import ARCHITECTURES, Configs, load_configs, resolve_size
+from svdlab.parity.bugs import PREDICT, decode_clip
+from svdlab.svd import VAE, CLIPVision, UNet
+from svdlab.svd.checkpoint import ARCHITECTURES, Configs, load_configs, resolve_size
+from svdlab.svd.settings import GenerationSettings
 
 GIB = 2**30
 NETWORKS: dict[str, type[Any]] = {"image_encoder": CLIPVision, "vae": VAE, "unet": UNet}

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from svdlab.lab import Chunk
     from svdlab.parity.compare import Comparison, ProbeResult
     from svdlab.parity.diagnose import CatalogueRow
+    from svdlab.parity.lab import Chunk
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
 _DISTANCE = "distance from diffusers float64,\nrelative to its norm"

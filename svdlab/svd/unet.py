@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.model import layout
-from svdlab.model.config import check_groups, per_level
-from svdlab.model.layers import (
+from svdlab.svd import layout
+from svdlab.svd.config import check_groups, per_level
+from svdlab.svd.layers import (
     Conv2d,
     Downsample,
     FrameGroupNorm,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
-from svdlab.model.config import read_config
+from svdlab.svd.config import read_config
 
 # Options of diffusers' scheduler that only matter for schedules made from betas or for other samplers.
 _INERT = (

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.model.layers import GEGLU, AlphaBlender, TimestepEmbedding
-from svdlab.model.unet import Conditioning, UNet
-from svdlab.model.vae import VAE
-from svdlab.scheduler import (
+from svdlab.svd.layers import GEGLU, AlphaBlender, TimestepEmbedding
+from svdlab.svd.sampler import (
     EulerScheduler,
     continuous_timesteps,
     custom_sigmas,
@@ -29,6 +27,8 @@ from svdlab.scheduler import (
     karras_sigmas,
     scale_model_input,
 )
+from svdlab.svd.unet import Conditioning, UNet
+from svdlab.svd.vae import VAE
 
 # --- 1. fps conditioning ---
 

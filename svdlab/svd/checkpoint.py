@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.model import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.model.config import read_config
-from svdlab.scheduler import EulerScheduler
-from svdlab.settings import GenerationSettings
+from svdlab.svd import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
+from svdlab.svd.config import read_config
+from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.settings import GenerationSettings
 
 EMBEDDED = "embedded"
 # Saved by old versions of transformers; a constant.
@@ -158,7 +158,7 @@ def checkpoint_folder(
         SvdlabError: neither a folder nor a repository that can be reached, or a folder that is no checkpoint.
     """
     if str(repo_or_folder) == EMBEDDED:
-        return Path(__file__).parent / "checkpoint"
+        return Path(__file__).parent.parent / "checkpoint"
     folder = Path(repo_or_folder).expanduser()
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_folder)):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from svdlab.cli.options import DEVICE, JSON, MODEL
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json, write_text
-from svdlab.options import DEVICE, JSON, MODEL
 
 
 @click.command("train-tiny")

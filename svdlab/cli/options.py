@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from svdlab.errors import SvdlabError
-from svdlab.settings import GenerationSettings
+from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,7 +79,7 @@ def sample_photo() -> Image.Image:
 
 def sample_picture(model: str) -> Image.Image:
     """What is animated when no image is given: a moving shape for the embedded checkpoint, a photograph for others."""
-    from svdlab.data import sample_image
+    from svdlab.training.data import sample_image
 
     return sample_image() if model == "embedded" else sample_photo()
 

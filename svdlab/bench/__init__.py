@@ -1,0 +1,1 @@
+"""Timing and memory of svdlab beside diffusers: ``svdlab bench``."""
