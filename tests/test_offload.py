@@ -17,7 +17,6 @@ from PIL import Image
 from svdlab.cli.generate import generate
 from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import Rules
-from svdlab.parity.trace import effective_chunk
 from svdlab.svd import memory
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
@@ -146,7 +145,7 @@ def test_what_is_free_is_what_the_machine_has() -> None:
 
 def test_auto_is_a_setting_like_others() -> None:
     settings = GenerationSettings.from_json(GenerationSettings(decode_chunk_size="auto").to_json())
-    assert settings.decode_chunk_size == "auto" and effective_chunk(settings.replace(num_frames=8)) is None
+    assert settings.decode_chunk_size == "auto" and settings.replace(num_frames=8).effective_decode_chunk is None
     for wrong in ("all", 0):
         with pytest.raises(SvdlabError, match="decode_chunk_size: got .*, allowed: integer >= 1 or auto or none"):
             GenerationSettings(decode_chunk_size=wrong)

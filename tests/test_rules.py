@@ -11,6 +11,7 @@ from PIL import Image
 from svdlab.errors import SvdlabError
 from svdlab.parity import bugs as rules
 from svdlab.parity.bugs import BUGS, Rules
+from svdlab.svd import images
 from svdlab.svd.pipeline import Inputs, SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 
@@ -81,7 +82,9 @@ def test_the_antialiasing_resize_equals_diffusers() -> None:
 
     for size in ((512, 600), (224, 224), (100, 300), (225, 1001)):
         image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        torch.testing.assert_close(rules.resize_antialiased(image, 224), _resize_with_antialiasing(image, (224, 224)))
+        torch.testing.assert_close(
+            images.resize_with_antialiasing(image, 224), _resize_with_antialiasing(image, (224, 224))
+        )
 
 
 def test_what_the_model_is_told() -> None:

@@ -31,7 +31,7 @@ def test_sigmas_and_timesteps(steps: int) -> None:
     reference.set_timesteps(steps)
     sigmas = own.karras_sigmas(steps, 0.002, 700.0)
     assert torch.equal(sigmas, reference.sigmas)
-    torch.testing.assert_close(own.continuous_timesteps(sigmas), reference.timesteps, rtol=2e-7, atol=0)
+    torch.testing.assert_close(own.scalings(sigmas[:-1]).c_noise, reference.timesteps, rtol=2e-7, atol=0)
     config = EulerScheduler.from_config(PUBLISHED)
     assert torch.equal(config.init_noise_sigma(sigmas), reference.init_noise_sigma)
     assert sigmas.dtype == torch.float32
@@ -43,7 +43,7 @@ def test_custom_sigmas_and_spacings(spacing: str) -> None:
     reference.set_timesteps(sigmas=[100.0, 3.0, 0.5, 0.0])
     sigmas = own.custom_sigmas([100.0, 3.0, 0.5, 0.0])
     assert torch.equal(sigmas, reference.sigmas)
-    torch.testing.assert_close(own.continuous_timesteps(sigmas), reference.timesteps, rtol=2e-7, atol=0)
+    torch.testing.assert_close(own.scalings(sigmas[:-1]).c_noise, reference.timesteps, rtol=2e-7, atol=0)
     config = EulerScheduler.from_config({**PUBLISHED, "timestep_spacing": spacing})
     assert torch.equal(config.init_noise_sigma(sigmas), reference.init_noise_sigma)
 
@@ -57,9 +57,10 @@ def test_steps() -> None:
     for i, timestep in enumerate(reference.timesteps):
         v = torch.randn(latents.shape, generator=generator)
         scaled = reference.scale_model_input(latents, timestep)
-        torch.testing.assert_close(own.scale_model_input(latents, sigmas[i]), scaled)
+        torch.testing.assert_close(own.scalings(sigmas[i]).c_in * latents, scaled)
         expected = reference.step(v, timestep, latents)
-        denoised = own.denoised_from_v(v, latents, sigmas[i])
+        scalings = own.scalings(sigmas[i])
+        denoised = scalings.c_skip * latents + scalings.c_out * v
         torch.testing.assert_close(denoised, expected.pred_original_sample)
         latents = own.euler_step(denoised, latents, sigmas[i], sigmas[i + 1])
         torch.testing.assert_close(latents, expected.prev_sample)

@@ -15,8 +15,8 @@ from torch import nn
 from svdlab.cli.training import train_tiny
 from svdlab.errors import SvdlabError
 from svdlab.parity.reference import load_diffusers
-from svdlab.svd import sampler as scheduler
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.sampler import scalings
 from svdlab.training import autoencoder, denoiser, evaluate
 from svdlab.training.data import HELD_OUT, sample_image, sample_scene
 from svdlab.training.fit import Stage, fit
@@ -120,7 +120,7 @@ def test_the_loss_is_zero_at_the_right_v() -> None:
         noisy = sample[:, :, :4] * (sigma**2 + 1) ** 0.5
         row = [int((clean - n).abs().flatten(1).mean(1).argmin()) for n in noisy]
         v = (clean[row] - noisy / (sigma**2 + 1)) * (-((sigma**2 + 1) ** 0.5) / sigma)
-        seen["denoised"] = scheduler.denoised_from_v(v, noisy, sigma) - clean[row]
+        seen["denoised"] = scalings(sigma).c_skip * noisy + scalings(sigma).c_out * v - clean[row]
         return v
 
     recipe = replace(recipe, sigma=(-3.0, 0.5), sigma_uniform=0.0)

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from svdlab.cli.options import DEVICE, JSON, MODEL, check_device, sample_picture, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, check_folder, write_json
-from svdlab.parity.bugs import PREDICT, decode_clip
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd.checkpoint import (
     ARCHITECTURES,
@@ -43,6 +42,7 @@ from svdlab.svd.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import decode_latents, predict_noise
 
 SVDLAB, DIFFUSERS, COMPILED, SVDLAB_COMPILED = "svdlab", "diffusers", "compiled", "svdlab_compiled"
 CASES = ("unet", "growth", "decode", "clip", "generation", "full-generation")
@@ -310,9 +310,8 @@ class Bench:
         token = self._new(settings, batch, 1, self.configs.image_encoder.projection_dim)
         ids, time = self._new(settings, batch, 3), torch.tensor(1.0, device=self.device)
         conditioning = own.condition(token, ids, frames)
-        predict = PREDICT[settings.cfg]
         return (
-            lambda unet: predict(unet, sample, time, conditioning),
+            lambda unet: predict_noise(unet, sample, time, conditioning, settings.cfg),
             lambda twin: twin(sample, time, token, ids).sample,
         )
 
@@ -324,7 +323,7 @@ class Bench:
         exact = settings.decode == "exact"
         parts = latents.flatten(0, 1).split(frames if exact else chunk or frames)
         return (
-            lambda vae: decode_clip(vae, latents, chunk, exact),
+            lambda vae: decode_latents(vae, latents, chunk, exact),
             lambda twin: [twin.decode(part, len(part)).sample for part in parts],
         )
 

@@ -18,17 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
+from svdlab.svd.images import normalize_for_clip, resize_with_antialiasing
 from svdlab.svd.layers import GEGLU, AlphaBlender, TimestepEmbedding
 from svdlab.svd.sampler import (
     EulerScheduler,
-    continuous_timesteps,
     custom_sigmas,
-    denoised_from_v,
     karras_sigmas,
-    scale_model_input,
+    scalings,
 )
-from svdlab.svd.unet import Conditioning, UNet
+from svdlab.svd.stages import decode_latents
+from svdlab.svd.unet import UNet
 from svdlab.svd.vae import VAE
+
+
+def continuous_timesteps(sigmas: Tensor) -> Tensor:
+    """0.25 * ln(sigma) for every sigma but the last."""
+    return scalings(sigmas[:-1]).c_noise
+
+
+def scale_model_input(latents: Tensor, sigma: Tensor) -> Tensor:
+    """c_in * latents."""
+    return latents * scalings(sigma).c_in
+
+
+def denoised_from_v(v: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+    """c_skip * latents + c_out * v."""
+    s = scalings(sigma)
+    return s.c_skip * latents + s.c_out * v
+
 
 # --- 1. fps conditioning ---
 
@@ -157,30 +174,9 @@ def kept(condition: Tensor) -> Tensor:
     return condition
 
 
-def resize_antialiased(images: Tensor, size: int) -> Tensor:
-    """Gaussian blur by the shrink factor, then bicubic with aligned corners: (B, 3, H, W) -> (B, 3, size, size).
-
-    In [-1, 1]. Source: ``pipeline_stable_video_diffusion.py:_resize_with_antialiasing``.
-    """
-    for axis in (-1, -2):
-        sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
-        width = int(max(4 * sigma, 3)) | 1
-        taps = torch.exp(-((torch.arange(width, dtype=images.dtype) - width // 2) ** 2) / (2 * sigma**2)).to(images)
-        pad = (width // 2, width // 2, 0, 0) if axis == -1 else (0, 0, width // 2, width // 2)
-        kernel = (taps / taps.sum()).view(1, 1, 1, -1) if axis == -1 else (taps / taps.sum()).view(1, 1, -1, 1)
-        padded = F.pad(images, pad, mode="reflect")
-        images = F.conv2d(padded, kernel.expand(images.shape[1], 1, -1, -1), groups=images.shape[1])
-    return resize_plain(images, size)
-
-
 def resize_plain(images: Tensor, size: int) -> Tensor:
     """Twin: bicubic without the blur."""
     return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
-
-
-def normalise_clip(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """CLIP's mean and std over (B, 3, S, S) in [0, 1]. Source: ``_encode_image``, the feature extractor."""
-    return (pixels - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
 def clip_pixels_as_they_are(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -222,22 +218,9 @@ def guide_swapped(uncond: Tensor, cond: Tensor, scale: Tensor) -> Tensor:
 # --- 5. decoding ---
 
 
-def decode_clip(vae: VAE, latents: Tensor, chunk: int | None, exact: bool) -> Tensor:
-    """Frames (B, F, 3, H, W) of scaled-back latents, one video after the other so that no two are ever blended.
-
-    ``exact``: what decoding all frames at once gives, ``chunk`` frames in memory (default 2). Else what diffusers
-    gives for that chunk size (``decode_latents``): each chunk is a clip of its own. No chunk size means all at once
-    in both, and is computed exactly.
-    """
-    videos = [v[None] for v in latents]
-    if exact or chunk is None:
-        return torch.cat([vae.decode(v, chunk or 2) for v in videos])
-    return torch.cat([torch.cat([vae.decode(c) for c in v.split(chunk, dim=1)], dim=1) for v in videos])
-
-
 def decode_always_chunked(vae: VAE, latents: Tensor, chunk: int | None, exact: bool) -> Tensor:
     """Twin: chunks of 2, each a clip of its own, where the reference decodes at once."""
-    return decode_clip(vae, latents, chunk or 2, exact=False)
+    return decode_latents(vae, latents, chunk or 2, exact=False)
 
 
 def unscale_latents(latents: Tensor, scaling_factor: float) -> Tensor:
@@ -249,22 +232,6 @@ def latents_as_sampled(latents: Tensor, scaling_factor: float) -> Tensor:
     """Twin: decoded as they are."""
     return latents
 
-
-# --- 6. classifier-free guidance in one pass ---
-
-
-def predict_batched(unet: UNet, model_input: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """Both halves in one forward pass, (2B, F, 4, h, w). Source: ``pipeline_stable_video_diffusion.py:__call__``, 9."""
-    return unet(model_input, timestep, conditioning)
-
-
-def predict_sequentially(unet: UNet, model_input: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """The pre-fix way, one pass a half: the same result for half the activation memory."""
-    halves = zip(model_input.chunk(2), conditioning.halves(), strict=True)
-    return torch.cat([unet(x, timestep, c) for x, c in halves])
-
-
-PREDICT = {"batched": predict_batched, "sequential": predict_sequentially}
 
 # --- bugs inside the networks: edits of a module's attributes, or hooks, undone on exit ---
 
@@ -352,12 +319,12 @@ class Rules:
     image_latents: Callable[[Tensor, float], Tensor] = image_latents_unscaled
     uncond_embeddings: Callable[[Tensor], Tensor] = zeros
     uncond_latents: Callable[[Tensor], Tensor] = zeros
-    clip_resize: Callable[[Tensor, int], Tensor] = resize_antialiased
-    clip_normalise: Callable[[Tensor, Tensor, Tensor], Tensor] = normalise_clip
+    clip_resize: Callable[[Tensor, int], Tensor] = resize_with_antialiasing
+    clip_normalise: Callable[[Tensor, Tensor, Tensor], Tensor] = normalize_for_clip
     guidance_scale: Callable[[float, float, int, int], Tensor] = guidance_per_frame
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] = guide
     to_decode: Callable[[Tensor, float], Tensor] = unscale_latents
-    decode: Callable[[VAE, Tensor, int | None, bool], Tensor] = decode_clip
+    decode: Callable[[VAE, Tensor, int | None, bool], Tensor] = decode_latents
     unet_edits: tuple[Edit, ...] = ()
     vae_edits: tuple[Edit, ...] = ()
 
@@ -629,3 +596,8 @@ BUGS: Mapping[str, Bug] = MappingProxyType(
         ]
     )
 )
+
+
+def check_bugs(*names: str) -> None:
+    """Raises: SvdlabError for a name that is not in the catalogue, or for two bugs that exclude each other."""
+    Rules.with_bugs(*names)

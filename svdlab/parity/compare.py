@@ -34,10 +34,8 @@ from svdlab.parity.trace import (
     INPUTS,
     Trace,
     capture,
-    effective_chunk,
     execution_key,
     is_tap,
-    num_steps,
     probe_of,
 )
 from svdlab.svd.settings import GenerationSettings
@@ -339,8 +337,8 @@ def check_settings(one: Trace, other: Trace) -> None:
         a, b = getattr(one.settings, name), getattr(other.settings, name)
         if name not in _FREE and a != b:
             raise SvdlabError(f"{other.label}: settings: {name} is {b}, allowed: {a}, as in {one.label}")
-    for name, of in (("num_inference_steps", num_steps), ("decode_chunk_size", effective_chunk)):
-        a, b = of(one.settings), of(other.settings)
+    for name, value in (("num_inference_steps", "num_steps"), ("decode_chunk_size", "effective_decode_chunk")):
+        a, b = getattr(one.settings, value), getattr(other.settings, value)
         if a != b:
             raise SvdlabError(f"{other.label}: settings: {name} is {b}, allowed: {a}, as in {one.label}")
 

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from svdlab.cli.options import sample_picture
-from svdlab.parity.bugs import PREDICT, Rules
+from svdlab.parity.bugs import Rules
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
-from svdlab.parity.trace import Trace, capture, effective_chunk, num_steps
+from svdlab.parity.trace import Trace, capture
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
 from svdlab.svd.memory import measured_peak
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import predict_noise
 from svdlab.svd.video import Clip, side_by_side
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ class Lab:
             conditioning = unet.condition(token, torch.ones(2, 3, **to), frames)
 
             def step() -> None:
-                PREDICT[settings.cfg](unet, sample, torch.ones((), **to), conditioning)
+                predict_noise(unet, sample, torch.ones((), **to), conditioning, cfg=settings.cfg)
                 if self._device.startswith("cuda"):
                     torch.cuda.synchronize(self._device)
 
@@ -277,7 +278,7 @@ class Lab:
     def _trace(self, key: Any, make: Callable[[], Trace], watch: Watch | None) -> Trace:
         with self._lock:
             if key not in self._traces:
-                with _watched(*_PARTS[key[0]], num_steps(key[-1]), watch):
+                with _watched(*_PARTS[key[0]], key[-1].num_steps, watch):
                     self._traces[key] = make()
             self._traces.move_to_end(key)
             while len(self._traces) > _CASE_TRACES and sum(map(_bytes, self._traces.values())) > _CACHE_BYTES:
@@ -291,7 +292,7 @@ def _bytes(trace: Trace) -> int:
 
 def _as_diffusers_knows(settings: GenerationSettings) -> GenerationSettings:
     """Without what changes svdlab's memory and not its result, so that one reference serves all of it."""
-    return settings.replace(cfg="batched", decode="parity", decode_chunk_size=effective_chunk(settings))
+    return settings.replace(cfg="batched", decode="parity", decode_chunk_size=settings.effective_decode_chunk)
 
 
 @contextmanager

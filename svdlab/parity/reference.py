@@ -36,7 +36,6 @@ from svdlab.parity.trace import (
     TraceWriter,
     check_until,
     dtype_name,
-    num_steps,
     replay_images,
     replayed,
     source_images,
@@ -247,7 +246,7 @@ def capture_diffusers(
     )
     with writer, ExitStack() as stack, torch.no_grad():
         bar = stack.enter_context(
-            tqdm(total=num_steps(settings), desc=f"{implementation} {settings.dtype}", disable=not progress)
+            tqdm(total=settings.num_steps, desc=f"{implementation} {settings.dtype}", disable=not progress)
         )
         watch = _Watch(pipe, settings, tensors, writer, until, stack, perturb)
         for name, module in chosen.items():

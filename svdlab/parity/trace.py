@@ -323,14 +323,9 @@ def _key_or_last(name: str) -> tuple[int, int, int]:
     return execution_key(name) if probe_of(name) or tapping.split(name) else (9, 0, 0)
 
 
-def num_steps(settings: GenerationSettings) -> int:
-    """Denoising steps of a generation; explicit sigmas (one more than steps) override the number."""
-    return len(settings.sigmas) - 1 if settings.sigmas is not None else settings.num_inference_steps
-
-
 def _check_shapes(label: str, shapes: Mapping[str, tuple[int, ...]], settings: GenerationSettings) -> None:
     """Every probe's and tap's shape against the settings, and against each other."""
-    steps = num_steps(settings)
+    steps = settings.num_steps
     known: dict[str, int] = {
         "F": settings.num_frames or 0,
         "H": settings.height or 0,
@@ -656,14 +651,14 @@ def capture(
     chosen = tapping.select(models, taps)
     check_until(until, settings)
     run_settings = settings
-    if any(name.startswith("vae.decoder") for name in chosen) and not effective_chunk(settings):
+    if any(name.startswith("vae.decoder") for name in chosen) and not settings.effective_decode_chunk:
         # Whole clips: the same numbers as the exact decode in chunks, which does not go through the modules'
         # forward.
         run_settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
     writer = TraceWriter(
         settings, "svdlab", implementation_version=version_of("svdlab"), dtype=settings.dtype, path=path
     )
-    steps = num_steps(settings)
+    steps = settings.num_steps
     with writer, ExitStack() as stack, torch.no_grad():
         bar = stack.enter_context(tqdm(total=steps, desc=f"svdlab {settings.dtype}", disable=not progress))
         now = {"step": 0}
@@ -694,16 +689,8 @@ def check_until(until: str | None, settings: GenerationSettings) -> None:
     if until is None:
         return
     probe = probe_of(until)
-    if probe is None or (probe[1] or 0) >= num_steps(settings):
+    if probe is None or (probe[1] or 0) >= settings.num_steps:
         raise SvdlabError(f"until: got {until!r}, allowed: a probe such as 'image_latents' or 'noise_pred.000'")
-
-
-def effective_chunk(settings: GenerationSettings) -> int | None:
-    """The decode chunk that changes the result: None where every clip is decoded as one."""
-    chunk = settings.decode_chunk_size
-    if settings.decode == "exact" or not isinstance(chunk, int) or chunk >= (settings.num_frames or 0):
-        return None
-    return chunk
 
 
 def replay_inputs(

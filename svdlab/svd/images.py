@@ -98,15 +98,58 @@ def randn(
     return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
+def resize_with_antialiasing(images: Tensor, size: int) -> Tensor:
+    """Gaussian blur by the shrink factor, then bicubic with aligned corners: (B, 3, H, W) -> (B, 3, size, size).
+
+    Source: diffusers ``pipeline_stable_video_diffusion.py:_resize_with_antialiasing``.
+
+    Args:
+        images: in [-1, 1].
+        size: in pixels.
+    """
+    for axis in (-1, -2):
+        sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
+        width = int(max(4 * sigma, 3)) | 1
+        taps = torch.exp(-((torch.arange(width, dtype=images.dtype) - width // 2) ** 2) / (2 * sigma**2)).to(images)
+        pad = (width // 2, width // 2, 0, 0) if axis == -1 else (0, 0, width // 2, width // 2)
+        kernel = (taps / taps.sum()).view(1, 1, 1, -1) if axis == -1 else (taps / taps.sum()).view(1, 1, -1, 1)
+        padded = F.pad(images, pad, mode="reflect")
+        images = F.conv2d(padded, kernel.expand(images.shape[1], 1, -1, -1), groups=images.shape[1])
+    return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
+
+
+def normalize_for_clip(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """CLIP's channel statistics applied to (B, 3, S, S) in [0, 1].
+
+    Source: diffusers ``pipeline_stable_video_diffusion.py:_encode_image``, the feature extractor.
+    """
+    shift, scale = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (pixels - shift) / scale
+
+
+def to_unit(frames: Tensor) -> Tensor:
+    """Frames of any shape in about [-1, 1] to [0, 1], clamped; in float32 or wider.
+
+    Source: diffusers ``image_processor.py:VaeImageProcessor.denormalize``.
+    """
+    return (frames.to(torch.promote_types(frames.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+
+
+def to_levels(frames: Tensor) -> np.ndarray:
+    """Frames (..., 3, H, W) in about [-1, 1] to 8-bit levels, uint8 (..., H, W, 3), rounded as diffusers does.
+
+    Source: diffusers ``image_processor.py:VaeImageProcessor.numpy_to_pil``.
+    """
+    unit = to_unit(frames).float().movedim(-3, -1).cpu().numpy()
+    return (unit * 255).round().astype(np.uint8)
+
+
 def postprocess(frames: Tensor, output_type: str | None) -> Any:
     """Frames (B, F, 3, H, W) in about [-1, 1] to "pt" (the same shape in [0, 1]), "np" (B, F, H, W, 3), or "pil".
 
     Source: diffusers ``video_processor.py:VideoProcessor.postprocess_video``.
     """
-    frames = (frames.float() / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return frames
-    array = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
-    if output_type == "np":
-        return array
-    return [[Image.fromarray(frame) for frame in video] for video in (array * 255).round().astype(np.uint8)]
+    if output_type == "pil":
+        return [[Image.fromarray(frame) for frame in video] for video in to_levels(frames)]
+    unit = to_unit(frames).float()
+    return unit if output_type == "pt" else unit.movedim(-3, -1).cpu().numpy()

@@ -30,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svdlab.cli.options import JSON, check_device, settings_options
 from svdlab.files import check_folder, write_json
-from svdlab.parity.bugs import PREDICT, decode_clip
 from svdlab.svd import VAE, CLIPVision, UNet
 from svdlab.svd.checkpoint import ARCHITECTURES, Configs, load_configs, resolve_size
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import decode_latents, predict_noise
 
 GIB = 2**30
 NETWORKS: dict[str, type[Any]] = {"image_encoder": CLIPVision, "vae": VAE, "unet": UNet}
@@ -178,13 +178,15 @@ def stage_calls(configs: Configs, settings: GenerationSettings) -> dict[str, Cal
         def call(unet: UNet, new: New, chunk: int | None) -> Tensor:
             token, ids = new(batch, 1, configs.image_encoder.projection_dim), new(batch, 3)
             sample = new(batch, frames, unet.config.in_channels, *size)
-            return PREDICT[cfg if guided else "batched"](unet, sample, new(1), unet.condition(token, ids, frames))
+            return predict_noise(
+                unet, sample, new(1), unet.condition(token, ids, frames), cfg=cfg if guided else "batched"
+            )
 
         return call
 
     def decode(exact: bool) -> Call:
         def call(vae: VAE, new: New, chunk: int | None) -> Tensor:
-            decoded = decode_clip(vae, new(videos, frames, vae.config.latent_channels, *size), chunk, exact)
+            decoded = decode_latents(vae, new(videos, frames, vae.config.latent_channels, *size), chunk, exact)
             return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
 
         return call

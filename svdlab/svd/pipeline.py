@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.bugs import PREDICT, Rules
+from svdlab.parity.bugs import Rules
 from svdlab.svd import images
 from svdlab.svd import sampler as scheduler
 from svdlab.svd.checkpoint import EMBEDDED, Components, Configs, channels_last, load_components, resolve_size
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import predict_noise
 
 if TYPE_CHECKING:
     from svdlab.svd.video import Clip
@@ -102,6 +103,10 @@ class SVDPipeline:
         other = SVDPipeline(self.components, rules)
         other._offload_device = self._offload_device
         return other
+
+    def with_bugs(self, *names: str) -> SVDPipeline:
+        """The same weights with bugs of the catalogue injected."""
+        return self.with_rules(Rules.with_bugs(*names))
 
     def to(self, *args: Any, **kwargs: Any) -> SVDPipeline:
         """Move and cast all three networks as ``nn.Module.to`` does; returns itself."""
@@ -279,8 +284,7 @@ class SVDPipeline:
     def clip_pixels(self, source: Tensor) -> Tensor:
         """What the CLIP tower sees of images as given: (B, 3, H0, W0) in [0, 1] -> (B, 3, S, S), normalised."""
         resized = self.rules.clip_resize(source * 2 - 1, self.image_encoder.config.image_size)
-        mean, std = (torch.tensor(v) for v in (self.feature_extractor.mean, self.feature_extractor.std))
-        return self.rules.clip_normalise((resized + 1) / 2, mean, std)
+        return self.rules.clip_normalise((resized + 1) / 2, self.feature_extractor.mean, self.feature_extractor.std)
 
     def run(
         self,
@@ -349,14 +353,15 @@ class SVDPipeline:
                 added_time_ids = added_time_ids.repeat(2, 1)
         with rules.in_force(self.unet, self.vae), self._on_device(self.unet):
             conditioning = self.unet.condition(image_embeddings, added_time_ids, num_frames)
-            predict = PREDICT[settings.cfg if guided else "batched"]
 
             latents = inputs.latents.to(**to) * rules.init_noise_sigma(self.scheduler, sigmas)
             for i, timestep in enumerate(tqdm(timesteps, disable=not progress, desc="denoise", unit="step")):
                 scaled = rules.model_input(latents, sigmas[i])
                 model_input = torch.cat([scaled.repeat(2 if guided else 1, 1, 1, 1, 1), image_latents], dim=2)
                 see(f"model_input.{i:03}", model_input)
-                prediction = predict(self.unet, model_input, timestep, conditioning)
+                prediction = predict_noise(
+                    self.unet, model_input, timestep, conditioning, settings.cfg if guided else "batched"
+                )
                 if guided:
                     uncond, cond = prediction.chunk(2)
                     see(f"noise_pred_uncond.{i:03}", uncond)

@@ -94,25 +94,34 @@ def custom_sigmas(sigmas: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.array(sigmas, dtype=np.float32))
 
 
-def continuous_timesteps(sigmas: Tensor) -> Tensor:
-    """What the UNet is told of the noise level: 0.25 * ln(sigma) for every sigma but the last, (steps,).
+@dataclass(frozen=True)
+class Scalings:
+    """EDM's preconditioning at some noise levels: D(x) = c_skip x + c_out F(c_in x; c_noise).
 
-    Source: diffusers ``scheduling_euler_discrete.py:set_timesteps``; c_noise in Karras et al. 2022, table 1.
+    Attributes:
+        c_skip, c_out, c_in, c_noise: of the sigmas' shape.
     """
-    return 0.25 * sigmas[:-1].log()
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
 
 
-def scale_model_input(latents: Tensor, sigma: Tensor) -> Tensor:
-    """c_in of Karras et al. 2022, table 1: latents / sqrt(sigma^2 + 1), any shape."""
-    return latents / ((sigma**2 + 1) ** 0.5)
+def scalings(sigma: Tensor) -> Scalings:
+    """SVD's scalings, those of v-prediction with sigma_data 1: the one place where they stand.
 
+    c_skip = 1 / (sigma^2 + 1), c_out = -sigma / sqrt(sigma^2 + 1), c_in = 1 / sqrt(sigma^2 + 1),
+    c_noise = 0.25 ln(sigma), the timestep.
 
-def denoised_from_v(v: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latents that a v-prediction stands for, in float32: c_skip * latents + c_out * v.
+    Source: Karras et al. 2022, table 1; Salimans and Ho 2022 (arXiv 2202.00512), v-prediction; diffusers
+    ``scheduling_euler_discrete.py:step, scale_model_input, set_timesteps``.
 
-    Source: diffusers ``scheduling_euler_discrete.py:step``; c_skip = 1 / (sigma^2 + 1), c_out = -sigma / sqrt(...).
+    Args:
+        sigma: positive, any shape.
     """
-    return v * (-sigma / (sigma**2 + 1) ** 0.5) + latents / (sigma**2 + 1)
+    variance = sigma**2 + 1
+    return Scalings(1 / variance, -sigma / variance**0.5, 1 / variance**0.5, 0.25 * sigma.log())
 
 
 def euler_step(denoised: Tensor, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

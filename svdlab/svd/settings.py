@@ -130,6 +130,19 @@ class GenerationSettings(BaseModel):
         return cls(**values)
 
     @property
+    def num_steps(self) -> int:
+        """Denoising steps; explicit sigmas, one more than steps, override ``num_inference_steps``."""
+        return len(self.sigmas) - 1 if self.sigmas is not None else self.num_inference_steps
+
+    @property
+    def effective_decode_chunk(self) -> int | None:
+        """The decode chunk that changes the result: None where every video is decoded as one."""
+        chunk = self.decode_chunk_size
+        if self.decode == "exact" or not isinstance(chunk, int) or chunk >= (self.num_frames or 0):
+            return None
+        return chunk
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch knows it."""
         return getattr(torch, self.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path
+from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
 
 SUFFIXES = (".mp4", ".gif")
@@ -57,8 +58,7 @@ class Clip:
     @classmethod
     def from_tensor(cls, frames: Tensor, fps: int, settings: GenerationSettings | None = None) -> Clip:
         """From (F, 3, H, W) in about [-1, 1], clamped and rounded as diffusers does for PIL output."""
-        levels = (frames.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy() * 255
-        return cls(levels.round().astype(np.uint8), fps, settings)
+        return cls(to_levels(frames), fps, settings)
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -260,11 +260,10 @@ def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str
 
     from svdlab.parity.bugs import Rules
     from svdlab.parity.lab import motion_per_frame
-    from svdlab.parity.trace import num_steps
     from svdlab.svd.video import Clip
 
     settings, pipe = point.settings, lab.pipe.with_rules(Rules.with_bugs(*point.rules))
-    steps = num_steps(settings)
+    steps = settings.num_steps
 
     def on_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> None:
         if step is not None:

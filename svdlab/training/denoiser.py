@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdlab.parity import bugs as rules
 from svdlab.svd import VAE, CLIPVision, UNet
-from svdlab.svd import sampler as scheduler
 from svdlab.svd.layers import ResnetBlock, SpatioTemporalTransformer, TemporalResnetBlock
+from svdlab.svd.sampler import scalings
 from svdlab.training.autoencoder import draw_motion, to_tensor
 from svdlab.training.data import Scene
 from svdlab.training.recipe import Recipe
@@ -87,16 +86,13 @@ def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: tor
         frames = to_tensor(scene.render(path))
         mean, spread = recipe.noise_aug
         strengths = torch.randn(recipe.augmentations, generator=generator).mul(spread).add(mean).exp().clamp(max=1.0)
-        noisy = [
-            rules.augment_pixels(frames[:1], torch.randn(frames[:1].shape, generator=generator), float(s))
-            for s in strengths
-        ]
+        noisy = [frames[:1] + float(s) * torch.randn(frames[:1].shape, generator=generator) for s in strengths]
         latents = vae.encode(torch.cat([frames, *noisy]).to(device))[0].cpu()
         pixels = clip_pixels(frames[:1], image_encoder.config.image_size)
         embedding = image_encoder(pixels.to(device))[0].cpu()
         body = torch.from_numpy(scene.coverage(path)[0]).float()[:, None]
         near = F.max_pool2d(body, kernel_size=8)
-        motion = torch.tensor([float(rules.fps_minus_one(fps)), float(bucket)])
+        motion = torch.tensor([float(fps - 1), float(bucket)])
         rows.append((latents[:8], latents[8:], strengths, embedding, motion, 1 + recipe.shape_weight * near))
     pool = Pool(*(torch.stack(column) for column in zip(*rows, strict=True)))
     scaling_factor = round(1 / float(pool.latents.std()), 5)
@@ -122,9 +118,10 @@ def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Gene
         image_latents = (pool.image_latents[rows, column] * keep_latents)[:, None].repeat(1, num_frames, 1, 1, 1)
         ids = torch.cat([pool.motion[rows], pool.strengths[rows, column, None]], dim=1)
 
-        sample = torch.cat([scheduler.scale_model_input(noisy, sigma), image_latents], dim=2)
-        v = call(sample, 0.25 * sigmas.log(), pool.image_embeddings[rows] * keep_embedding, ids)
-        target = (clean - noisy / (sigma**2 + 1)) * (-((sigma**2 + 1) ** 0.5) / sigma)
+        s = scalings(sigma)
+        sample = torch.cat([s.c_in * noisy, image_latents], dim=2)
+        v = call(sample, scalings(sigmas).c_noise, pool.image_embeddings[rows] * keep_embedding, ids)
+        target = (clean - s.c_skip * noisy) / s.c_out
         return ((v - target.to(v.device)).square() * weight[rows].to(v.device)).mean()
 
     return of

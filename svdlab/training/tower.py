@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlab.parity import bugs as rules
 from svdlab.svd import CLIPVision
 from svdlab.svd.checkpoint import ImageNormalization
+from svdlab.svd.images import normalize_for_clip, resize_with_antialiasing
 from svdlab.training.autoencoder import to_tensor
 from svdlab.training.data import DIRECTIONS, SHAPES, SIZE, Scene
 from svdlab.training.recipe import Recipe
@@ -33,10 +33,9 @@ class Described(nn.Module):
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] as the tower sees them, by the pipeline's own rules."""
+    """Images (B, 3, H, W) in [-1, 1] as the tower sees them, by the pipeline's own functions."""
     statistics = ImageNormalization()
-    mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
-    return rules.normalise_clip((rules.resize_antialiased(images, size) + 1) / 2, mean, std)
+    return normalize_for_clip((resize_with_antialiasing(images, size) + 1) / 2, statistics.mean, statistics.std)
 
 
 def loss(recipe: Recipe, size: int) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
