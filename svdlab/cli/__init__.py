@@ -22,6 +22,7 @@ _COMMANDS = {
     "report": "svdlab.report.run",
     "sweep": "svdlab.cli.sweep",
     "sweep-compare": "svdlab.cli.sweep",
+    "kernels": "svdlab.cli.kernels",
     "memory": "svdlab.svd.memory",
     "bench": "svdlab.bench.cases",
     "train-tiny": "svdlab.cli.training",
