@@ -21,7 +21,7 @@ from svdlab.files import check_folder
 from svdlab.notebook.figures import plot_divergence, plot_grid
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.compare import compare
-from svdlab.parity.lab import Case, Lab, Stopped, ratio_text
+from svdlab.parity.lab import Cancelled, Case, Lab, ratio_text
 from svdlab.parity.trace import Trace, capture
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
@@ -323,7 +323,7 @@ class Panel:
         def watch(fraction: float, text: str) -> None:
             nonlocal said
             if stop.is_set():
-                raise Stopped
+                raise Cancelled
             if text != said:
                 said = text
                 self.progress.value = fraction
@@ -333,10 +333,10 @@ class Panel:
         try:
             for case in self.explorer.lab.cases(settings, bug, watch):
                 if stop.is_set():
-                    raise Stopped
+                    raise Cancelled
                 self._draw(case)
             self._say("done")
-        except Stopped:
+        except Cancelled:
             self._say("stopped")
         except Exception as error:
             self._say(_shown_error(error))

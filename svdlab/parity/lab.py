@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from svdlab.cli.options import sample_picture
 from svdlab.parity.bugs import Rules
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Trace, capture
+from svdlab.samples import sample_picture
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
 from svdlab.svd.memory import measured_peak
 from svdlab.svd.pipeline import SVDPipeline
@@ -51,7 +51,7 @@ _PARTS = {
 _PICTURE_HEIGHT = 192  # pixels
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error
+class Cancelled(Exception):  # noqa: N818 - it is no error
     """Leaves a computation that a newer one, or the stop button, has made superfluous."""
 
 
@@ -146,7 +146,7 @@ class Lab:
         model: "embedded", a checkpoint folder, or a name on the hub.
         device: where both run.
         dtype: the working dtype; the truth is float64.
-        image: what the clips start from; default: ``options.sample_picture``.
+        image: what the clips start from; default: ``samples.sample_picture``.
 
     Raises:
         SvdlabError: a checkpoint that does not load, a dtype that is not known.
@@ -185,7 +185,7 @@ class Lab:
         Args:
             settings: which generation.
             bug: a name of ``rules.BUGS``.
-            watch: called with the progress in [0, 1] and a text at every layer that runs; may raise ``Stopped``.
+            watch: called with the progress in [0, 1] and a text at every layer that runs; may raise ``Cancelled``.
 
         Raises:
             SvdlabError: settings at which diffusers fails, a bug that is not known.
