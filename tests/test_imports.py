@@ -87,3 +87,33 @@ def test_what_is_not_installed_is_one_line(capsys: pytest.CaptureFixture[str], m
             code, out, err = run(capsys, patch, *arguments)
         assert code == 2 and not out
         assert err == f"error: {module} is not installed; allowed: pip install 'svdlab[{extra}]'\n"
+
+
+def test_without_any_extra_clips_are_made_and_traces_compared(tmp_path: Path) -> None:
+    script = """
+import sys
+from svdlab import cli
+from svdlab.errors import EXTRA_OF
+
+# What torch itself requires is always there.
+sys.modules.update(dict.fromkeys(EXTRA_OF.keys() - {"filelock", "jinja2"}))
+small = "--num-frames 2 --num-inference-steps 1 --height 32 --width 32".split()
+for arguments in (
+    ["trace", "--implementation", "svdlab", "--out", "t.safetensors", *small],
+    ["generate", SAMPLE, "--out", "clip.mp4", *small],
+    ["compare", "t.safetensors", "t.safetensors"],
+    ["diagnose", "t.safetensors", "t.safetensors"],
+    ["parity", *small],
+):
+    sys.argv = ["svdlab", *arguments]
+    try:
+        cli.main()
+    except SystemExit as leave:
+        print(arguments[0], leave.code)
+"""
+    sample = ROOT / "svdlab" / "checkpoint" / "sample.png"
+    script = script.replace("SAMPLE", repr(str(sample)))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert {"compare 0", "diagnose 0", "parity 2"} <= set(done.stdout.splitlines()), done.stdout + done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"t.safetensors", "clip.mp4"}
+    assert "error: diffusers is not installed; allowed: pip install 'svdlab[parity]'" in done.stderr
