@@ -81,7 +81,7 @@ def test_ctrl_c_leaves_nothing(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SVDPipeline, "denoise", interrupted)
+    monkeypatch.setattr(SVDPipeline, "run", interrupted)
     code, _, err = run(capsys, monkeypatch, "generate", picture, "--out", str(tmp_path / "c.mp4"))
     assert code == 130 and "interrupted" in err
     assert [p.name for p in tmp_path.iterdir()] == ["photo.png"]
