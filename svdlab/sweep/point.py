@@ -186,12 +186,12 @@ def compute_point(source: Source, point: Point, step: Step | None = None) -> Out
     Args:
         source: what it is computed from.
         point: which.
-        step: called with the denoising step and their number; may raise ``lab.Stopped``.
+        step: called with the denoising step and their number; may raise ``lab.Cancelled``.
 
     Raises:
         SweepHalted: this process has another version or another model, the model does not load, the disk is full.
     """
-    from svdlab.parity.lab import Stopped
+    from svdlab.parity.lab import Cancelled
 
     points, identity = Path(source.points), source.identity(point)
     with _one_at_a_time:
@@ -201,7 +201,7 @@ def compute_point(source: Source, point: Point, step: Step | None = None) -> Out
         lab = _lab(source, point.settings.dtype)
         try:
             files = _make(lab, source, point, step)
-        except Stopped:
+        except Cancelled:
             raise
         except Exception as error:
             text = "".join(traceback.format_exception(error))

@@ -93,11 +93,11 @@ class InProcess:
 
     def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
         """See ``Backend``; a point under way is given up at its next denoising step."""
-        from svdlab.parity.lab import Stopped
+        from svdlab.parity.lab import Cancelled
 
         def on_step(i: int, steps: int) -> None:
             if stop():
-                raise Stopped
+                raise Cancelled
             step(i, steps)
 
         try:
@@ -105,7 +105,7 @@ class InProcess:
                 if stop():
                     return
                 yield compute_point(source, point, on_step)
-        except Stopped:
+        except Cancelled:
             return
 
 
