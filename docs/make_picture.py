@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from svdlab.cli.options import sample_picture
 from svdlab.notebook.figures import plot_divergence
 from svdlab.parity import capture
 from svdlab.parity.bugs import Rules
 from svdlab.parity.compare import compare, three_way
+from svdlab.samples import sample_picture
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 

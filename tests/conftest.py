@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from svdlab.cli.options import sample_photo
+from svdlab.samples import sample_photo
 from svdlab.svd.checkpoint import write_random_checkpoint
 
 torch.set_num_threads(1)

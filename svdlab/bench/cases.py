@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils import benchmark
 from tqdm import tqdm
 
-from svdlab.cli.options import DEVICE, JSON, MODEL, check_device, sample_picture, settings_options
+from svdlab.cli.options import DEVICE, JSON, MODEL, check_device, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, check_folder, write_json
+from svdlab.samples import sample_picture
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd.checkpoint import (
     ARCHITECTURES,

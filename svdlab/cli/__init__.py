@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 import click
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import EXTRA_OF, SvdlabError, not_installed
 
 # Where a command is defined, so that asking for one does not import the others.
 _COMMANDS = {
@@ -50,11 +51,19 @@ def main() -> None:
     try:
         commands(standalone_mode=False)
     except SvdlabError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _refuse(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_OF:
+            raise
+        _refuse(not_installed(error.name or ""))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+
+
+def _refuse(error: SvdlabError) -> NoReturn:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(2)

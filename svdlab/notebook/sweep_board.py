@@ -21,7 +21,7 @@ from svdlab.svd.settings import GenerationSettings, allowed
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import PLAN, Sweep
 from svdlab.sweep.plan import RULES, grid, make_points, parse_values
-from svdlab.sweep.run import Backend, Progress, Stop, Watch, run_sweep
+from svdlab.sweep.run import Backend, OnProgress, Progress, ShouldStop, run_sweep
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,14 +79,21 @@ class SweepExplorer:
             return SweepPanel(self).show()._repr_mimebundle_()
         return {"text/html": self.page(), "text/plain": f"SweepExplorer over {', '.join(self.axes)}"}
 
-    def run(self, watch: Watch | None = None, stop: Stop | None = None) -> Sweep:
+    def run(self, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Sweep:
         """Compute what is missing of the present axes; a second thread waits, and then finds all there.
 
         Raises:
             SvdlabError: see ``run_sweep``.
         """
         with self._running:
-            return run_sweep(self.out, grid(self.axes), self.settings, watch=watch, stop=stop, **self.options)
+            return run_sweep(
+                self.out,
+                grid(self.axes),
+                self.settings,
+                on_progress=on_progress,
+                should_stop=should_stop,
+                **self.options,
+            )
 
     def page(self) -> str:
         """What a page without widgets shows: the grid of clips, the heat maps, one point in full. HTML."""
@@ -239,7 +246,7 @@ class SweepPanel(Panel):
         self.say("loading the model")
         sweep = self.explorer.run(on_progress, stop.is_set)
         self._draw()
-        notes = "".join(f"; {n} earlier points are of {why}" for why, n in sweep.strangers().items())
+        notes = "".join(f"; {n} earlier points {why}" for why, n in sweep.unplanned_points().items())
         return f"{'stopped' if stop.is_set() else 'done'}, {_finished(sweep)} of {len(sweep.plan.points)} points{notes}"
 
     def _lay_out(self, sweep: Sweep) -> None:
