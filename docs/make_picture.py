@@ -11,7 +11,8 @@ from svdlab.cli.options import sample_picture
 from svdlab.notebook.figures import plot_divergence
 from svdlab.parity import capture
 from svdlab.parity.bugs import Rules
-from svdlab.parity.compare import compare, three_way
+from svdlab.parity.compare import compare
+from svdlab.parity.three_way import three_way
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from svdlab.errors import SvdlabError
+from svdlab.parity.candidate import capture
+from svdlab.parity.probes import INPUTS
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-from svdlab.parity.trace import INPUTS, Trace, capture
+from svdlab.parity.trace import Trace
 from svdlab.svd import layers
+from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 
@@ -60,7 +63,7 @@ def frames_of(pipe: Any, image: Any, settings: GenerationSettings) -> torch.Tens
 
 def test_the_trace_is_what_diffusers_does(diffusers: Any, reference: Trace, photo: Any) -> None:
     frames = frames_of(diffusers, photo, SETTINGS)
-    assert torch.equal((reference["frames"] / 2 + 0.5).clamp(0, 1), frames)
+    assert torch.equal(to_unit(reference["frames"]), frames)
     generator = torch.Generator().manual_seed(SETTINGS.seed)
     assert torch.equal(reference["input.noise"], torch.randn(1, 3, 32, 32, generator=generator))
     assert torch.equal(reference["input.latents"], torch.randn(1, 3, 4, 4, 4, generator=generator))

@@ -20,9 +20,10 @@ from svdlab.errors import SvdlabError
 from svdlab.files import check_folder
 from svdlab.notebook.figures import plot_divergence, plot_grid
 from svdlab.parity.bugs import BUGS
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare
 from svdlab.parity.lab import Case, Lab, Stopped, ratio_text
-from svdlab.parity.trace import Trace, capture
+from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 

@@ -1,5 +1,7 @@
 """The parity harness: traces, the diffusers reference, the verdict against truth."""
 
-from svdlab.parity.trace import Trace, TraceWriter, capture
+from svdlab.parity.candidate import capture
+from svdlab.parity.trace import Trace
+from svdlab.parity.writer import TraceWriter
 
 __all__ = ["Trace", "TraceWriter", "capture"]

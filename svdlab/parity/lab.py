@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from svdlab.cli.options import sample_picture
 from svdlab.parity.bugs import Rules
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
-from svdlab.parity.trace import Trace, capture
+from svdlab.parity.trace import Trace
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
 from svdlab.svd.memory import measured_peak
 from svdlab.svd.pipeline import SVDPipeline
