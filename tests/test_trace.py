@@ -173,7 +173,7 @@ GARBAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: write(p, order=[*sorted(tensors()), "frames.x"]),
         "frames.x, which is not in the file",
     ),
-    "order twice": (lambda p: write(p, order=["sigmas", "sigmas"]), "order: sigmas stands twice"),
+    "order twice": (lambda p: write(p, order=["sigmas", "sigmas"]), "order: sigmas is listed twice"),
     "order of steps": (
         lambda p: write(p, order=shuffled("latents.000", "latents.001")),
         "allowed: execution order",

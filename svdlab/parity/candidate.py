@@ -1,4 +1,4 @@
-"""svdlab as a candidate: run it, and record every tensor that the trace format names."""
+"""svdlab as the candidate: one run of it, with every tensor recorded that the trace format names."""
 
 from __future__ import annotations
 

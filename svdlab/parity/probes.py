@@ -41,7 +41,7 @@ STEP = {
 FRAMES = {"frames": ("V", "F", 3, "H", "W")}
 SHAPES: Mapping[str, tuple[int | str, ...]] = {**INPUTS, **CONDITIONING, **STEP, **FRAMES}
 
-# The one place of execution order: probes, and where the taps of each network stand among them. What the UNet computes
+# The one place of execution order: probes, and where the taps of each network come in. What the UNet computes
 # once for all steps comes before the first of them.
 _PHASES = (
     tuple(INPUTS),
@@ -77,7 +77,7 @@ def is_tap(name: str) -> bool:
 
 
 def execution_key(name: str) -> tuple[int, int, int]:
-    """Sort key of execution order: (phase, step, place); a tap stands before the first probe that it can change.
+    """Sort key of execution order: (phase, step, place); a tap comes before the first probe that it can change.
 
     Raises:
         SvdlabError: neither a probe nor a tap.
@@ -103,9 +103,9 @@ def _network(tap: str) -> str:
 
 
 def check_order(names: Sequence[str]) -> None:
-    """Refuse an order in which a denoising step stands before an earlier one, or a phase before another.
+    """Refuse names that are not in execution order.
 
-    Inputs and conditioning have no order of their own; taps stand anywhere.
+    Inputs are in any order among themselves, and so is the conditioning; taps are anywhere.
 
     Raises:
         SvdlabError: naming the two probes, or a name that is neither a probe nor a tap.

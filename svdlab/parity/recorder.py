@@ -51,7 +51,7 @@ class Recorder:
 
         vae_dtype = pipe.vae.dtype
         stack.callback(lambda: pipe.vae.dtype == vae_dtype or pipe.vae.to(dtype=vae_dtype))
-        # The bar of diffusers would stand beside ours.
+        # Two progress bars would overwrite each other.
         bars = copy.copy(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(**{**bars, "disable": True})
         stack.callback(lambda: setattr(pipe, "_progress_bar_config", bars))
@@ -146,7 +146,7 @@ class Recorder:
         """What the networks get: the pixels as made here, or as replayed.
 
         A float64 run that replays records the preprocessing that it made in float64, the truth of that probe,
-        while its networks get the replayed pixels: what is judged there is the networks, not the resize.
+        while its networks get the replayed pixels: the probes behind it judge the networks, not the resize.
         """
         given = self.replay.get(name)
         if given is None:

@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAME_OF[dtype]
 
 
+@contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Say in an error what it is about."""
+    try:
+        yield
+    except SvdlabError as error:
+        raise SvdlabError(f"{what}: {error}") from None
+
+
 class Trace(Mapping[str, Tensor]):
     """Named tensors of one generation in execution order; opened from a file it loads each when it is asked for.
 
     Attributes:
         order: the names, in execution order.
         settings: what made it, with height, width and number of frames resolved.
-        implementation: "diffusers", "svdlab" or a port's own name; ``implementation_version`` beside it.
+        implementation: "diffusers", "svdlab" or a port's own name; ``implementation_version`` its version.
         dtype: the dtype the networks ran in: "float64", "float32", "float16" or "bfloat16".
         path: the file, or None for a trace in memory.
         label: the file's name, or what it is, for tables and errors.
@@ -76,7 +86,8 @@ class Trace(Mapping[str, Tensor]):
         self.implementation_version = implementation_version
         self.dtype = dtype
         self.label = f"{implementation} {dtype} (in memory)"
-        self.order = tuple(sorted(tensors, key=execution_key))
+        with _about(self.label):
+            self.order = tuple(sorted(tensors, key=execution_key))
         self._check_contents()
 
     @classmethod
@@ -128,10 +139,8 @@ class Trace(Mapping[str, Tensor]):
             raise SvdlabError(f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}")
         if not isinstance(header.get("settings"), dict):
             raise SvdlabError(f"{self.label}: settings: got {header.get('settings')!r}, allowed: an object")
-        try:
+        with _about(f"{self.label}: settings"):
             self.settings = GenerationSettings.from_json(json.dumps(header["settings"]))
-        except SvdlabError as error:
-            raise SvdlabError(f"{self.label}: settings: {error}") from None
         self.implementation = header["implementation"]
         self.implementation_version = header["implementation_version"]
         self.dtype = header["dtype"]
@@ -143,7 +152,7 @@ class Trace(Mapping[str, Tensor]):
         listed = Counter(order)
         for name, times in listed.items():
             if times > 1:
-                raise SvdlabError(f"{self.label}: order: {name} stands twice, allowed: once")
+                raise SvdlabError(f"{self.label}: order: {name} is listed twice, allowed: once")
             if name not in self._shapes:
                 raise SvdlabError(f"{self.label}: order: names {name}, which is not in the file")
         for name in self._shapes:
@@ -157,11 +166,9 @@ class Trace(Mapping[str, Tensor]):
         for field in ("height", "width", "num_frames"):
             if getattr(self.settings, field) is None:
                 raise SvdlabError(f"{self.label}: settings: {field} is null, allowed: the resolved value")
-        try:
+        with _about(self.label):
             check_order(self.order)
             check_shapes(self._shapes, self.settings)
-        except SvdlabError as error:
-            raise SvdlabError(f"{self.label}: {error}") from None
 
     @property
     def probes(self) -> tuple[str, ...]:
