@@ -12,8 +12,9 @@ from svdlab.files import check_folder
 from svdlab.notebook.controls import WIDE, is_live
 from svdlab.notebook.figures import plot_divergence
 from svdlab.notebook.panel import Panel
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare
-from svdlab.parity.trace import Trace, capture
+from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from svdlab.parity.bugs import check_bugs
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import Comparison, compare
-from svdlab.parity.trace import Trace, capture
+from svdlab.parity.trace import Trace
 from svdlab.samples import sample_picture
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
 from svdlab.svd.images import to_unit

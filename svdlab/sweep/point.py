@@ -299,8 +299,8 @@ def _make(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -> dic
 
 def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> dict[str, Any]:
     """svdlab against diffusers, measured by diffusers in float64."""
+    from svdlab.parity.candidate import capture
     from svdlab.parity.compare import compare
-    from svdlab.parity.trace import capture
 
     try:
         reference, truth = lab.reference(settings), lab.truth(settings)
