@@ -67,7 +67,7 @@ def index_page(
 
 def _fixes(results: Sequence[NotebookResult]) -> Table:
     """Every fix on and off; a notebook with several bugs is named once."""
-    rows = []
+    rows: list[list[str | Cell]] = []
     for result in results:
         link = Cell(result.name, html=f'<a href="{quote(result.page)}">{escape(result.name)}</a>')
         for i, fix in enumerate(result.fixes()):
@@ -76,7 +76,7 @@ def _fixes(results: Sequence[NotebookResult]) -> Table:
 
 
 def _changes(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> Table:
-    rows = [
+    rows: list[list[str | Cell]] = [
         [
             change.notebook,
             change.verdict,
