@@ -20,7 +20,7 @@ _COMMANDS = {
     "trace": "svdlab.cli.parity",
     "compare": "svdlab.cli.parity",
     "diagnose": "svdlab.cli.parity",
-    "report": "svdlab.report.run",
+    "report": "svdlab.cli.report",
     "sweep": "svdlab.cli.sweep",
     "sweep-compare": "svdlab.cli.sweep",
     "memory": "svdlab.svd.memory",

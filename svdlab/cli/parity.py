@@ -1,4 +1,4 @@
-"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``: the parity harness.
+"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``.
 
 Exit code 0 is parity (or a trace written), 1 divergence, 2 bad input.
 """
@@ -64,7 +64,7 @@ def parity(
     settings = GenerationSettings(**given)
     check_folder(json_path)
     picture = read_image(image) if image else sample_picture(model)
-    from svdlab.parity.compare import three_way
+    from svdlab.parity.three_way import three_way
 
     comparison = three_way(model, picture, settings, device=device, taps=taps, until=until, folder=keep, progress=True)
     _report(comparison, json_path, every)
@@ -100,7 +100,7 @@ def trace(
     given: dict[str, Any],
 ) -> None:
     """Record every intermediate tensor of one generation in a trace file."""
-    from svdlab.parity.trace import DTYPES, Trace, capture
+    from svdlab.parity.trace import DTYPES, Trace
 
     if inputs is not None and image is not None:
         raise SvdlabError("--image: not together with --inputs, which replays that trace's image")
@@ -117,6 +117,7 @@ def trace(
         "path": out,
     }
     if implementation == "svdlab":
+        from svdlab.parity.candidate import capture
         from svdlab.svd.pipeline import SVDPipeline
 
         pipe = SVDPipeline.from_pretrained(model, dtype=settings.torch_dtype, device=device)
@@ -161,7 +162,7 @@ def compare(
     model: str,
     device: str,
 ) -> None:
-    """Compare two traces: the verdict, and where they part first."""
+    """Compare two traces: the verdict, and the first probe that diverges."""
     from svdlab.parity.compare import compare as compare_traces
     from svdlab.parity.trace import DTYPES, Trace
 

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING
 from svdlab.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from svdlab.parity.trace import Trace, TraceWriter, capture
+    from svdlab.parity.candidate import capture
+    from svdlab.parity.trace import Trace
+    from svdlab.parity.writer import TraceWriter
 
 __all__ = ["Trace", "TraceWriter", "capture"]
-__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "svdlab.parity.trace"))
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Trace": "svdlab.parity.trace",
+        "TraceWriter": "svdlab.parity.writer",
+        "capture": "svdlab.parity.candidate",
+    },
+)

@@ -24,8 +24,12 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import BUGS, Rules, pixels_as_given
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
-from svdlab.parity.trace import Stop, Trace, capture, execution_key, replay_inputs
+from svdlab.parity.probes import execution_key
+from svdlab.parity.replay import replay_inputs
+from svdlab.parity.trace import Trace
+from svdlab.parity.writer import CaptureComplete
 from svdlab.svd.pipeline import Inputs, SVDPipeline
 
 if TYPE_CHECKING:
@@ -278,7 +282,7 @@ class _Search:
         def probe(name: str, tensor: Tensor) -> None:
             if name == "image_latents":
                 seen[name] = tensor.double().cpu()
-                raise Stop
+                raise CaptureComplete
 
         self.replay(rules, probe, self.pipe)
         return seen["image_latents"]
@@ -289,7 +293,7 @@ class _Search:
         key = (pipe.dtype, rules.clip_resize, rules.clip_normalise)
         if key not in self.inputs:
             self.inputs[key] = replay_inputs(buggy, settings, self.reference, self.preprocess)
-        with suppress(Stop):
+        with suppress(CaptureComplete):
             buggy.run(self.inputs[key], settings, probe=probe)
 
     def walk(self, start: _State, names: tuple[str, ...], variants: tuple[Variant, ...]) -> _State:
@@ -308,7 +312,7 @@ class _Search:
             ratios[name] = distance / self.floors[name]
             if not ratios[name] <= THRESHOLD:
                 if not (ratios[name] <= _DOUBTFUL and distance <= _ANOTHER):
-                    raise Stop
+                    raise CaptureComplete
                 doubtful[name] = tensor.double().cpu()
 
         self.replay(rules, probe, self.pipe)
@@ -331,7 +335,7 @@ class _Search:
                 own = _distance(doubtful[name], tensor)
                 ratios[name] = _distance(self.candidate[name], tensor) / max(own, self.floors[name])
             if name == last or not ratios.get(name, 0.0) <= THRESHOLD:
-                raise Stop
+                raise CaptureComplete
 
         self.replay(rules, probe, self.pipes[torch.float64])
 

@@ -304,8 +304,8 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
 
 def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> dict[str, Any]:
     """svdlab against diffusers, measured by diffusers in float64."""
+    from svdlab.parity.candidate import capture
     from svdlab.parity.compare import compare
-    from svdlab.parity.trace import capture
 
     try:
         reference, truth = lab.reference(settings), lab.truth(settings)
