@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -76,18 +75,18 @@ def capture(
         settings, "svdlab", implementation_version=version_of("svdlab"), dtype=settings.dtype, path=path, until=until
     )
     step = 0
-    with writer, ExitStack() as stack, torch.no_grad():
-        bar = stack.enter_context(tqdm(total=settings.num_steps, desc=f"svdlab {settings.dtype}", disable=not progress))
+    with (
+        writer,
+        torch.no_grad(),
+        tqdm(total=settings.num_steps, desc=f"svdlab {settings.dtype}", disable=not progress) as bar,
+    ):
 
-        def record_tap(name: str, module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        def record_tap(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
             full_name = f"{name}.{step:03d}" if tapping.is_per_step(name) else name
             layout = tapping.layout_of(name)
             if layout == "positions" and full_name in writer:
                 return  # computed for each half of the batch, and the same
-            output = tapping.first_tensor(output)
-            if name.endswith("temporal_res_block"):  # XXX
-                output = args[0] + output
-            tensor = tapping.from_svdlab(name, output)
+            tensor = tapping.from_svdlab(name, tapping.first_tensor(output))
             if layout != "activation":
                 writer.extend(full_name, tensor)
                 return
@@ -104,7 +103,7 @@ def capture(
             writer.put(name, tensor)
 
         for name, module in chosen.items():
-            stack.callback(module.register_forward_hook(partial(record_tap, name)).remove)
+            module.register_forward_hook(partial(record_tap, name))
         pipe.run(inputs, run_settings, probe=record_probe)
     return writer.trace
 
