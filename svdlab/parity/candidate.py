@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -64,7 +63,7 @@ def capture(
         raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
     if taps:
         # Another thread may be running these networks: the hooks go on modules of this capture's own.
-        pipe = _with_own_modules(pipe)  # TODO at merge: pipe.with_own_modules(), and the function below goes
+        pipe = pipe.with_own_modules()  # TODO at merge: pipe.with_own_modules(), and the function below goes
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
     chosen = tapping.select(models, taps)
     run_settings = settings
@@ -106,13 +105,3 @@ def capture(
             module.register_forward_hook(partial(record_tap, name))
         pipe.run(inputs, run_settings, probe=record_probe)
     return writer.trace
-
-
-def _with_own_modules(pipe: SVDPipeline) -> SVDPipeline:
-    """The same parameters in module objects of their own."""
-    networks = (pipe.unet, pipe.vae, pipe.image_encoder)
-    tensors = {id(t): t for network in networks for t in (*network.parameters(), *network.buffers())}
-    own = copy.copy(pipe)
-    own.components = copy.deepcopy(pipe.components, tensors)
-    own.unet, own.vae, own.image_encoder = own.components.unet, own.components.vae, own.components.image_encoder
-    return own
