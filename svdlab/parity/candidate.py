@@ -63,7 +63,7 @@ def capture(
         raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
     if taps:
         # Another thread may be running these networks: the hooks go on modules of this capture's own.
-        pipe = pipe.with_own_modules()  # TODO at merge: pipe.with_own_modules(), and the function below goes
+        pipe = pipe.with_own_modules()
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
     chosen = tapping.select(models, taps)
     run_settings = settings
