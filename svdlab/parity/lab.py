@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlab.cli.options import sample_picture
-from svdlab.parity.bugs import Rules
+from svdlab.parity.bugs import check_bugs
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.trace import Trace, capture
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
@@ -190,13 +190,13 @@ class Lab:
         Raises:
             SvdlabError: settings at which diffusers fails, a bug that is not known.
         """
-        rules = Rules.with_bugs(bug)
+        check_bugs(bug)
         settings = self.pipe.resolve(settings)
         reference = self.reference(settings, watch)
         on = self.candidate(settings, watch=watch)
         off = self._trace(
             ("off", bug, settings),
-            lambda: capture(self.pipe.with_rules(rules), None, settings, replay=reference, preprocess=True),
+            lambda: capture(self.pipe.with_bugs(bug), None, settings, replay=reference, preprocess=True),
             watch,
         )
         yield Case(settings, bug, compare(reference, on), compare(reference, off))

@@ -738,9 +738,6 @@ def _svdlab_tap(
                 return  # computed for each half of the batch, and the same
             writer.extend(full_name, tensor)
             return
-        if name.endswith("temporal_res_block"):
-            # svdlab's block returns the update alone; the checkpoint's block is x + update.
-            tensor = args[0] + tensor
         frames = settings.num_frames if name.startswith(("unet", "vae.decoder")) else 1
         writer.extend(full_name, tensor.permute(0, 1, 4, 2, 3).flatten(0, 1), frames=frames)
 

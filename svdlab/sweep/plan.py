@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.bugs import Rules
+from svdlab.parity.bugs import check_bugs
 from svdlab.svd.settings import GenerationSettings
 
 RULES = "rules"
@@ -122,7 +122,7 @@ def _rules(value: Any) -> tuple[str, ...]:
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise SvdlabError(f"rules: got {value!r}, allowed: none, or names of bugs with + between them")
     names = tuple(name for name in names if name != _NO_BUG)
-    Rules.with_bugs(*names)
+    check_bugs(*names)
     return names
 
 

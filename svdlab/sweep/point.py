@@ -258,11 +258,10 @@ def _lab(source: Source, dtype: str) -> Lab:
 def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str, bytes]:
     import torch
 
-    from svdlab.parity.bugs import Rules
     from svdlab.parity.lab import motion_per_frame
     from svdlab.svd.video import Clip
 
-    settings, pipe = point.settings, lab.pipe.with_rules(Rules.with_bugs(*point.rules))
+    settings, pipe = point.settings, lab.pipe.with_bugs(*point.rules)
     steps = settings.num_steps
 
     def on_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> None:
