@@ -13,7 +13,7 @@ from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.compare import three_way
+from svdlab.parity.three_way import three_way
 from svdlab.svd.checkpoint import write_random_checkpoint
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings

@@ -21,7 +21,7 @@ from svdlab.files import check_folder, write_json, write_text
 @DEVICE
 @JSON
 def train_tiny(out: str, work: str | None, smoke: bool, seed: int, device: str, json_path: str | None) -> None:
-    """Train the embedded checkpoint from nothing; run it again to go on after an interruption."""
+    """Train the embedded checkpoint from nothing; run again after an interruption, it resumes."""
     target = Path(out)
     if target.exists():
         raise SvdlabError(f"--out: {target} exists, allowed: a new folder")
