@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -109,11 +109,7 @@ class SVDPipeline(Stages):
         Raises:
             SvdlabError: a name that is not in the catalogue, or bugs that exclude each other.
         """
-        catalogue = tuple(entry_points(group="svdlab.bugs"))
-        if len(catalogue) != 1:
-            found = ", ".join(entry.value for entry in catalogue) or "none"
-            raise SvdlabError(f"bugs: catalogues installed: {found}, allowed: one; install svdlab again")
-        return self.with_changes(*catalogue[0].load()(*names))
+        return self.with_changes(*_catalogue()(*names))
 
     def with_stage(self, **functions: Callable[..., Any]) -> SVDPipeline:
         """The same weights with a function in a stage's place; this pipeline stays as it is.
@@ -422,6 +418,15 @@ class SVDPipeline(Stages):
             frames = self.decode(latents, self.resolve(settings))
         (probe or _ignore)("frames", frames)
         return frames
+
+
+@cache
+def _catalogue() -> Callable[..., Sequence[Change]]:
+    found = tuple(entry_points(group="svdlab.bugs"))
+    if len(found) != 1:
+        names = ", ".join(entry.value for entry in found) or "none"
+        raise SvdlabError(f"bugs: catalogues installed: {names}, allowed: one; install svdlab again")
+    return found[0].load()
 
 
 def _ignore(name: str, value: Tensor) -> None:

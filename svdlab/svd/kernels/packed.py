@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return onednn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class Packed:
+class PackedLayer:
     """A layer with a packed weight."""
 
     cache: WeightCache  # given by ``use_kernels``
@@ -52,7 +52,7 @@ class Packed:
 
 
 @replaces(nn.Linear)
-class PackedLinear(nn.Linear, Packed):
+class PackedLinear(nn.Linear, PackedLayer):
     """A linear layer over the channel axis."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class PackedLinear(nn.Linear, Packed):
 
 
 @replaces(Conv2d)
-class PackedConv2d(Conv2d, Packed):
+class PackedConv2d(Conv2d, PackedLayer):
     """A spatial convolution; one of a single pixel is a linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class PackedConv2d(Conv2d, Packed):
 
 
 @replaces(TemporalConv)
-class PackedTemporalConv(TemporalConv, Packed):
+class PackedTemporalConv(TemporalConv, PackedLayer):
     """A temporal convolution, as a 2d one."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class PackedTemporalConv(TemporalConv, Packed):
 
 
 @replaces(GEGLU)
-class FusedGEGLU(GEGLU, Packed):
+class FusedGEGLU(GEGLU, PackedLayer):
     """Two products: the GELU is applied while the gate is written, and the gate while the value is."""
 
     def forward(self, x: Tensor) -> Tensor:

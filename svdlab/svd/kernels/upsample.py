@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from svdlab.svd import layout
-from svdlab.svd.kernels.packed import Packed
+from svdlab.svd.kernels.packed import PackedLayer
 from svdlab.svd.kernels.registry import CPU_FLOATS, Kernel, Trial, register, replaces, usable
 from svdlab.svd.layers import Upsample
 
 
 @replaces(Upsample)
-class SmallImageUpsample(Upsample, Packed):
+class SmallImageUpsample(Upsample, PackedLayer):
     """Doubles both sides by a convolution of the small image; other sizes go the plain way."""
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
