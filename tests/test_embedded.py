@@ -32,7 +32,7 @@ def clips(pipe: SVDPipeline, **options: object) -> np.ndarray:
 
 
 def forward(frames: np.ndarray) -> np.ndarray:
-    """Pixels a frame where the nose points, (N,)."""
+    """Pixels per frame where the nose points, (N,)."""
     slopes = [np.polyfit(range(8), scene.track(clip), 1)[0] for scene, clip in zip(SCENES, frames, strict=True)]
     return (np.array(slopes) * AHEAD).sum(1)
 
