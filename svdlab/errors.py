@@ -1,5 +1,36 @@
-"""The one error type that svdlab raises for bad input."""
+"""The one error type that svdlab raises for bad input, and what it says where an extra is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+# Which extra of the package brings a module. Whatever else svdlab imports comes with svdlab itself.
+EXTRA_OF = {
+    **dict.fromkeys(["diffusers", "transformers", "accelerate"], "parity"),
+    **dict.fromkeys(["pandas", "pyarrow", "filelock"], "sweep"),
+    **dict.fromkeys(["dask", "distributed"], "cluster"),
+    **dict.fromkeys(["IPython", "ipywidgets", "jinja2", "latex2mathml", "matplotlib"], "notebook"),
+    **dict.fromkeys(["nbconvert", "nbformat", "papermill"], "notebook"),
+}
 
 
 class SvdlabError(ValueError):
     """Bad input: one line that names the field or file, what was got and what is allowed."""
+
+
+def requires(*modules: str) -> None:
+    """Check that modules which an extra brings are installed, without importing them.
+
+    Raises:
+        SvdlabError: one is not; the line names the extra to install.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise not_installed(module)
+
+
+def not_installed(module: str) -> SvdlabError:
+    """The error for a module that cannot be imported, such as a ``ModuleNotFoundError``'s ``name``."""
+    extra = EXTRA_OF.get(module.partition(".")[0])
+    package = f"svdlab[{extra}]" if extra else "svdlab"
+    return SvdlabError(f"{module} is not installed; allowed: pip install '{package}'")

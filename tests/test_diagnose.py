@@ -15,10 +15,11 @@ from rich.console import Console
 
 from svdlab import cli
 from svdlab.errors import SvdlabError
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare
 from svdlab.parity.diagnose import CatalogueRow, catalogue, catalogue_table, diagnose, row_of
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-from svdlab.parity.trace import Trace, capture
+from svdlab.parity.trace import Trace
 from svdlab.svd.checkpoint import write_random_checkpoint
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pieces import in_pieces
 
 from svdlab.errors import SvdlabError
+from svdlab.parity.candidate import capture
+from svdlab.parity.probes import INPUTS, SHAPES, STEP
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-from svdlab.parity.trace import INPUTS, Trace, capture
-from svdlab.svd import layers
+from svdlab.parity.trace import Trace
+from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 
@@ -60,7 +64,7 @@ def frames_of(pipe: Any, image: Any, settings: GenerationSettings) -> torch.Tens
 
 def test_the_trace_is_what_diffusers_does(diffusers: Any, reference: Trace, photo: Any) -> None:
     frames = frames_of(diffusers, photo, SETTINGS)
-    assert torch.equal((reference["frames"] / 2 + 0.5).clamp(0, 1), frames)
+    assert torch.equal(to_unit(reference["frames"]), frames)
     generator = torch.Generator().manual_seed(SETTINGS.seed)
     assert torch.equal(reference["input.noise"], torch.randn(1, 3, 32, 32, generator=generator))
     assert torch.equal(reference["input.latents"], torch.randn(1, 3, 4, 4, 4, generator=generator))
@@ -68,7 +72,8 @@ def test_the_trace_is_what_diffusers_does(diffusers: Any, reference: Trace, phot
     assert reference["guidance_scale"].tolist() == [[1, 2, 3]]
     assert reference["sigmas"].tolist() == pytest.approx([700, 0.002, 0])
     assert list(reference.probes[: len(INPUTS)]) == list(INPUTS)
-    assert len(reference) == 22 and not reference.taps
+    once, steps = SHAPES.keys() - STEP.keys(), (f"{name}.{step:03d}" for name in STEP for step in range(2))
+    assert set(reference) == {*once, *steps}
 
 
 def test_guidance_and_the_model_input_are_as_the_probes_say(reference: Trace) -> None:
@@ -193,17 +198,42 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     assert len(ours.taps) > 200
 
 
-def test_taps_join_what_is_computed_a_few_frames_at_a_time(
-    tiny: Path, photo: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_taps_join_what_is_computed_a_few_frames_at_a_time(tiny: Path, photo: Any) -> None:
     pipe = SVDPipeline.from_pretrained(tiny)
     settings = SETTINGS.replace(num_inference_steps=1, num_videos_per_prompt=2)
     whole = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
-    monkeypatch.setitem(layers.AT_A_TIME, "cpu", 1)
-    pieces = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
+    with in_pieces(1):
+        pieces = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
     assert list(pieces) == list(whole)
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()), msg=name)
+
+
+def test_taps_record_nothing_of_another_thread(tiny: Path, photo: Any) -> None:
+    """A capture's hooks are its own: the same pipeline may run elsewhere at the same time."""
+    pipe, settings = SVDPipeline.from_pretrained(tiny), SETTINGS.replace(num_frames=2, num_inference_steps=1)
+    alone = capture(pipe, photo, settings, taps=["*"])
+    inputs = pipe.prepare(photo, settings, torch.Generator().manual_seed(0))
+    done, errors = threading.Event(), []
+
+    def run() -> None:
+        try:
+            while not done.is_set():
+                pipe.run(inputs, settings)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        beside = capture(pipe, photo, settings, taps=["*"])
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
+    assert {name: beside.shape(name) for name in beside} == {name: alone.shape(name) for name in alone}
+    for name, tensor in alone.items():
+        assert torch.equal(beside[name], tensor), name
 
 
 def test_half_precision_restores_the_upcast_vae(tiny: Path, photo: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grimp
 import numpy as np
 import pandas as pd
 import pytest
 from command_line import run as svdlab
 from PIL import Image
 
+import svdlab as svdlab_package
 from svdlab.errors import SvdlabError
 from svdlab.parity.lab import Lab
 from svdlab.svd.settings import GenerationSettings
@@ -26,6 +29,7 @@ from svdlab.svd.video import Clip
 from svdlab.sweep import Sweep, compare_sweeps, grid, parse_axis, resume_sweep, run_sweep
 from svdlab.sweep import point as point_module
 from svdlab.sweep import run as run_module
+from svdlab.sweep.code import CLIP_CODE, Code, code_version, file_digests
 from svdlab.sweep.plan import make_points
 from svdlab.sweep.point import SweepHalted
 from svdlab.sweep.run import Progress
@@ -55,14 +59,14 @@ def hashes(sweep: Sweep) -> dict[str, str]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, when: Any) -> list[int]:
     """Let points fail for which ``when(point, number)`` raises; returns the list of those that were tried."""
-    make, tried = point_module._make, []
+    make, tried = point_module.make_point, []
 
     def made(lab: Any, source: Any, point: Any, step: Any) -> dict[str, bytes]:
         tried.append(point.settings.fps)
         when(point, len(tried))
         return make(lab, source, point, step)
 
-    monkeypatch.setattr(point_module, "_make", made)
+    monkeypatch.setattr(point_module, "make_point", made)
     return tried
 
 
@@ -81,7 +85,7 @@ def test_an_axis_is_read_as_it_is_written() -> None:
 def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
     changes = grid({"rules": ["none", "gelu_tanh+sincos_order"], "seed": [3, 1]})
     points = make_points(SMALL, changes)
-    assert [(p.rules, p.settings.seed) for p in points] == [
+    assert [(p.bugs, p.settings.seed) for p in points] == [
         ((), 3),
         ((), 1),
         (("gelu_tanh", "sincos_order"), 3),
@@ -102,7 +106,7 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7,7"], "points: fps=7 twice"),
         (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
         (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
-        (["--grid", "rules=none,gelu"], "rules: unknown bug 'gelu', allowed: fps_not_decremented"),
+        (["--grid", "rules=none,gelu"], "bugs: got 'gelu', allowed: clip_no_antialias"),
         (["--grid", "num_videos_per_prompt=1,2"], "num_videos_per_prompt: got 2, allowed in a sweep: 1"),
         (["--grid", "fps=7", "--points", "p.json"], "give --grid NAME=VALUES, or --points FILE"),
         ([], "give --grid NAME=VALUES, or --points FILE"),
@@ -123,7 +127,7 @@ def test_what_is_not_allowed_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(point_module, "_make", lambda *args: pytest.fail("a point was computed"))
+    monkeypatch.setattr(point_module, "make_point", lambda *args: pytest.fail("a point was computed"))
     code, out, err = svdlab(capsys, monkeypatch, "sweep", "--out", "out", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir()), "nothing was written"
@@ -186,12 +190,14 @@ def test_neighbours_are_compared(four: Sweep) -> None:
     assert row["difference_fps"] == by_axis["fps"]["difference"]
 
 
-def test_a_list_of_points_and_clips_of_two_sizes(tiny: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "points.json"
+def test_a_list_of_points_and_clips_of_two_sizes(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, out = tmp_path / "points.json", tmp_path / "out"
     listed.write_text(json.dumps([{"height": 32}, {"height": 40}, {"height": 40, "rules": "gelu_tanh"}]))
-    from svdlab.cli.sweep import _read_points
-
-    sweep = run_sweep(tmp_path / "out", _read_points(str(listed)), SMALL, model=str(tiny), image=PICTURE)
+    options = ["--points", str(listed), "--out", str(out), "--model", str(tiny), *SMALL_OPTIONS]
+    assert svdlab(capsys, monkeypatch, "sweep", *options)[0] == 0
+    sweep = Sweep.open(out)
     table = sweep.table()
     assert list(table["height"]) == [32, 40, 40] and list(table["rules"]) == ["none", "none", "gelu_tanh"]
     assert list(sweep.plan.axes) == ["height", "rules"]
@@ -215,15 +221,43 @@ def test_the_identity_is_of_everything_that_decides(four: Sweep) -> None:
     source, point = four.plan.source, next(iter(four.plan.points.values()))
     others = {
         source.identity(replace(point, settings=point.settings.replace(seed=1))),
-        source.identity(replace(point, rules=("gelu_tanh",))),
+        source.identity(replace(point, bugs=("gelu_tanh",))),
         replace(source, model=replace(source.model, fingerprint="other")).identity(point),
-        replace(source, code="0.2.0+00000000").identity(point),
+        replace(source, code=replace(source.code, torch="9.9.9")).identity(point),
+        replace(source, code=replace(source.code, files={"svd/unet.py": "other"})).identity(point),
         replace(source, image_digest="other").identity(point),
         replace(source, divergence=True).identity(point),
     }
-    assert len(others) == 6 and source.identity(point) not in others
+    assert len(others) == 7 and source.identity(point) not in others
     same = replace(source, device="cuda", threads=3, token="t", points="/elsewhere")
     assert same.identity(point) == source.identity(point)
+
+
+def test_the_code_that_decides_is_the_whole_svd_room_and_the_bugs(tmp_path: Path) -> None:
+    package = Path(svdlab_package.__file__).parent
+    graph = grimp.build_graph("svdlab", cache_dir=None)
+    below = {"svdlab", "svdlab.errors", "svdlab.files", "svdlab.lazy", "svdlab.parity", "svdlab.tables"}
+    room = {m for m in graph.modules if f"{m}.".startswith("svdlab.svd.")}
+    decide = room | graph.find_upstream_modules("svdlab.parity.bugs") | {"svdlab.parity.bugs"}
+    covered = {path.removesuffix(".py").removesuffix("/__init__") for path in code_version(divergence=False).files}
+    assert len(room) > 5 and {m.partition(".")[2].replace(".", "/") for m in decide - below} == covered
+    assert "parity/compare.py" in code_version(divergence=True).files
+
+    copy = tmp_path / "svdlab"
+    for name in CLIP_CODE:
+        source = package / name
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+    code = Code("1", "2", file_digests(copy, CLIP_CODE))
+    assert code.files == code_version(divergence=False).files and not code.changes(since=code)
+    for path in ("svd/new.py", "svd/deep/down/new.py"):
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path).write_text("x = 1\n")
+        more = Code("1", "2", file_digests(copy, CLIP_CODE))
+        assert more.identity != code.identity and more.changes(since=code) == f"changed: {path}"
+        (copy / path).write_bytes(b"x = 1\r\n")
+        assert file_digests(copy, CLIP_CODE) == more.files, "the same code with Windows' line ends"
+        (copy / path).unlink()
 
 
 def test_three_by_three_with_the_checkpoint_that_ships(
@@ -254,8 +288,8 @@ def test_the_model_is_loaded_once(tiny: Path, tmp_path: Path, monkeypatch: pytes
         return load(*arguments, **options)
 
     monkeypatch.setattr(SVDPipeline, "from_pretrained", counted)
-    monkeypatch.setattr(point_module, "_loaded", None)
-    run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=PICTURE)
+    other = PICTURE.rotate(180)  # none that another test has loaded the model for
+    run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=other)
     assert loaded == ["meta", "cpu"], "once without weights to see what it is, once with them"
 
 
@@ -266,10 +300,10 @@ def test_a_finished_point_is_never_computed_again(four: Sweep, tiny: Path, monke
     before, said = files(four.folder), list[Progress]()
     tried = failing(monkeypatch, lambda point, number: None)
     for again in (
-        run_sweep(four.folder, grid(AXES), SMALL, model=str(tiny), image=PICTURE, watch=said.append),
+        run_sweep(four.folder, grid(AXES), SMALL, model=str(tiny), image=PICTURE, on_progress=said.append),
         resume_sweep(four.folder),
     ):
-        assert hashes(again) == hashes(four) and not again.strangers()
+        assert hashes(again) == hashes(four) and not again.unplanned_points()
     assert not tried and files(four.folder) == before
     assert said[0].done == said[0].total == 4
 
@@ -312,7 +346,7 @@ def test_frames_that_are_not_numbers_are_a_failure(tiny: Path, tmp_path: Path, m
     assert "NaN or infinity" in sweep.table()["error"][0]
 
 
-def test_ctrl_c_stops_cleanly_and_is_gone_on_with(
+def test_ctrl_c_stops_cleanly_and_the_sweep_is_resumed(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -324,7 +358,7 @@ def test_ctrl_c_stops_cleanly_and_is_gone_on_with(
     failing(monkeypatch, when)
     options = ["--grid", "fps=7,14,21,28", "--out", str(out), "--model", str(tiny), *SMALL_OPTIONS]
     code, _, err = svdlab(capsys, monkeypatch, "sweep", *options)
-    assert code == 130 and f"2 of 4 points are finished; to go on: svdlab sweep --resume {out}" in err
+    assert code == 130 and f"2 of 4 points are finished; resume with: svdlab sweep --resume {out}" in err
     assert list(pd.read_csv(out / "table.csv")["fps"]) == [7, 14]
     assert not [p for p in (out / "points").iterdir() if p.name.startswith(".")]
     monkeypatch.undo()
@@ -341,8 +375,8 @@ def test_stop_gives_up_the_point_under_way(tiny: Path, tmp_path: Path) -> None:
         SMALL.replace(num_inference_steps=4),
         model=str(tiny),
         image=PICTURE,
-        watch=said.append,
-        stop=lambda: said[-1].done == 1 and said[-1].within > 0.3,
+        on_progress=said.append,
+        should_stop=lambda: said[-1].done == 1 and said[-1].within > 0.3,
     )
     assert list(sweep.table()["fps"]) == [7]
     assert said[-1].done == 1 and 0.3 < said[-1].within < 0.5, "the second of four steps was not made"
@@ -358,13 +392,13 @@ DRIVER = """
 import sys, time
 from svdlab.sweep import point, resume_sweep, run_sweep, grid
 from test_sweep import AXES, PICTURE, SMALL
-make, began = point._make, []
+make, began = point.make_point, []
 def slow(*arguments):
     print("began", flush=True)
     began.append(arguments)
     time.sleep(600 if len(began) == 3 else 0)
     return make(*arguments)
-point._make = slow
+point.make_point = slow
 run_sweep(sys.argv[1], grid({"fps": [7, 14, 21, 28]}), SMALL, model=sys.argv[2], image=PICTURE, threads=1)
 """
 
@@ -446,7 +480,9 @@ def test_a_disk_that_refuses(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SweepHalted, match="No space left on device; 1 of 3 points are finished and intact; to go on"):
+    with pytest.raises(
+        SweepHalted, match="No space left on device; 1 of 3 points are finished and intact; resume with"
+    ):
         run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=PICTURE)
     monkeypatch.undo()
     assert len(list((tmp_path / "out/points").iterdir())) == 1
@@ -458,13 +494,16 @@ def test_another_version_makes_new_points_and_says_so(
 ) -> None:
     out = tmp_path / "out"
     run_sweep(out, grid({"fps": [7, 14]}), SMALL, model=str(tiny), image=PICTURE)
-    old = point_module.code_version()
+    now = code_version(divergence=False)
+    files = {**now.files, "svd/unet.py": "another", "svd/kernels/new.py": "there"}
+    later = Code("9.9.9", "8.8.8", files)
     for module in (point_module, run_module):
-        monkeypatch.setattr(module, "code_version", lambda: "9.9.9+12345678")
+        monkeypatch.setattr(module, "code_version", lambda divergence: later)
     tried = failing(monkeypatch, lambda point, number: None)
     code, said, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))
     assert code == 0 and tried == [7, 14] and "2 points finished" in said
-    assert f"note: 2 points in {out} are of svdlab {old}: kept, not in the table" in err
+    changes = f"svdlab {now.svdlab} -> 9.9.9; torch {now.torch} -> 8.8.8; changed: svd/kernels/new.py, svd/unet.py"
+    assert f"note: 2 points in {out} were made by other code ({changes}): kept, not in the table" in err
     assert len(list((out / "points").iterdir())) == 4 and len(pd.read_csv(out / "table.csv")) == 2
 
 
@@ -477,9 +516,21 @@ def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
     time.sleep(0.01)
     second = resume_sweep(tmp_path / "out")
     assert set(first.plan.points).isdisjoint(second.plan.points)
-    assert second.strangers() == {f"another model ({model})": 1}
+    assert second.unplanned_points() == {f"were made with another model ({model})": 1}
     third = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE)
-    assert third.strangers()["settings that are no longer asked for"] == 1
+    assert third.unplanned_points()["have settings that are no longer asked for"] == 1
+    metrics = second.folder / "points" / next(iter(second.plan.points)) / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"format": 2', '"format": 1'))
+    turned = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE.rotate(180))
+    assert turned.unplanned_points() == {
+        f"were made with another model ({model}) and from another image": 1,
+        "are in another format": 1,
+        "were made from another image": 1,
+    }
+    measured = run_sweep(
+        tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE.rotate(180), divergence=True
+    )
+    assert measured.unplanned_points()["were made without the distance from diffusers"] == 3
 
 
 def test_a_damaged_sweep_is_named(four: Sweep, tmp_path: Path) -> None:
@@ -488,8 +539,8 @@ def test_a_damaged_sweep_is_named(four: Sweep, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"")
     for text, message in (
         ("{", "not readable"),
-        ('{"format": 1}', "no plan of a sweep"),
-        ('{"format": 9}', "allowed: 1"),
+        ('{"format": 2}', "no plan of a sweep"),
+        ('{"format": 9}', "allowed: 2"),
     ):
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(SvdlabError, match=message):

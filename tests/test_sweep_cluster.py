@@ -32,13 +32,13 @@ def plugin(before: Callable[[str, Any], None]) -> WorkerPlugin:
 
     class Before(WorkerPlugin):
         def setup(self, worker: Any) -> None:
-            make = point_module._make
+            make = point_module.make_point
 
             def made(lab: Any, source: Any, point: Any, step: Any) -> dict[str, bytes]:
                 before(source.identity(point), point)
                 return make(lab, source, point, step)
 
-            point_module._make = made
+            point_module.make_point = made
 
     return Before()
 
@@ -86,7 +86,7 @@ def test_a_worker_killed_in_mid_point(tiny: Path, tmp_path: Path) -> None:
     said, killed = tmp_path / "said", list[tuple[str, int]]()
     changes = grid({"fps": [7, 14, 21, 28], "seed": list(range(6))})
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.done < 6 or killed:
             return
         while not killed:  # until a point has only just begun
@@ -96,7 +96,7 @@ def test_a_worker_killed_in_mid_point(tiny: Path, tmp_path: Path) -> None:
     with local_cluster(4, threads=1) as cluster:
         cluster.client.register_plugin(slow(said, 0.2))
         sweep = run_sweep(
-            tmp_path / "out", changes, SMALL, model=str(tiny), image=PICTURE, backend=cluster, watch=watch
+            tmp_path / "out", changes, SMALL, model=str(tiny), image=PICTURE, backend=cluster, on_progress=on_progress
         )
     identity, process = killed[0]
     tries = [p for i, p in began(said) if i == identity]
@@ -169,10 +169,10 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
 
 
 class Elsewhere(Cluster):
-    """Workers that do not see the driver's disk."""
+    """Workers that do not share the driver's disk."""
 
-    def compute(self, source: Any, points: Sequence[Any], stop: Any, step: Any) -> Iterator[Any]:
-        for outcome in super().compute(replace(source, token="of another disk"), points, stop, step):
+    def compute(self, source: Any, points: Sequence[Any], should_stop: Any, on_step: Any) -> Iterator[Any]:
+        for outcome in super().compute(replace(source, token="of another disk"), points, should_stop, on_step):
             assert outcome.files, "the point came as bytes"
             yield outcome
 
@@ -190,13 +190,21 @@ def test_a_remote_scheduler(alone: Sweep, tiny: Path, tmp_path: Path, remote: Re
         # The same machine: the scheduler goes away in the middle.
         cluster.client.register_plugin(slow(tmp_path / "said", 0.5))
 
-        def watch(progress: Progress) -> None:
+        def on_progress(progress: Progress) -> None:
             if progress.done == 2:
                 remote.processes[0].kill()
 
         changes = grid({"fps": [7, 14, 21, 28, 35, 42]})
         with pytest.raises(SweepHalted) as lost:
-            run_sweep(tmp_path / "lost", changes, SMALL, model=str(tiny), image=PICTURE, backend=cluster, watch=watch)
+            run_sweep(
+                tmp_path / "lost",
+                changes,
+                SMALL,
+                model=str(tiny),
+                image=PICTURE,
+                backend=cluster,
+                on_progress=on_progress,
+            )
     message = str(lost.value)
     assert f"{address}: the scheduler went away" in message and "points are finished and intact" in message
     left = Sweep.open(tmp_path / "lost")
@@ -229,8 +237,8 @@ def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_worker_of_another_version_or_model_halts_the_sweep(alone: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     source, point = alone.plan.source, next(iter(alone.plan.points.values()))
     point = replace(point, settings=point.settings.replace(fps=3))
-    with pytest.raises(SweepHalted, match=r"svdlab is .*, allowed: 9\.9\.9"):
-        point_module.compute_point(replace(source, code="9.9.9"), point)
+    with pytest.raises(SweepHalted, match=r"not the driver's code \(svdlab 9\.9\.9 -> .*\); install the same svdlab"):
+        point_module.compute_point(replace(source, code=replace(source.code, svdlab="9.9.9")), point)
     with pytest.raises(SweepHalted, match="model .* is .*, allowed: fedcba"):
         point_module.compute_point(replace(source, model=replace(source.model, fingerprint="fedcba")), point)
     with pytest.raises(SweepHalted, match="the model does not load: model: 'gone' is no folder"):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
-from svdlab.parity import trace as tracing
-from svdlab.parity.trace import METADATA_KEY, Trace, TraceWriter, execution_key
+from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, execution_key, probe_of
+from svdlab.parity.trace import DTYPES, FORMAT, METADATA_KEY, Trace
+from svdlab.parity.writer import TraceWriter
 from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=16, width=24, num_frames=3, num_inference_steps=2)
@@ -44,8 +45,8 @@ def tensors(dtype: torch.dtype = torch.float32, settings: GenerationSettings = S
         "w": 3,
     }
     sizes |= {"P": 8, "D": 5, "S": 2, "S+1": 3}
-    shapes = {**tracing.INPUTS, **tracing.CONDITIONING, **tracing.FRAMES}
-    shapes |= {f"{name}.{k:03d}": shape for name, shape in tracing.STEP.items() for k in range(2)}
+    shapes = {**INPUTS, **CONDITIONING, **FRAMES}
+    shapes |= {f"{name}.{k:03d}": shape for name, shape in STEP.items() for k in range(2)}
     shapes["unet.conv_in.000"] = ("G", "F", "D", "h", "w")
     shapes["image_encoder.visual_projection"] = ("B", "D")
     return {
@@ -57,22 +58,23 @@ def tensors(dtype: torch.dtype = torch.float32, settings: GenerationSettings = S
 def write(path: Path, held: dict[str, Tensor] | None = None, **header: Any) -> Path:
     """A file made with the safetensors library alone, parts of its metadata replaced or left out (None)."""
     held = tensors() if held is None else held
+    known = [name for name in held if probe_of(name) or tapping.split(name)]
     good = {
         "format": 1,
         "implementation": "port",
         "implementation_version": "0.1",
         "dtype": "float32",
         "settings": json.loads(SETTINGS.to_json()),
-        "order": sorted(held, key=lambda n: tracing._key_or_last(n)),
+        "order": [*sorted(known, key=execution_key), *(name for name in held if name not in known)],
     }
     metadata = {k: v for k, v in {**good, **header}.items() if v is not None}
     save_file({k: v.contiguous() for k, v in held.items()}, path, metadata={METADATA_KEY: json.dumps(metadata)})
     return path
 
 
-@pytest.mark.parametrize("dtype", tracing.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_trace_comes_back_from_disk(tmp_path: Path, dtype: str) -> None:
-    held = tensors(tracing.DTYPES[dtype])
+    held = tensors(DTYPES[dtype])
     held["sigmas"] = held["sigmas"].float()  # dtypes are mixed in one file
     held["guidance_scale"] = held["guidance_scale"].double()
     made = Trace(held, SETTINGS, "port", implementation_version="1.2", dtype=dtype)
@@ -171,7 +173,7 @@ GARBAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: write(p, order=[*sorted(tensors()), "frames.x"]),
         "frames.x, which is not in the file",
     ),
-    "order twice": (lambda p: write(p, order=["sigmas", "sigmas"]), "order: sigmas stands twice"),
+    "order twice": (lambda p: write(p, order=["sigmas", "sigmas"]), "order: sigmas is listed twice"),
     "order of steps": (
         lambda p: write(p, order=shuffled("latents.000", "latents.001")),
         "allowed: execution order",
@@ -320,8 +322,8 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
     sizes |= {"F": settings.num_frames, "H": settings.height, "W": settings.width, "S": 1, "S+1": 2}
     held = {}
     for name in example["order"]:
-        base, _ = tracing.probe_of(name) or ("", 0)
-        held[name] = torch.ones([sizes.get(d, d) for d in tracing._SHAPES[base]])
+        base, _ = probe_of(name) or ("", 0)
+        held[name] = torch.ones([sizes.get(d, d) for d in SHAPES[base]])
     path = tmp_path / "example.safetensors"
     save_file(held, path, metadata={METADATA_KEY: json.dumps(example)})
     assert list(Trace.open(path)) == example["order"]
@@ -329,11 +331,11 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
 
 def test_every_probe_is_documented_with_its_shape() -> None:
     text = documented()
-    for name, shape in tracing._SHAPES.items():
-        shown = f"{name}.NNN" if name in tracing.STEP else name
+    for name, shape in SHAPES.items():
+        shown = f"{name}.NNN" if name in STEP else name
         spec = ", ".join(str(d) for d in shape) + ("," if len(shape) == 1 else "")
         assert f"| `{shown}` | ({spec}) |" in text, f"{shown} ({spec})"
-    assert f"`{METADATA_KEY}`" in text and f'"format": {tracing.FORMAT}' in text
+    assert f"`{METADATA_KEY}`" in text and f'"format": {FORMAT}' in text
 
 
 def test_the_documented_writer_works(tmp_path: Path) -> None:

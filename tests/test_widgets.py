@@ -15,8 +15,8 @@ from svdlab.notebook import explorer as widgets
 from svdlab.notebook.explorer import Diagnoser, Explorer, Panel, Worker, control, is_live
 from svdlab.parity import capture
 from svdlab.parity.bugs import Rules
-from svdlab.parity.compare import three_way
 from svdlab.parity.lab import Lab, ratio_text
+from svdlab.parity.three_way import three_way
 from svdlab.svd.settings import GenerationSettings
 
 BUG = "fps_not_decremented"

@@ -25,7 +25,7 @@ from svdlab.bench.timing import (
     machine,
     power_law_exponent,
 )
-from svdlab.cli.options import sample_picture
+from svdlab.samples import sample_picture
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd.checkpoint import (
     ARCHITECTURES,

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from svdlab.cli.options import DEVICE, JSON, MODEL, read_image, settings_options
+from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
+from svdlab.files import check_folder, write_json
+from svdlab.samples import read_image
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -34,7 +36,6 @@ def generate(
     given: dict[str, Any],
 ) -> None:
     """Generate one clip from IMAGE."""
-    from svdlab.files import check_folder, write_json
     from svdlab.svd.video import check_suffix
 
     settings = GenerationSettings(**given)
@@ -43,7 +44,7 @@ def generate(
         check_folder(path)
     if settings.num_videos_per_prompt != 1:
         raise SvdlabError(
-            f"num_videos_per_prompt: got {settings.num_videos_per_prompt}, allowed here: 1 (one clip a file)"
+            f"num_videos_per_prompt: got {settings.num_videos_per_prompt}, allowed here: 1 (one clip per file)"
         )
     picture = read_image(image)
     from svdlab.svd.pipeline import SVDPipeline

@@ -1,24 +1,26 @@
-"""What the commands share: options made from ``GenerationSettings``, images from files, results as JSON."""
+"""What the commands share: options made from ``GenerationSettings``, the model, the device, results as JSON."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
 from svdlab.errors import SvdlabError
 from svdlab.svd.settings import GenerationSettings
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 MODEL = click.option(
     "--model", default="embedded", show_default=True, help="Checkpoint: embedded, a folder, or a name on the hub."
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, mps.")
+IMAGE = click.option(
+    "--image",
+    metavar="IMAGE",
+    help="The image to start from; default: a frame of a moving shape for the embedded model, "
+    "matplotlib's sample photograph for any other.",
+)
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
 
 
@@ -68,33 +70,3 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise SvdlabError(f"sigmas: got {text!r}, allowed: numbers with commas between them, falling") from None
-
-
-def sample_photo() -> Image.Image:
-    """A real photograph that is there without a network: Grace Hopper, 512 by 600, matplotlib's sample."""
-    from matplotlib.cbook import get_sample_data
-
-    return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
-
-
-def sample_picture(model: str) -> Image.Image:
-    """What is animated when no image is given: a moving shape for the embedded checkpoint, a photograph for others."""
-    from svdlab.training.data import sample_image
-
-    return sample_image() if model == "embedded" else sample_photo()
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An RGB image from a file.
-
-    Raises:
-        SvdlabError: no such file, or no image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
-        raise SvdlabError(f"image: {path}: {reason}") from None

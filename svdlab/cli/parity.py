@@ -1,4 +1,4 @@
-"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``: thin doors to the parity harness.
+"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``.
 
 Exit code 0 is parity (or a trace written), 1 divergence, 2 bad input.
 """
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from svdlab.cli.options import DEVICE, JSON, MODEL, read_image, sample_picture, settings_options
+from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
+from svdlab.samples import read_image, sample_picture
 from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _report(comparison: Comparison, json_path: str | None, every: bool) -> None:
 
 
 @click.command()
-@click.option("--image", metavar="IMAGE", help="The image to start from; default: matplotlib's sample photograph.")
+@IMAGE
 @click.option("--keep", metavar="DIR", help="Keep the three traces in this folder.")
 @_TAPS
 @_UNTIL
@@ -64,7 +64,7 @@ def parity(
     settings = GenerationSettings(**given)
     check_folder(json_path)
     picture = read_image(image) if image else sample_picture(model)
-    from svdlab.parity.compare import three_way
+    from svdlab.parity.three_way import three_way
 
     comparison = three_way(model, picture, settings, device=device, taps=taps, until=until, folder=keep, progress=True)
     _report(comparison, json_path, every)
@@ -79,7 +79,7 @@ def parity(
     is_flag=True,
     help="With --inputs: redo the preprocessing from its source image, replay only the draws.",
 )
-@click.option("--image", metavar="IMAGE", help="The image to start from; default: matplotlib's sample photograph.")
+@IMAGE
 @_TAPS
 @_UNTIL
 @JSON
@@ -100,7 +100,7 @@ def trace(
     given: dict[str, Any],
 ) -> None:
     """Record every intermediate tensor of one generation in a trace file."""
-    from svdlab.parity.trace import DTYPES, Trace, capture
+    from svdlab.parity.trace import DTYPES, Trace
 
     if inputs is not None and image is not None:
         raise SvdlabError("--image: not together with --inputs, which replays that trace's image")
@@ -117,11 +117,14 @@ def trace(
         "path": out,
     }
     if implementation == "svdlab":
+        from svdlab.parity.candidate import capture
         from svdlab.svd.pipeline import SVDPipeline
 
         pipe = SVDPipeline.from_pretrained(model, dtype=settings.torch_dtype, device=device)
         made = capture(pipe, picture, settings, progress=True, **shared)
     else:
+        import torch
+
         from svdlab.parity.reference import capture_diffusers, load_diffusers
         from svdlab.svd.checkpoint import checkpoint_folder
 
@@ -159,7 +162,7 @@ def compare(
     model: str,
     device: str,
 ) -> None:
-    """Compare two traces: the verdict, and where they part first."""
+    """Compare two traces: the verdict, and the first probe that diverges."""
     from svdlab.parity.compare import compare as compare_traces
     from svdlab.parity.trace import DTYPES, Trace
 
@@ -168,14 +171,14 @@ def compare(
     check_folder(json_path)
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
-    moved = None
+    perturbed = None
     if rerun:
         from svdlab.parity.reference import capture_diffusers, load_diffusers
         from svdlab.svd.checkpoint import checkpoint_folder
 
         diffusers = load_diffusers(checkpoint_folder(model), DTYPES[one.dtype], device)
-        moved = capture_diffusers(diffusers, replay=one, perturb=0, progress=True)
-    _report(compare_traces(one, other, exact, perturbed=moved, progress=True), json_path, every)
+        perturbed = capture_diffusers(diffusers, replay=one, perturb=0, progress=True)
+    _report(compare_traces(one, other, exact, perturbed=perturbed, progress=True), json_path, every)
 
 
 @click.command()

@@ -1,6 +1,6 @@
 """``svdlab sweep`` and ``svdlab sweep-compare``.
 
-Exit code 0: every point is there, nothing moved. 1: a point failed, something moved. 2: bad input, or a sweep that was
+Exit code 0: every point is there, no clip changed. 1: a point failed, a clip changed. 2: bad input, or a sweep that was
 halted. 130: interrupted.
 """
 
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdlab.cli.options import DEVICE, JSON, MODEL, read_image, settings_options
+from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
+from svdlab.samples import read_image
 from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from svdlab.sweep.folder import Sweep
-    from svdlab.sweep.run import Backend, Progress
+    from svdlab.sweep.run import Backend, OnProgress, Progress
 
 
 @click.command()
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--points", metavar="FILE", help="Instead of a grid: a JSON list of objects, each the settings of one point."
 )
-@click.option("--resume", metavar="DIR", help="Go on with a sweep; what failed is tried again.")
-@click.option("--image", metavar="IMAGE", help="What the clips start from; default: a sample.")
+@click.option("--resume", metavar="DIR", help="Resume a sweep; what failed is tried again.")
+@IMAGE
 @click.option("--divergence", is_flag=True, help="Measure the distance from diffusers at each point, too.")
 @click.option("--workers", type=click.IntRange(1), help="Processes on this machine; default: this one.")
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler: tcp://HOST:PORT, tls://HOST:PORT, or its file.")
@@ -76,7 +77,7 @@ def sweep(
     json_path: str | None,
     given: dict[str, Any],
 ) -> None:
-    """Generate a clip at every point of a grid, in a folder that can be gone on with."""
+    """Generate a clip at every point of a grid, in a resumable folder."""
     from svdlab.sweep.plan import grid, make_points, parse_axis
     from svdlab.sweep.run import resume_sweep, run_sweep
 
@@ -89,13 +90,13 @@ def sweep(
     if workers and scheduler:
         raise SvdlabError("--workers: not together with --scheduler, which has its own")
     if workers and device.startswith("cuda"):
-        raise SvdlabError("--workers: not together with --device cuda; one worker a GPU: docs/clusters.md")
+        raise SvdlabError("--workers: not together with --device cuda; one worker per GPU: docs/clusters.md")
     if resume is not None:
         where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "json_path"}
         if others := [name for name in asked if name not in where]:
-            raise SvdlabError(f"--{others[0].replace('_', '-')}: not together with --resume, which goes on as it began")
-        with _bar(resume) as watch, _backend(workers, scheduler, tls, threads) as backend:
-            done = resume_sweep(resume, backend=backend, watch=watch)
+            raise SvdlabError(f"--{others[0].replace('_', '-')}: not together with --resume, which reads it from DIR")
+        with _bar(resume) as on_progress, _backend(workers, scheduler, tls, threads) as backend:
+            done = resume_sweep(resume, backend=backend, on_progress=on_progress)
         sys.exit(_report(done, json_path))
     if bool(axes) == bool(points):
         raise SvdlabError("sweep: give --grid NAME=VALUES, or --points FILE, or --resume DIR")
@@ -124,8 +125,8 @@ def sweep(
             write_json(json_path, {"cases": [asdict(row) for row in measured]})
         return
     assert out is not None
-    with _bar(out) as watch, _backend(workers, scheduler, tls, threads) as backend:
-        done = run_sweep(out, changes, settings, threads=threads, backend=backend, watch=watch, **options)
+    with _bar(out) as on_progress, _backend(workers, scheduler, tls, threads) as backend:
+        done = run_sweep(out, changes, settings, threads=threads, backend=backend, on_progress=on_progress, **options)
     sys.exit(_report(done, json_path))
 
 
@@ -148,7 +149,7 @@ def _backend(
 
 
 @contextmanager
-def _bar(out: str) -> Iterator[Any]:
+def _bar(out: str) -> Iterator[OnProgress]:
     """A progress bar with points per minute and the time left."""
     from tqdm import tqdm
 
@@ -156,7 +157,7 @@ def _bar(out: str) -> Iterator[Any]:
 
     bar = None
 
-    def watch(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         nonlocal bar
         # Not before there is something to show: bad input is one line.
         bar = bar or tqdm(bar_format="{percentage:3.0f}%|{bar}| {desc}", total=1.0)
@@ -165,14 +166,14 @@ def _bar(out: str) -> Iterator[Any]:
         bar.update(0)
 
     try:
-        yield watch
+        yield show
     except KeyboardInterrupt:
         if bar is not None:
             bar.close()
             sweep = Sweep.open(out)
             finished = sum(map(sweep.finished, sweep.plan.points))
             left = f"{finished} of {len(sweep.plan.points)} points are finished"
-            click.echo(f"{left}; to go on: svdlab sweep --resume {out}", err=True)
+            click.echo(f"{left}; resume with: svdlab sweep --resume {out}", err=True)
         raise
     finally:
         if bar is not None:
@@ -196,8 +197,8 @@ def _report(sweep: Sweep, json_path: str | None) -> int:
     import json
 
     table = sweep.table()
-    for reason, number in sweep.strangers().items():
-        click.echo(f"note: {number} points in {sweep.folder} are of {reason}: kept, not in the table", err=True)
+    for reason, number in sweep.unplanned_points().items():
+        click.echo(f"note: {number} points in {sweep.folder} {reason}: kept, not in the table", err=True)
     failed = table[table["status"] == "failed"] if len(table) else table
     for _, row in failed.iterrows():
         at = ", ".join(f"{axis}={row[axis]}" for axis in sweep.plan.axes)

@@ -1,1 +1,23 @@
-"""What notebooks show: the explorer of one fix, the sweep board, figures, tables, players."""
+"""What notebooks show: the explorer of one fix, the sweep board, a reader's own port, figures, tables, players."""
+
+from svdlab.lazy import lazy_names
+
+_HOMES = {
+    "explorer": ("Explorer",),
+    "sweep_board": ("SweepExplorer",),
+    "diagnoser": ("Diagnoser",),
+    "players": ("clips_html", "picture", "plot_case_frames"),
+    "tables": ("catalogue_table", "ratio_text", "stage_table"),
+    "figures": (
+        "plot_catalogue",
+        "plot_chunks",
+        "plot_curves",
+        "plot_divergence",
+        "plot_frames",
+        "plot_ramps",
+        "plot_steps",
+    ),
+}
+__getattr__, __dir__ = lazy_names(
+    __name__, {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+)

@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
+from svdlab.svd.images import to_levels
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
@@ -48,13 +50,15 @@ class Plot(Figure):
         )
 
 
-def _plot(width: float, height: float, alt: str) -> Plot:
+def new_plot(width: float, height: float, alt: str) -> Plot:
+    """An empty figure of that many inches, with its text."""
     plot = Plot(figsize=(width, height), layout="constrained")
     plot.alt = alt
     return plot
 
 
-def _tidy(ax: Axes, x: str, y: str, title: str = "") -> None:
+def label_axes(ax: Axes, x: str, y: str, title: str = "") -> None:
+    """Name the axes, and leave out the frame's upper and right side."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.set_title(title, fontsize=10, loc="left")
@@ -64,7 +68,7 @@ def _tidy(ax: Axes, x: str, y: str, title: str = "") -> None:
 def plot_divergence(
     comparison: Comparison, fix_off: Comparison | None = None, fix_off_label: str = "fix off", inputs: bool = True
 ) -> Plot:
-    """How far candidates are from the truth along the probes, with the noise floor and the bar of parity.
+    """How far candidates are from the truth along the probes, with the noise floor and the parity tolerance.
 
     Args:
         comparison: svdlab's, of ``parity.compare``.
@@ -77,7 +81,7 @@ def plot_divergence(
     """
     there = {p.name for p in (fix_off or comparison).probes}  # a port may have written some tensors only
     probes = [p for p in _shown(comparison, inputs) if p.name in there]
-    plot = _plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
+    plot = new_plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
     _draw_probes(plot.subplots(), probes, comparison, fix_off, fix_off_label)
     return plot
 
@@ -87,10 +91,10 @@ def plot_fix(on: Comparison, off: Comparison, bug: str) -> Plot:
 
     Args:
         on: svdlab's comparison with the fix.
-        off: with the bug in its place, against the same reference.
+        off: with the bug injected, against the same reference.
         bug: its name in the catalogue.
     """
-    plot = _plot(10.0, 4.2, f"Distance from diffusers float64. Fix on: {on.summary()}. Fix off: {off.summary()}.")
+    plot = new_plot(10.0, 4.2, f"Distance from diffusers float64. Fix on: {on.summary()}. Fix off: {off.summary()}.")
     left, right = plot.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     _draw_probes(left, _shown(on, inputs=True), on, off, f"fix off ({bug})")
     left.set_title("every tensor", fontsize=10, loc="left")
@@ -102,7 +106,7 @@ def plot_fix(on: Comparison, off: Comparison, bug: str) -> Plot:
     # The axis is shared: it has room for what either side shows.
     _logarithmic(left, _zero(_shown(on, inputs=True), on, off))
     right.set_xticks(range(1, len(steps) + 1, max(1, len(steps) // 6)))
-    _tidy(right, "denoising step", "", "latents after each step")
+    label_axes(right, "denoising step", "", "latents after each step")
     return plot
 
 
@@ -118,7 +122,7 @@ def _draw_probes(
     _draw_lines(ax, at, probes, on, off, off_label)
     ax.set_xlim(-0.5, len(probes) - 0.5)
     ax.set_xticks(list(at), [p.name for p in probes], rotation=90, fontsize=7)
-    _tidy(ax, "probe, in order of execution", _DISTANCE)
+    label_axes(ax, "probe, in order of execution", _DISTANCE)
     ax.legend(fontsize=8, loc="lower right", framealpha=0.9)
 
 
@@ -130,12 +134,12 @@ def _draw_lines(
     off: Comparison | None,
     off_label: str,
 ) -> None:
-    """The grey band of parity, the floor, and one line a candidate."""
+    """The grey band of parity, the floor, and one line per candidate."""
     floor = [p.floor for p in probes]
-    bar = [on.threshold * f for f in floor]
+    tolerance = [on.threshold * f for f in floor]
     zero = _zero(probes, on, off)
-    ax.fill_between(at, bar, 1e-30, color=FLOOR, alpha=0.12, lw=0)
-    ax.semilogy(at, bar, ":", color=FLOOR, lw=1.5, label=f"bar of parity: {on.threshold:g} x floor")
+    ax.fill_between(at, tolerance, 1e-30, color=FLOOR, alpha=0.12, lw=0)
+    ax.semilogy(at, tolerance, ":", color=FLOOR, lw=1.5, label=f"parity tolerance: {on.threshold:g} x floor")
     ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
     # The wider line lies below the narrower one, so that both are seen where they coincide.
     fix_on = ", fix on" if off is not None and off_label.startswith("fix off") else ""
@@ -171,7 +175,7 @@ def _logarithmic(ax: Axes, zero: float) -> None:
 
 
 def plot_grid(values: Sequence[Any], on: Sequence[Comparison], off: Mapping[str, Sequence[Comparison]], x: str) -> Plot:
-    """The noise ratio of the frames against a setting, with the fix on and with each bug in its place.
+    """The noise ratio of the frames against a setting, with the fix on and with each bug injected.
 
     Args:
         values: the setting's; anything that prints.
@@ -179,18 +183,18 @@ def plot_grid(values: Sequence[Any], on: Sequence[Comparison], off: Mapping[str,
         off: by bug, a comparison for each value.
         x: the setting's name and unit.
     """
-    plot = _plot(6.5, 3.2, f"Noise ratio of the frames against {x}, fix on and off.")
+    plot = new_plot(6.5, 3.2, f"Noise ratio of the frames against {x}, fix on and off.")
     ax = plot.subplots()
     at = range(len(values))
     threshold = on[0].threshold
     ax.axhspan(1e-3, threshold, color=FLOOR, alpha=0.12, lw=0)
-    ax.axhline(threshold, ls=":", color=FLOOR, lw=1.5, label=f"bar of parity: {threshold:g}")
+    ax.axhline(threshold, ls=":", color=FLOOR, lw=1.5, label=f"parity tolerance: {threshold:g}")
     for (bug, comparisons), style in zip(off.items(), ("s-", "D--", "^:"), strict=False):
         ax.semilogy(at, _frame_ratios(comparisons), style, color=FIX_OFF, ms=5, lw=1, label=f"fix off ({bug})")
     ax.semilogy(at, _frame_ratios(on), "o-", color=SVDLAB, ms=5, lw=1, label="fix on")
     ax.set_xticks(list(at), [str(v) for v in values])
     ax.set_ylim(bottom=0.1)
-    _tidy(ax, x, "noise ratio of the frames")
+    label_axes(ax, x, "noise ratio of the frames")
     ax.legend(fontsize=8)
     return plot
 
@@ -208,7 +212,7 @@ def plot_curves(
     log_y: bool = False,
     band: tuple[float, float, str] | None = None,
 ) -> Plot:
-    """What a rule computes, beside its twins: the first curve is diffusers', the others the bugs'.
+    """What a formula gives, diffusers' (the first curve) and the bugs' (the others).
 
     Args:
         x: common to all curves.
@@ -217,7 +221,7 @@ def plot_curves(
         log_x, log_y: logarithmic axes.
         band: a range of the vertical axis to shade, and what it is.
     """
-    plot = _plot(6.5, 3.2, f"{labels[1]} against {labels[0]}: {', '.join(curves)}.")
+    plot = new_plot(6.5, 3.2, f"{labels[1]} against {labels[0]}: {', '.join(curves)}.")
     ax = plot.subplots()
     if band:
         ax.axhspan(*band[:2], color=FLOOR, alpha=0.12, lw=0, label=band[2])
@@ -229,21 +233,21 @@ def plot_curves(
         ax.set_yscale("log")
     elif min(map(min, curves.values())) >= 0:
         ax.set_ylim(0, 1.1 * max(map(max, curves.values())))  # a small change shall look small
-    _tidy(ax, *labels)
+    label_axes(ax, *labels)
     ax.legend(fontsize=8)
     return plot
 
 
 def plot_ramps(ramps: Mapping[str, Tensor]) -> Plot:
-    """The guidance scale of every frame at every denoising step, a map for each rule.
+    """The guidance scale of every frame at every denoising step, one map per way to make it.
 
     Args:
-        ramps: (steps, frames) by the rule's name.
+        ramps: (steps, frames) by name.
     """
     alt = "; ".join(
         f"{name}: first step {scale[0].tolist()}, last step {scale[-1].tolist()}" for name, scale in ramps.items()
     )
-    plot = _plot(10.0, 2.6, f"Guidance scale of every frame at every step. {alt}.")
+    plot = new_plot(10.0, 2.6, f"Guidance scale of every frame at every step. {alt}.")
     low, high = min(float(s.min()) for s in ramps.values()), max(float(s.max()) for s in ramps.values())
     for ax, (name, scale) in zip(plot.subplots(1, len(ramps), sharey=True), ramps.items(), strict=True):
         steps, frames = scale.shape
@@ -254,7 +258,7 @@ def plot_ramps(ramps: Mapping[str, Tensor]) -> Plot:
                 ax.text(frame, step, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
         ax.set_xticks(range(frames), [str(i + 1) for i in range(frames)])
         ax.set_yticks(range(steps), [str(i + 1) for i in range(steps)])
-        _tidy(ax, "frame", "denoising step" if ax.get_subplotspec().is_first_col() else "", name)
+        label_axes(ax, "frame", "denoising step" if ax.get_subplotspec().is_first_col() else "", name)
     plot.colorbar(shown, ax=plot.axes, label="guidance scale")
     return plot
 
@@ -266,11 +270,13 @@ def plot_film(rows: Mapping[str, Tensor]) -> Plot:
         rows: (F, 3, H, W) in about [-1, 1] by name, all of one shape.
     """
     frames, _, height, width = next(iter(rows.values())).shape
-    plot = _plot(10.0, 0.7 + len(rows) * 8.6 / frames * height / width, f"{frames} frames each of {', '.join(rows)}.")
+    plot = new_plot(
+        10.0, 0.7 + len(rows) * 8.6 / frames * height / width, f"{frames} frames each of {', '.join(rows)}."
+    )
     axes = plot.subplots(len(rows), frames, squeeze=False)
     for line, (name, clip) in zip(axes, rows.items(), strict=True):
-        for i, (ax, frame) in enumerate(zip(line, clip, strict=True)):
-            ax.imshow((frame.permute(1, 2, 0).float() / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest")
+        for i, (ax, frame) in enumerate(zip(line, to_levels(clip), strict=True)):
+            ax.imshow(frame, interpolation="nearest")
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines[:].set_visible(False)
@@ -283,7 +289,7 @@ def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
     """How far each frame of the clip is from diffusers float64, with the fix on and off."""
     traces = {"reference": on.traces["reference"], "on": on.traces["candidate"], "off": off.traces["candidate"]}
     truth = on.traces["truth"]["frames"].double()
-    plot = _plot(6.5, 3.2, f"Distance of each frame from diffusers float64, fix on and off ({bug}).")
+    plot = new_plot(6.5, 3.2, f"Distance of each frame from diffusers float64, fix on and off ({bug}).")
     ax = plot.subplots()
     norm = truth.flatten(2).norm(dim=2).mean(0)
     looks = (
@@ -296,7 +302,7 @@ def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
         at = np.arange(1, len(distance) + 1)
         ax.semilogy(at, distance, style, color=colour, ms=4, lw=1.2, label=label)
     ax.set_xticks(at)
-    _tidy(ax, "frame", _DISTANCE)
+    label_axes(ax, "frame", _DISTANCE)
     ax.legend(fontsize=8)
     return plot
 
@@ -307,7 +313,7 @@ def plot_chunks(chunks: Sequence[Chunk]) -> Plot:
     Args:
         chunks: of ``lab.every_chunk``.
     """
-    plot = _plot(6.5, 3.2, "Distance of the frames from diffusers float64 decoded at once, against the chunk size.")
+    plot = new_plot(6.5, 3.2, "Distance of the frames from diffusers float64 decoded at once, against the chunk size.")
     ax = plot.subplots()
     looks = (
         ("diffusers", "D-", DIFFUSERS, 8, "diffusers in chunks"),
@@ -319,7 +325,7 @@ def plot_chunks(chunks: Sequence[Chunk]) -> Plot:
     for name, style, colour, size, label in looks:
         ax.semilogy(sizes, [c.distance[name] for c in chunks], style, color=colour, ms=size, lw=1.2, label=label)
     ax.set_xticks(sizes)
-    _tidy(ax, "chunk size (frames)", _DISTANCE)
+    label_axes(ax, "chunk size (frames)", _DISTANCE)
     ax.legend(fontsize=8)
     return plot
 
@@ -330,54 +336,20 @@ def plot_steps(comparison: Comparison) -> Plot:
     Args:
         comparison: svdlab's, of ``parity.compare``.
     """
-    plot = _plot(10.0, 3.6, f"Distance from diffusers float64 over the steps: {comparison.summary()}.")
+    plot = new_plot(10.0, 3.6, f"Distance from diffusers float64 over the steps: {comparison.summary()}.")
     kinds = ("model_input", "noise_pred_uncond", "noise_pred_cond", "noise_pred", "latents")
     for ax, kind in zip(plot.subplots(1, len(kinds), sharey=True), kinds, strict=True):
         probes = [p for p in comparison.probes if p.name.rpartition(".")[0] == kind]
         at = range(1, len(probes) + 1)
         _draw_lines(ax, at, probes, comparison, None, "")
         ax.set_xticks(at[:: max(1, len(at) // 4)])
-        _tidy(ax, "step", _DISTANCE if kind == kinds[0] else "", kind)
+        label_axes(ax, "step", _DISTANCE if kind == kinds[0] else "", kind)
     plot.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3, frameon=False)
     return plot
 
 
-def plot_heatmaps(
-    maps: Mapping[str, tuple[str, np.ndarray]], x: tuple[str, Sequence[str]], y: tuple[str, Sequence[str]]
-) -> Plot:
-    """Metrics of a sweep over two of its axes, a panel a metric, with the number in every cell.
-
-    Colours begin at zero, and panels of one unit share them: a small change shall look small.
-
-    Args:
-        maps: by name, the unit and the values (Y, X), none of them negative; NaN where there is none.
-        x, y: the axes' names and the values on them; an empty name for a sweep over one axis.
-    """
-    (x_name, columns), (y_name, rows) = x, y
-    over = " and ".join(name for name in (y_name, x_name) if name)
-    width, height = max(3.4, 0.75 * len(columns) + 1.0), 0.6 * len(rows) + 1.1
-    plot = _plot(min(13.0, width * len(maps)), height, f"Heat maps over {over}: {', '.join(maps)}.")
-    top = {unit: 0.0 for unit, _ in maps.values()}
-    for unit, values in maps.values():
-        top[unit] = max(top[unit], np.nanmax(values, initial=0.0))
-    axes = np.atleast_1d(plot.subplots(1, len(maps), sharey=True))
-    for ax, (name, (unit, values)) in zip(axes, maps.items(), strict=True):
-        ax.set_facecolor("#dddddd")  # what is not known
-        ax.imshow(values, cmap="cividis", vmin=0.0, vmax=top[unit] or 1.0, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            colour = "white" if value < 0.6 * top[unit] or not top[unit] else "black"
-            text = "" if np.isnan(value) else f"{value:.3g}"
-            ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
-        ax.set_xticks(range(len(columns)), columns)
-        ax.set_yticks(range(len(rows)), rows)
-        _tidy(ax, x_name, y_name if ax is axes[0] else "", f"{name}\n({unit})")
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
-    return plot
-
-
 def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
-    """What two bars say of every bug: each is a point, and each bar a line that it has to cross to be caught.
+    """What two tests of a port say of every bug: each bug is a point, each test's threshold a line.
 
     Args:
         rows: of ``parity.diagnose.catalogue``.
@@ -385,11 +357,13 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
     from svdlab.parity.compare import MSE_BAR, THRESHOLD
 
     missed = [row.bug for row in rows if row.passes_mse_bar and row.ratio > THRESHOLD]
-    plot = _plot(9.0, 5.0, f"Noise ratio against mean squared error, a point a bug. Only the ratio catches {missed}.")
+    plot = new_plot(
+        9.0, 5.0, f"Noise ratio against mean squared error, one point per bug. Only the ratio catches {missed}."
+    )
     ax = plot.subplots()
     # Equal to the last bit has no place on a logarithmic axis: it is drawn at its left end.
     smallest = min((row.frames_mse for row in rows if row.frames_mse > 0), default=MSE_BAR) / 3
-    looks = {True: ("o", FIX_OFF, "let through by the mean squared error"), False: ("s", FLOOR, "caught by it")}
+    looks = {True: ("o", FIX_OFF, "missed by the mean squared error"), False: ("s", FLOOR, "caught by it")}
     for passes, (marker, colour, label) in looks.items():
         chosen = [row for row in rows if row.passes_mse_bar is passes]
         at = [(max(row.frames_mse, smallest), row.ratio) for row in chosen]
@@ -399,9 +373,9 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
                 place = (6, -9 if i % 2 else 3)
                 paper = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
                 ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7, bbox=paper)
-    ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"usual bar: mean squared error {MSE_BAR:g}")
-    ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"bar of parity: noise ratio {THRESHOLD:g}")
-    _tidy(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
+    ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"the usual threshold: MSE < {MSE_BAR:g}")
+    ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"parity tolerance: noise ratio {THRESHOLD:g}")
+    label_axes(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
     ax.legend(fontsize=8, loc="lower right")
     return plot
 
@@ -414,7 +388,7 @@ def plot_bench(found: Mapping[str, Any]) -> Plot:
     """
     cases, growth = found["cases"], found["growth"]
     height = max(3.4, 0.42 * len(cases) + 1.8)
-    plot = _plot(11.0, height, "Speed of svdlab and diffusers, and their distance from the limit.")
+    plot = new_plot(11.0, height, "Speed of svdlab and diffusers, and their distance from the limit.")
     axes = plot.subplots(1, 3 if growth else 2, width_ratios=(1.2, 1, 1)[: 3 if growth else 2])
     _draw_ratios(axes[0], cases)
     _draw_limits(axes[1], cases)
@@ -448,15 +422,15 @@ def _draw_limits(ax: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
     for name, colour, shift in (("svdlab", SVDLAB, -0.18), ("diffusers", DIFFUSERS, 0.18)):
         share = [100 * case[f"{name}_of_matrix_peak"] for case in cases]
         ax.barh([y + shift for y in at], share, height=0.34, color=colour, label=name)
-    ax.axvline(100, ls="--", color=FLOOR, lw=1.5, label="matrix peak")
+    ax.axvline(100, ls="--", color=FLOOR, lw=1.5, label="peak GEMM throughput")
     ax.set_yticks(at, [""] * len(cases))
-    _below(ax, at, "FLOP/s, % of the matrix peak", "distance to the limit")
+    _below(ax, at, "% of peak GEMM throughput", "distance to the limit")
 
 
 def _below(ax: Axes, at: range, x: str, title: str) -> None:
     """Cases from top to bottom, and a legend that hides none of them."""
     ax.set_ylim(len(at) - 0.5, -0.5)
-    _tidy(ax, x, "", title)
+    label_axes(ax, x, "", title)
     ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
 
 
@@ -472,7 +446,7 @@ def _draw_growth(ax: Axes, growth: Sequence[Mapping[str, Any]]) -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
     ax.tick_params(which="both", labelsize=7)
-    _tidy(
+    label_axes(
         ax, "frames or pixels, over the fewest", "seconds of a UNet step, over the shortest", "growth, with exponents"
     )
     ax.legend(fontsize=6)

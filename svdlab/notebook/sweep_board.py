@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import tempfile
 import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
-import numpy as np
 
 from svdlab.errors import SvdlabError
-from svdlab.notebook.explorer import Worker, help_of, is_live, unit_of
-from svdlab.notebook.figures import plot_heatmaps
+from svdlab.notebook.controls import help_of, is_live, small
+from svdlab.notebook.panel import Panel
+from svdlab.notebook.sweep_view import CELL, View, clip_table, point_html, text_of, thumbnail_url, values_text
 from svdlab.parity.bugs import BUGS
 from svdlab.svd.checkpoint import EMBEDDED
 from svdlab.svd.settings import GenerationSettings, allowed
-from svdlab.svd.video import Clip
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import PLAN, Sweep
 from svdlab.sweep.plan import RULES, grid, make_points, parse_values
-from svdlab.sweep.run import Backend, Progress, Stop, Watch, run_sweep
+from svdlab.sweep.run import Backend, OnProgress, Progress, ShouldStop, run_sweep
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from svdlab.notebook.figures import Plot
-
 _AXES = 3  # rows of axis and values
 _NONE = "(no axis)"
-_CELL = 120  # pixels, of a clip in the grid
-# What an axis can be: one clip a point, and a dtype would load the weights again.
+# What an axis can be: one clip per point, and a dtype would load the weights again.
 _FIELDS = [name for name in GenerationSettings.model_fields if name not in ("num_videos_per_prompt", "dtype")]
 
 
@@ -86,14 +79,21 @@ class SweepExplorer:
             return SweepPanel(self).show()._repr_mimebundle_()
         return {"text/html": self.page(), "text/plain": f"SweepExplorer over {', '.join(self.axes)}"}
 
-    def run(self, watch: Watch | None = None, stop: Stop | None = None) -> Sweep:
+    def run(self, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Sweep:
         """Compute what is missing of the present axes; a second thread waits, and then finds all there.
 
         Raises:
             SvdlabError: see ``run_sweep``.
         """
         with self._running:
-            return run_sweep(self.out, grid(self.axes), self.settings, watch=watch, stop=stop, **self.options)
+            return run_sweep(
+                self.out,
+                grid(self.axes),
+                self.settings,
+                on_progress=on_progress,
+                should_stop=should_stop,
+                **self.options,
+            )
 
     def page(self) -> str:
         """What a page without widgets shows: the grid of clips, the heat maps, one point in full. HTML."""
@@ -101,7 +101,7 @@ class SweepExplorer:
         view = View(sweep)
         rows = view.square()
         middle = rows[len(rows) // 2][len(rows[0]) // 2]
-        parts = [clip_table(view), view.plot()._repr_html_()]
+        parts = [clip_table(view).to_html(), view.plot()._repr_html_()]
         if middle is not None:
             parts.append(f"<h4>One point: {escape(view.name(middle))}</h4>{point_html(sweep, middle)}")
         return "".join(parts)
@@ -132,136 +132,7 @@ class SweepExplorer:
         }
 
 
-class View:
-    """Two axes of a sweep, with the others held at a value.
-
-    Args:
-        sweep: which.
-        x, y: names of axes; default: the last one, and the one before it if there is one.
-        where: values of the others; default: their first.
-    """
-
-    def __init__(self, sweep: Sweep, x: str | None = None, y: str | None = None, where: Mapping[str, Any] = {}):  # noqa: B006
-        names = list(sweep.plan.axes)
-        self.sweep, self.where = sweep, dict(where)
-        self.x = x or names[-1]
-        self.y = y if y is not None or len(names) == 1 else next(n for n in reversed(names) if n != self.x)
-
-    def square(self) -> list[list[str | None]]:
-        """Identities, (Y, X)."""
-        return self.sweep.square(self.x, self.y, **self.where)
-
-    def name(self, identity: str) -> str:
-        """A point's place on all axes: "fps 7, max guidance scale 3"."""
-        point = self.sweep.plan.points[identity]
-        return ", ".join(f"{axis.replace('_', ' ')} {text_of(point.value(axis))}" for axis in self.sweep.plan.axes)
-
-    def heads(self, axis: str | None) -> tuple[str, list[str]]:
-        """An axis's name with its unit, and its values as text."""
-        if axis is None:
-            return "", [""]
-        unit = "" if axis == RULES else unit_of(axis)
-        name = axis.replace("_", " ")
-        return f"{name} ({unit})" if unit and unit not in name else name, [
-            text_of(value) for value in self.sweep.plan.axes[axis]
-        ]
-
-    def plot(self) -> Plot:
-        """Motion, the difference to the neighbours on both axes, and the divergence where it was measured."""
-        table, square = self.sweep.table(), self.square()
-        columns = {"motion": ("motion", "grey levels a frame")}
-        for axis in filter(None, (self.y, self.x)):
-            columns[f"difference_{axis}"] = (f"difference to the next {axis.replace('_', ' ')}", "grey levels")
-        if "divergence_ratio" in table:
-            columns["divergence_ratio"] = ("distance from diffusers", "noise ratio; parity is up to 4")
-        table = table.set_index("point") if len(table) else table
-        maps = {}
-        for column, (title, unit) in columns.items():
-            known = table[column].dropna().to_dict() if column in table else {}
-            maps[title] = unit, np.array([[known.get(i, np.nan) for i in row] for row in square], dtype=float)
-        return plot_heatmaps(maps, self.heads(self.x), self.heads(self.y))
-
-
-def text_of(value: Any) -> str:
-    """A value of an axis as one reads it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def values_text(values: Sequence[Any]) -> str:
-    """The values of an axis as one types them; the inverse of ``plan.parse_values``."""
-    if any(isinstance(value, (list, tuple)) for value in values):
-        return json.dumps(values)
-    return ", ".join("none" if value is None else text_of(value) for value in values)
-
-
-def _data(sweep: Sweep, identity: str) -> str:
-    data = base64.b64encode(sweep.thumbnail(identity).read_bytes()).decode()
-    return f"data:image/webp;base64,{data}"
-
-
-def clip_table(view: View) -> str:
-    """The grid of playing clips, for a page. HTML."""
-    (x_name, columns), (y_name, rows) = view.heads(view.x), view.heads(view.y)
-    look = f"height:{_CELL}px;min-width:{_CELL}px;object-fit:contain;image-rendering:pixelated"
-    body = []
-    for head, identities in zip(rows, view.square(), strict=True):
-        cells = []
-        for identity in identities:
-            if identity is None or not view.sweep.finished(identity):
-                cells.append(f"<td>{_absent(view.sweep, identity)}</td>")
-            else:
-                name = escape(view.name(identity))
-                cells.append(
-                    f'<td><img style="{look}" alt="{name}" title="{name}" src="{_data(view.sweep, identity)}"></td>'
-                )
-        body.append(f"<tr style='background:none'><th>{escape(head)}</th>{''.join(cells)}</tr>")
-    corner = "<br>".join(escape(f"{name} {arrow}") for name, arrow in ((x_name, "→"), (y_name, "↓")) if name)
-    heads = "".join(f"<th style='text-align:center'>{escape(column)}</th>" for column in columns)
-    return (
-        f"<table style='border-spacing:4px'><thead><tr style='background:none'><th>{corner}</th>{heads}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table>"
-    )
-
-
-def _absent(sweep: Sweep, identity: str | None) -> str:
-    return "no point" if identity is None else "failed" if sweep.failed(identity) else "not computed"
-
-
-def point_html(sweep: Sweep, identity: str) -> str:
-    """A point in full: its clip, what it was made with, what was measured. HTML."""
-    point = sweep.plan.points[identity]
-    if not sweep.finished(identity):
-        if not sweep.failed(identity):
-            return "<p>not computed</p>"
-        error = sweep.error(identity)
-        head = escape(f"{error['type']}: {error['message']}")
-        return f"<details open><summary>{head}</summary><pre>{escape(error['traceback'])}</pre></details>"
-    metrics = sweep.metrics(identity)
-    player = Clip(sweep.frames(identity), point.settings.fps)._repr_html_()
-    settings = {name: text_of(v) for name, v in point.settings.model_dump().items() if v is not None}
-    measured = {
-        "motion": f"{metrics['motion']:.3g} grey levels a frame",
-        "computed in": f"{metrics['seconds']:.2f} s",
-        "peak memory": f"{metrics['peak_memory_mib']:.0f} MiB",
-        "folder": f"points/{identity}",
-    }
-    if found := metrics["divergence"]:
-        ratio = f", noise ratio {found['ratio']:.3g}" if "ratio" in found else ""
-        measured["distance from diffusers"] = f"{found['verdict']}{ratio}"
-    tables = (_pairs({**settings, RULES: text_of(point.value(RULES))}), _pairs(measured))
-    return f"<div style='display:flex;flex-wrap:wrap;gap:24px;align-items:flex-start'>{player}{''.join(tables)}</div>"
-
-
-def _pairs(rows: Mapping[str, str]) -> str:
-    """Names and values, small. HTML."""
-    cells = "".join(
-        f"<b>{escape(name.replace('_', ' '))}</b><span>{escape(value)}</span>" for name, value in rows.items()
-    )
-    look = "display:grid;grid-template-columns:auto auto;gap:0 12px;font-size:0.85em;line-height:1.35"
-    return f"<div style='{look}'>{cells}</div>"
-
-
-class SweepPanel:
+class SweepPanel(Panel):
     """Axes and values, Run and Stop, the grid of clips whose cells are buttons, heat maps, and the chosen point.
 
     Args:
@@ -269,7 +140,8 @@ class SweepPanel:
     """
 
     def __init__(self, explorer: SweepExplorer):
-        self.explorer, self.worker = explorer, Worker(0.0)
+        super().__init__(delay=0.0)
+        self.explorer = explorer
         self.sweep: Sweep | None = None
         self._cells: dict[str, ipywidgets.Button] = {}
         self._styles: dict[str, ipywidgets.HTML] = {}
@@ -278,13 +150,9 @@ class SweepPanel:
         wide = {"layout": {"width": "40em"}, "style": {"description_width": "6em"}}
         self.folder = ipywidgets.Text(value=str(explorer.out), description="folder", continuous_update=False, **wide)
         self.load = ipywidgets.Button(description="Load", icon="folder-open", tooltip="show the sweep in this folder")
-        self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
-        self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
-        self.progress = ipywidgets.FloatProgress(max=1.0, layout={"width": "12em"})
-        self.status, self.heat, self.chosen = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.heat, self.chosen = ipywidgets.HTML(), ipywidgets.HTML()
         self.axes, self.grid = ipywidgets.HBox(), ipywidgets.VBox()
         self.run.on_click(lambda button: self.compute())
-        self.stop.on_click(lambda button: self.worker.stop())
         self.load.on_click(lambda button: self.open(self.folder.value))
 
     def _row(self, number: int, name: str, values: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -298,10 +166,10 @@ class SweepPanel:
 
         def explain(change: Any = None) -> None:
             if axis.value == RULES:
-                said = f"none, or bugs to put in: {', '.join(list(BUGS)[:3])}, ... with + between them"
+                said = f"none, or injected bugs: {', '.join(list(BUGS)[:3])}, ... with + between them"
             else:
                 said = "" if axis.value == _NONE else f"{help_of(axis.value)}; {allowed(axis.value)}"
-            about.value = f"<small>{escape(said)}</small>"
+            about.value = small(said)
             entry.disabled = axis.value == _NONE
 
         axis.observe(explain, "value")
@@ -344,18 +212,18 @@ class SweepPanel:
         try:
             axes = self.picked()
         except SvdlabError as error:
-            self._say(f"<b role='alert'>{escape(str(error))}</b>")
+            self.say_error(error)
             return
         self.explorer.axes, self.explorer.out = axes, Path(self.folder.value)
         self.sweep = None
-        self.worker.submit(self._compute)
+        self.submit(self._compute)
 
     def open(self, folder: str) -> None:
         """Show the sweep that is in a folder, and its axes."""
         try:
             sweep = Sweep.open(folder)
         except SvdlabError as error:
-            self._say(f"<b role='alert'>{escape(str(error))}</b>")
+            self.say_error(error)
             return
         named = [*sweep.plan.axes.items(), *[(_NONE, [])] * _AXES]
         for (axis, entry, _), (name, values) in zip(self.rows, named, strict=False):
@@ -363,35 +231,23 @@ class SweepPanel:
             entry.value = values_text(values)
         self._lay_out(sweep)
         self._draw()
-        finished = sum(map(sweep.finished, sweep.plan.points))
-        self._say(f"loaded, {finished} of {len(sweep.plan.points)} points")
+        self.say(f"loaded, {_finished(sweep)} of {len(sweep.plan.points)} points")
 
-    def _compute(self, stop: threading.Event) -> None:
-        """In the worker's thread: draw each clip as it comes, and show an error where the progress would be."""
+    def _compute(self, stop: threading.Event) -> str:
+        """In the worker's thread: draw each clip as it comes."""
 
-        def watch(progress: Progress) -> None:
+        def on_progress(progress: Progress) -> None:
             self.progress.value = progress.fraction
-            self._say(escape(str(progress)))
+            self.say(str(progress))
             if self.sweep is None and (self.explorer.out / PLAN).is_file():
                 self._lay_out(Sweep.open(self.explorer.out))
             self._draw_cells()
 
-        self.stop.disabled = False
-        self._say("the model is being loaded")
-        try:
-            sweep = self.explorer.run(watch, stop.is_set)
-            self._draw()
-            finished = sum(map(sweep.finished, sweep.plan.points))
-            notes = "".join(f"; {n} earlier points are of {escape(why)}" for why, n in sweep.strangers().items())
-            self._say(f"{'stopped' if stop.is_set() else 'done'}, {finished} of {len(sweep.plan.points)} points{notes}")
-        except SvdlabError as error:
-            self._say(f"<b role='alert'>{escape(str(error))}</b>")
-        except Exception as error:  # anything else is shown whole: a thread's traceback would be lost
-            text = escape(traceback.format_exc())
-            self._say(f"<details open><summary>{escape(repr(error))}</summary><pre>{text}</pre></details>")
-        finally:
-            self.progress.value = 0.0
-            self.stop.disabled = True
+        self.say("loading the model")
+        sweep = self.explorer.run(on_progress, stop.is_set)
+        self._draw()
+        notes = "".join(f"; {n} earlier points {why}" for why, n in sweep.unplanned_points().items())
+        return f"{'stopped' if stop.is_set() else 'done'}, {_finished(sweep)} of {len(sweep.plan.points)} points{notes}"
 
     def _lay_out(self, sweep: Sweep) -> None:
         """New axes to choose from, and the grid over the last two of them."""
@@ -429,7 +285,7 @@ class SweepPanel:
             self.heat.value = self.view().plot()._repr_html_()
 
     def _draw_grid(self) -> None:
-        """A button a point. Its picture is its clip, by a style sheet, so that a key presses it, too."""
+        """One button per point. Its picture is its clip, by a style sheet, so that a key presses it, too."""
         view = self.view()
         others = [widget for name, widget in self.others.items() if name not in (view.x, view.y)]
         self.axes.children = [self.x, self.y, *others] if len(self.others) > 1 else []
@@ -445,7 +301,7 @@ class SweepPanel:
         self.grid.children = [*lines, hidden]
 
     def _cell(self, view: View, identity: str | None) -> ipywidgets.Button:
-        size = f"{_CELL}px"
+        size = f"{CELL}px"
         button = ipywidgets.Button(layout={"width": size, "height": size, "margin": "2px", "padding": "0"})
         if identity is None:
             button.description, button.disabled = "no point", True
@@ -466,10 +322,9 @@ class SweepPanel:
             if not button.disabled:
                 continue
             if sweep.finished(identity):
-                self._styles[identity].value = (
-                    f"<style>.svdlab-{identity}{{background:url({_data(sweep, identity)}) center/contain no-repeat "
-                    f"!important;image-rendering:pixelated;font-size:0}}</style>"
-                )
+                picture = f"url({thumbnail_url(sweep, identity)}) center/contain no-repeat"
+                look = f"background:{picture} !important;image-rendering:pixelated;font-size:0"
+                self._styles[identity].value = f"<style>.svdlab-{identity}{{{look}}}</style>"
             elif sweep.failed(identity):
                 button.description = f"failed: {button.tooltip}"
             else:
@@ -482,10 +337,11 @@ class SweepPanel:
         name = escape(View(self.sweep).name(identity))
         self.chosen.value = f"<h4 role='region' aria-label='chosen'>{name}</h4>{point_html(self.sweep, identity)}"
 
-    def _say(self, html: str) -> None:
-        self.status.value = f"<span role='status'>{html}</span>"
+
+def _finished(sweep: Sweep) -> int:
+    return sum(map(sweep.finished, sweep.plan.points))
 
 
-def _head(text: str, width: str = f"{_CELL + 4}px") -> ipywidgets.HTML:
+def _head(text: str, width: str = f"{CELL + 4}px") -> ipywidgets.HTML:
     align = "right;padding-right:8px" if width.endswith("em") else "center"
     return ipywidgets.HTML(f"<div style='text-align:{align}'><b>{text}</b></div>", layout={"width": width})

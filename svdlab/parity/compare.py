@@ -1,11 +1,11 @@
-"""The verdict: is a candidate as close to the truth as the reference is, and if not, where do they part?
+"""The verdict: is a candidate as close to the truth as the reference is, and if not, where does it diverge first?
 
 With r64 the reference in float64, r the reference in the working dtype and c the candidate, at every probe
 
     floor = max(|r - r64| / |r64|, resolution),  divergence = |c - r64| / |r64|,  ratio = divergence / floor
 
-in the Euclidean norm, computed in float64. Parity is a ratio of at most 4 at every probe that both traces
-have.
+in the Euclidean norm, computed in float64. Parity is a ratio of at most 4, the parity tolerance, at every probe that
+both traces have.
 
 Without r64 the divergence is |c - r| / |r| and the floor is, with a model at hand, how far the reference
 moves when its inputs and every layer's output are moved by one unit in the last place ("perturbed"); with two
@@ -14,36 +14,25 @@ bare files it is ``bound``.
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.trace import (
-    CONDITIONING,
-    DTYPES,
-    INPUTS,
-    Trace,
-    capture,
-    execution_key,
-    is_tap,
-    probe_of,
-)
-from svdlab.svd.settings import GenerationSettings
+from svdlab.parity.probes import CONDITIONING, INPUTS, execution_key, is_tap, probe_of
+from svdlab.parity.trace import DTYPES, Trace
+from svdlab.svd.images import to_unit
+from svdlab.tables import Cell, Column, Style, Table
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
+# The parity tolerance: the largest ratio that rounding explains.
 THRESHOLD = 4.0
+# The usual threshold elsewhere, on the mean squared error of the frames.
 MSE_BAR = 1e-3
 BLOCK = 2**22
 
@@ -137,7 +126,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Literal["parity", "divergence"]:
-        """Over the probes of section 5; taps locate a divergence, they do not make one."""
+        """Over the probes; taps locate a divergence, they do not make one."""
         return "divergence" if self.first_divergence else "parity"
 
     @property
@@ -164,12 +153,12 @@ class Comparison:
 
     @property
     def frames_mse(self) -> float | None:
-        """Mean squared difference of the frames, the common measure elsewhere; None without frames."""
+        """Mean squared difference of the frames, the usual measure elsewhere; None without frames."""
         return next((p.mse for p in self.probes if p.name == "frames"), None)
 
     @property
     def passes_mse_bar(self) -> bool | None:
-        """Whether an MSE below 1e-3 on the frames would have let the candidate pass."""
+        """Whether the candidate meets the usual threshold, MSE < 1e-3 on the frames; None without frames."""
         return None if self.frames_mse is None else self.frames_mse < MSE_BAR
 
     def __getitem__(self, name: str) -> ProbeResult:
@@ -226,63 +215,46 @@ class Comparison:
         return f"floor: {text[self.floor_from]}"
 
     def table(self, every: bool = False) -> Table:
-        """A rich table; unless ``every``, of a long run only the ends, the first divergence and the worst."""
-        from rich import box
-        from rich.table import Table
-
-        # Without rules between columns it fits a terminal of 80 columns.
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
-        table.title = f"{self.candidate} against {self.reference}"
-        table.caption = f"{self.summary()}\n{self.floor_text()}"
-        table.add_column("probe", overflow="fold")
-        for column in ("diverg.", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in self._rows(every):
-            if row is None:
-                table.add_row("...")
-                continue
-            style = "red" if row.ratio > self.threshold else None
-            table.add_row(*_cells(row), style=style)
-        return table
+        """One row per tensor; unless ``every``, of a long run only the ends, the first divergence and the worst."""
+        rows: list[list[str | Cell]] = []
+        for result in self._results(every):
+            if result is None:
+                rows.append(["..."])
+            else:
+                style: Style = "bad" if result.ratio > self.threshold else ""
+                rows.append([Cell(text, style) for text in _texts(result)])
+        caption = f"{self.summary()}\n{self.floor_text()}"
+        return Table(_COLUMNS, rows, title=self._title(), caption=caption)
 
     def __rich__(self) -> Table:
         return self.table()
 
-    def _rows(self, every: bool) -> Iterator[ProbeResult | None]:
+    def _repr_html_(self) -> str:
+        table = replace(self.table(), title="", caption="")
+        return (
+            f"<p>{escape(self._title())}<br><b>{escape(self.summary())}</b><br>{escape(self.floor_text())}</p>"
+            f"{self._svg()}{table.to_html()}"
+        )
+
+    def _title(self) -> str:
+        return f"{self.candidate} against {self.reference}"
+
+    def _results(self, every: bool) -> Iterator[ProbeResult | None]:
         """The results in execution order, with None where some are left out."""
-        rows = sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
-        keep = set(range(len(rows)))
-        if not every and len(rows) > 48:
+        results = sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
+        shown = set(range(len(results)))
+        if not every and len(results) > 48:
             marked = {self.first_divergence, self.first_module, self.worst.name}
-            marks = [i for i, row in enumerate(rows) if row.name in marked]
+            marks = [i for i, result in enumerate(results) if result.name in marked]
             near = [i for m in marks for i in range(m - 2, m + 3)]
-            keep = {*range(20), *range(len(rows) - 6, len(rows)), *near}
+            shown = {*range(20), *range(len(results) - 6, len(results)), *near}
         gap = False
-        for i, row in enumerate(rows):
-            if i in keep:
-                yield row
+        for i, result in enumerate(results):
+            if i in shown:
+                yield result
             elif not gap:
                 yield None
-            gap = i not in keep
-
-    def _repr_html_(self) -> str:
-        heads = "".join(
-            f"<th>{h}</th>" for h in ("probe", "divergence", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR")
-        )
-        body = []
-        for row in self._rows(every=False):
-            if row is None:
-                body.append('<tr><td colspan="8">...</td></tr>')
-                continue
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
-            color = ' style="color:#b00020"' if row.ratio > self.threshold else ""
-            body.append(f"<tr{color}>{cells}</tr>")
-        return (
-            f"<p>{html.escape(f'{self.candidate} against {self.reference}')}<br>"
-            f"<b>{html.escape(self.summary())}</b><br>"
-            f"{html.escape(self.floor_text())}</p>{self._svg()}"
-            f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        )
+            gap = i not in shown
 
     def _svg(self) -> str:
         """Ratio along the probes as bars on a log axis, self-contained."""
@@ -292,7 +264,7 @@ class Comparison:
         for i, p in enumerate(self.probes):
             tall = height * min(max(math.log10(max(p.ratio, 1e-2)) + 2, 0.0), top) / top
             color = "#b00020" if p.ratio > self.threshold else "#4a7"
-            tip = html.escape(f"{p.name}: ratio {p.ratio:.3g}")
+            tip = escape(f"{p.name}: ratio {p.ratio:.3g}")
             bars.append(
                 f'<rect x="{i * step:.1f}" y="{height - tall:.1f}" '
                 f'width="{max(step - 1, 0.5):.1f}" height="{tall:.1f}" '
@@ -307,19 +279,22 @@ class Comparison:
         )
 
 
-def _cells(row: ProbeResult) -> list[str]:
-    psnr = "" if row.psnr is None else f"{row.psnr:.1f}"
-    cosine = "" if row.cosine is None else f"{row.cosine:.4f}"
-    ratio = f"{row.ratio:.2f}" if row.ratio < 1000 else f"{row.ratio:.0e}"
+_COLUMNS: tuple[str | Column, ...] = (
+    "probe",
+    *(Column(c, "right") for c in ("diverg.", "floor", "ratio", "max abs", "MSE", "cosine", "PSNR")),
+)
+
+
+def _texts(result: ProbeResult) -> list[str]:
     return [
-        row.name,
-        f"{row.divergence:.1e}",
-        f"{row.floor:.1e}",
-        ratio,
-        f"{row.max_abs:.1e}",
-        f"{row.mse:.1e}",
-        cosine,
-        psnr,
+        result.name,
+        f"{result.divergence:.1e}",
+        f"{result.floor:.1e}",
+        f"{result.ratio:.2f}" if result.ratio < 1000 else f"{result.ratio:.0e}",
+        f"{result.max_abs:.1e}",
+        f"{result.mse:.1e}",
+        "" if result.cosine is None else f"{result.cosine:.4f}",
+        "" if result.psnr is None else f"{result.psnr:.1f}",
     ]
 
 
@@ -360,7 +335,7 @@ def compare(
         truth: the reference in a wider dtype (float64), from the same inputs.
         perturbed: without a truth, the reference once more with everything moved by one unit in the last
             place (``reference.capture_diffusers(perturb=...)``).
-        threshold: the largest ratio that is parity.
+        threshold: the parity tolerance, the largest ratio that is parity.
         progress: show a bar.
 
     Raises:
@@ -436,7 +411,7 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
         )
         max_abs = max(max_abs, float(difference.abs().max()))
         if name == "frames":
-            clamped += float((_displayed(cb) - _displayed(rb)).square().sum())
+            clamped += float((to_unit(cb) - to_unit(rb)).square().sum())
     size, far, own, squared, rr, cc, rc = sums.tolist()
     zero = size == 0.0
     scale = math.sqrt(r.numel()) if zero else math.sqrt(size)
@@ -457,62 +432,3 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
         floor_from=floor_from,
         zero_reference=zero,
     )
-
-
-def _displayed(frames: Tensor) -> Tensor:
-    return (frames / 2 + 0.5).clamp(0, 1)
-
-
-def three_way(
-    model: str | os.PathLike[str],
-    image: Any,
-    settings: GenerationSettings | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    taps: Sequence[str] = (),
-    until: str | None = None,
-    folder: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> Comparison:
-    """diffusers in the working dtype, diffusers in float64, and svdlab, on one image: ``svdlab parity``.
-
-    svdlab works from the image and the seed alone: its preprocessing and its random draws are judged too. The
-    truth has the weights of the working dtype (rounded to it, then widened) and the draws of the reference.
-    One pipeline is in memory at a time.
-
-    Args:
-        model: checkpoint folder in diffusers' layout, hub name, or "embedded".
-        image: a PIL image or a list of them.
-        settings: which generation; its dtype is the working dtype.
-        device: where all three run.
-        taps: inner modules to record in all three.
-        until: stop after this probe.
-        folder: stream the traces to ``reference``, ``truth`` and ``svdlab.safetensors`` in this folder (else
-            in memory).
-        progress: show bars.
-
-    Raises:
-        SvdlabError: bad settings, an image that cannot be read, a checkpoint that does not load.
-    """
-    from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-    from svdlab.svd.checkpoint import checkpoint_folder
-    from svdlab.svd.pipeline import SVDPipeline
-
-    settings = settings or GenerationSettings()
-    checkpoint = checkpoint_folder(os.fspath(model))
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def path(name: str) -> Path | None:
-        return None if folder is None else Path(folder) / f"{name}.safetensors"
-
-    shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress}
-    pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device)
-    settings = pipe.resolve(settings)
-    candidate = capture(pipe, image, settings, path=path("svdlab"), **shared)
-    del pipe
-    diffusers = load_diffusers(checkpoint, settings.torch_dtype, device)
-    reference = capture_diffusers(diffusers, image, settings, path=path("reference"), **shared)
-    diffusers = cast_diffusers(diffusers, torch.float64)
-    truth = capture_diffusers(diffusers, None, settings, replay=reference, path=path("truth"), **shared)
-    return compare(reference, candidate, truth, progress=progress)

@@ -23,8 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdlab.parity.bugs import BUGS, sample_posterior
+from svdlab.parity.candidate import capture
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
-from svdlab.parity.trace import Stop, Trace, capture, execution_key, replay_inputs
+from svdlab.parity.probes import execution_key
+from svdlab.parity.replay import replay_inputs
+from svdlab.parity.trace import Trace
+from svdlab.parity.writer import CaptureComplete
 from svdlab.svd.pipeline import Inputs, SVDPipeline
 from svdlab.svd.stages import Change
 
@@ -269,7 +273,7 @@ class _Search:
         def probe(name: str, tensor: Tensor) -> None:
             if name == "image_latents":
                 recorded[name] = tensor.double().cpu()
-                raise Stop
+                raise CaptureComplete
 
         self.replay(changes, probe, self.pipe)
         return recorded["image_latents"]
@@ -282,7 +286,7 @@ class _Search:
         key = (pipe.dtype, *(w for c in changes for stage, w in c.wrap.items() if stage in _PREPROCESSING))
         if key not in self.inputs:
             self.inputs[key] = replay_inputs(broken, settings, self.reference, self.preprocess)
-        with suppress(Stop):
+        with suppress(CaptureComplete):
             broken.run(self.inputs[key], settings, probe=probe)
 
     def walk(self, start: _State, names: tuple[str, ...], changes: tuple[Change, ...]) -> _State:
@@ -300,7 +304,7 @@ class _Search:
             ratios[name] = distance / self.floors[name]
             if not ratios[name] <= THRESHOLD:
                 if not (ratios[name] <= _DOUBTFUL and distance <= _ANOTHER):
-                    raise Stop
+                    raise CaptureComplete
                 doubtful[name] = tensor.double().cpu()
 
         self.replay(changes, probe, self.pipe)
@@ -322,7 +326,7 @@ class _Search:
                 own = _distance(doubtful[name], tensor)
                 ratios[name] = _distance(self.candidate[name], tensor) / max(own, self.floors[name])
             if name == last or not ratios.get(name, 0.0) <= THRESHOLD:
-                raise Stop
+                raise CaptureComplete
 
         self.replay(changes, probe, self.pipes[torch.float64])
 

@@ -1,44 +1,38 @@
-"""What the notebooks about one fix share: diffusers and svdlab on one image, with the fix and without it.
+"""diffusers and svdlab with the same weights on one image: every trace made once, compared with and without a bug.
 
-``Lab`` computes, once for each setting; ``Case`` is one position of the sliders; ``Grid`` is several of them.
+``Lab`` computes, once for each setting; ``Case`` is what it finds at one setting with one bug injected.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from svdlab.cli.options import sample_picture
 from svdlab.parity.bugs import check_bugs
-from svdlab.parity.compare import THRESHOLD, Comparison, compare
-from svdlab.parity.trace import Trace, capture
+from svdlab.parity.candidate import capture
+from svdlab.parity.compare import Comparison, compare
+from svdlab.parity.trace import Trace
+from svdlab.samples import sample_picture
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
+from svdlab.svd.images import to_unit
 from svdlab.svd.memory import measured_peak
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import predict_noise
-from svdlab.svd.video import Clip, side_by_side
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from svdlab.notebook.figures import Plot
-    from svdlab.parity.diagnose import CatalogueRow
-
-Watch = Callable[[float, str], None]
+OnProgress = Callable[[float, str], None]
 # Traces are kept while they fit; beyond that the oldest go. A case needs four.
 _CACHE_BYTES, _CASE_TRACES = 2**30, 4
 # Where a case's parts begin and end on its progress bar: float64 costs as much as the rest.
@@ -48,21 +42,20 @@ _PARTS = {
     "off": (0.3, 0.45, "svdlab, fix off"),
     "truth": (0.45, 1.0, "diffusers in float64"),
 }
-_PICTURE_HEIGHT = 192  # pixels
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error
+class Cancelled(Exception):  # noqa: N818 - it is no error
     """Leaves a computation that a newer one, or the stop button, has made superfluous."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One position of the sliders.
+    """svdlab with the fix and with its bug injected, against the same reference.
 
     Attributes:
         settings: resolved.
-        bug: what stands in the fix's place with the fix off, a name of ``rules.BUGS``.
-        on, off: svdlab with the fix and without it, against the same reference; measured once there is a truth.
+        bug: the injected bug, a name of ``bugs.BUGS``.
+        on: svdlab as it is; ``off`` with the bug. Their noise floors are measured once there is a truth.
     """
 
     settings: GenerationSettings
@@ -79,63 +72,6 @@ class Case:
         """``on`` or ``off``."""
         return self.on if fix else self.off
 
-    def clips(self, fix: bool) -> str:
-        """diffusers, svdlab and their difference in one player, so that they stay in step: HTML."""
-        rows = self._rows(fix)
-        heads = "".join(f"<span style='flex:1;text-align:center'>{escape(title)}</span>" for title in rows)
-        player = side_by_side([Clip.from_tensor(frames, self.settings.fps) for frames in rows.values()])
-        return (
-            f"<div role='group' aria-label='{escape(', '.join(rows))}' style='display:inline-block;max-width:100%'>"
-            f"<div style='display:flex'>{heads}</div>{player._repr_html_()}</div>"
-        )
-
-    def film(self, fix: bool) -> Plot:
-        """The same frame by frame, on paper."""
-        from svdlab.notebook.figures import plot_film
-
-        return plot_film(self._rows(fix))
-
-    def _rows(self, fix: bool) -> dict[str, Tensor]:
-        """Frames (F, 3, H, W) by title; the difference brightened."""
-        of, gain = self.comparison(fix), self._gain()
-        reference, candidate = (of.traces[name]["frames"][0].double() for name in ("reference", "candidate"))
-        return {
-            "diffusers": reference,
-            f"svdlab, fix {'on' if fix else 'off'}": candidate,
-            f"difference{f', {gain:g} times' if gain > 1 else ''}": (candidate - reference).abs() * gain - 1,
-        }
-
-    def _gain(self) -> float:
-        """By how much the difference is brightened: as far as the one without the fix allows, the same for both."""
-        frames = [self.off.traces[name]["frames"].double() for name in ("reference", "candidate")]
-        peak = np.quantile((frames[1] - frames[0]).abs() / 2, 0.99)
-        return float(2 ** np.clip(np.floor(-np.log2(max(peak, 1e-9))), 0, 10))
-
-    def number(self, fix: bool) -> str:
-        """The verdict's number with what it means: HTML."""
-        of = self.comparison(fix)
-        name = f"Fix {'on' if fix else f'off ({self.bug})'}"
-        mse = f"frames MSE {of.frames_mse:.1e}, {'below' if of.passes_mse_bar else 'above'} the usual bar of 1e-3"
-        if not self.measured:
-            return f"<p>{escape(name)}: {mse}; the noise floor is being measured</p>"
-        where = f"worst at {of.worst.name}" if of.verdict == "parity" else f"first above 4 at {of.first_divergence}"
-        return (
-            f"<p>{escape(name)}: <b>noise ratio <output>{ratio_text(of)}</output>, {of.verdict}</b> "
-            f"({escape(where)}); {mse}</p>"
-        )
-
-    def plot(self) -> Plot:
-        """The divergence along probes and steps, fix off and on."""
-        from svdlab.notebook.figures import plot_fix
-
-        return plot_fix(self.on, self.off, self.bug)
-
-
-def ratio_text(comparison: Comparison) -> str:
-    """The worst noise ratio, as tables and widgets show it: 1.30, 2.4e+04."""
-    ratio = comparison.worst.ratio
-    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.1e}"
-
 
 class Lab:
     """One checkpoint in diffusers and in svdlab, and every trace that was made of it.
@@ -146,7 +82,7 @@ class Lab:
         model: "embedded", a checkpoint folder, or a name on the hub.
         device: where both run.
         dtype: the working dtype; the truth is float64.
-        image: what the clips start from; default: ``options.sample_picture``.
+        image: what the clips start from; default: ``samples.sample_picture``.
 
     Raises:
         SvdlabError: a checkpoint that does not load, a dtype that is not known.
@@ -179,61 +115,55 @@ class Lab:
         *_, case = self.cases(settings, bug)
         return case
 
-    def cases(self, settings: GenerationSettings, bug: str, watch: Watch | None = None) -> Iterator[Case]:
+    def cases(self, settings: GenerationSettings, bug: str, on_progress: OnProgress | None = None) -> Iterator[Case]:
         """The case as soon as there are clips, and again once the float64 run has measured the noise floor.
 
         Args:
             settings: which generation.
-            bug: a name of ``rules.BUGS``.
-            watch: called with the progress in [0, 1] and a text at every layer that runs; may raise ``Stopped``.
+            bug: a name of ``bugs.BUGS``.
+            on_progress: called with the progress in [0, 1] and a text at every layer; may raise ``Cancelled``.
 
         Raises:
             SvdlabError: settings at which diffusers fails, a bug that is not known.
         """
         check_bugs(bug)
         settings = self.pipe.resolve(settings)
-        reference = self.reference(settings, watch)
-        on = self.candidate(settings, watch=watch)
+        reference = self.reference(settings, on_progress)
+        on = self.candidate(settings, on_progress=on_progress)
         off = self._trace(
             ("off", bug, settings),
             lambda: capture(self.pipe.with_bugs(bug), None, settings, replay=reference, preprocess=True),
-            watch,
+            on_progress,
         )
         yield Case(settings, bug, compare(reference, on), compare(reference, off))
-        truth = self.truth(settings, watch)
+        truth = self.truth(settings, on_progress)
         yield Case(settings, bug, compare(reference, on, truth), compare(reference, off, truth))
 
     def comparison(self, settings: GenerationSettings) -> Comparison:
         """svdlab against diffusers, measured by the float64 run."""
         return compare(self.reference(settings), self.candidate(settings), self.truth(settings))
 
-    def reference(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
+    def reference(self, settings: GenerationSettings, on_progress: OnProgress | None = None) -> Trace:
         """diffusers' trace in the working dtype."""
         from svdlab.parity.reference import capture_diffusers
 
         settings = _as_diffusers_knows(self.pipe.resolve(settings))
         key = ("reference", settings)
-        return self._trace(key, lambda: capture_diffusers(self._pipe_in(self.dtype), self.image, settings), watch)
+        return self._trace(key, lambda: capture_diffusers(self._pipe_in(self.dtype), self.image, settings), on_progress)
 
-    def truth(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
+    def truth(self, settings: GenerationSettings, on_progress: OnProgress | None = None) -> Trace:
         """diffusers' trace in float64, from the reference's inputs."""
         from svdlab.parity.reference import capture_diffusers
 
         settings = _as_diffusers_knows(self.pipe.resolve(settings))
-        reference = self.reference(settings, watch)
+        reference = self.reference(settings, on_progress)
         key = ("truth", settings)
-        return self._trace(key, lambda: capture_diffusers(self._pipe_in(torch.float64), replay=reference), watch)
+        return self._trace(key, lambda: capture_diffusers(self._pipe_in(torch.float64), replay=reference), on_progress)
 
-    def candidate(self, settings: GenerationSettings, watch: Watch | None = None) -> Trace:
+    def candidate(self, settings: GenerationSettings, on_progress: OnProgress | None = None) -> Trace:
         """svdlab's trace, from the image and the seed."""
         settings = self.pipe.resolve(settings)
-        return self._trace(("on", settings), lambda: capture(self.pipe, self.image, settings), watch)
-
-    def grid(
-        self, settings: GenerationSettings, bugs: Sequence[str], changes: Sequence[Mapping[str, Any]]
-    ) -> list[list[Case]]:
-        """A row of cases, one a bug, for each change of the settings."""
-        return [[self.case(settings.replace(**change), bug) for bug in bugs] for change in changes]
+        return self._trace(("on", settings), lambda: capture(self.pipe, self.image, settings), on_progress)
 
     def step_cost(self, settings: GenerationSettings, rounds: int = 5) -> tuple[float, float]:
         """What the UNet costs in one guided step, in the way that ``settings.cfg`` names.
@@ -275,10 +205,10 @@ class Lab:
             self._diffusers = load_diffusers(self._folder, self.dtype, self._device)
         return cast_diffusers(self._diffusers, dtype)
 
-    def _trace(self, key: Any, make: Callable[[], Trace], watch: Watch | None) -> Trace:
+    def _trace(self, key: Any, make: Callable[[], Trace], on_progress: OnProgress | None) -> Trace:
         with self._lock:
             if key not in self._traces:
-                with _watched(*_PARTS[key[0]], key[-1].num_steps, watch):
+                with _reporting(*_PARTS[key[0]], key[-1].num_steps, on_progress):
                     self._traces[key] = make()
             self._traces.move_to_end(key)
             while len(self._traces) > _CASE_TRACES and sum(map(_bytes, self._traces.values())) > _CACHE_BYTES:
@@ -296,9 +226,9 @@ def _as_diffusers_knows(settings: GenerationSettings) -> GenerationSettings:
 
 
 @contextmanager
-def _watched(start: float, end: float, text: str, steps: int, watch: Watch | None) -> Iterator[None]:
-    """Tell ``watch`` of every layer that this thread runs, in either implementation; what it raises ends the run."""
-    if watch is None:
+def _reporting(start: float, end: float, text: str, steps: int, on_progress: OnProgress | None) -> Iterator[None]:
+    """Call ``on_progress`` at every layer of this thread, in either implementation; what it raises ends the run."""
+    if on_progress is None:
         yield
         return
     me, done = threading.get_ident(), 0
@@ -308,7 +238,7 @@ def _watched(start: float, end: float, text: str, steps: int, watch: Watch | Non
         if threading.get_ident() != me:
             return
         done = min(steps, done + type(module).__name__.startswith("UNet"))
-        watch(start + (end - start) * done / (steps + 1), f"{text}, step {done} of {steps}")
+        on_progress(start + (end - start) * done / (steps + 1), f"{text}, step {done} of {steps}")
 
     handle = nn.modules.module.register_module_forward_pre_hook(before)
     try:
@@ -319,7 +249,7 @@ def _watched(start: float, end: float, text: str, steps: int, watch: Watch | Non
 
 def motion_per_frame(frames: Tensor) -> list[float]:
     """The mean absolute change from each frame to the next, (F, 3, H, W) to F - 1 numbers, in grey levels of 255."""
-    levels = (frames.double() / 2 + 0.5).clamp(0, 1) * 255
+    levels = to_unit(frames.double()) * 255
     return (levels[1:] - levels[:-1]).abs().mean(dim=(1, 2, 3)).tolist()
 
 
@@ -329,79 +259,12 @@ def motion(frames: Tensor) -> float:
     return sum(changes) / len(changes) if changes else 0.0
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    """A table for a notebook to show; numbers in it are what the caller made of them."""
-    from IPython.display import HTML
-
-    head, *body = (
-        f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in row)}</tr>"
-        for tag, row in (("th", heads), *(("td", row) for row in rows))
-    )
-    return HTML(f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>")
-
-
-def catalogue_table(rows: Sequence[CatalogueRow]) -> Any:
-    """Which of two bars catches which bug, for a notebook to show; what a bar lets through is marked.
-
-    Args:
-        rows: of ``parity.diagnose.catalogue``.
-    """
-    from IPython.display import HTML
-
-    def bar(caught: bool) -> str:
-        return "<td>catches it</td>" if caught else "<td style='background:#fbe3d6'><b>lets it through</b></td>"
-
-    heads = ("bug", "first tensor above 4", "noise ratio", "frames MSE", "MSE &lt; 1e-3", "noise ratio &lt;= 4")
-    body = "".join(
-        f"<tr><td>{escape(row.bug)}</td><td>{escape(row.first_divergence or 'none')}</td><td>{row.ratio:.3g}</td>"
-        f"<td>{row.frames_mse:.1e}</td>{bar(not row.passes_mse_bar)}{bar(row.ratio > THRESHOLD)}</tr>"
-        for row in rows
-    )
-    return HTML(f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{body}</table>")
-
-
-def stage_table(comparison: Comparison) -> Any:
-    """The stages that a port is usually judged by: the worst probe of each, for a notebook to show."""
-    rows = []
-    for stage, prefix in (
-        ("image embedding", "image_embeddings"),
-        ("image latents", "image_latents"),
-        ("noise prediction, every step", "noise_pred."),
-        ("frames", "frames"),
-    ):
-        probes = [p for p in comparison.probes if p.name.startswith(prefix)]
-        worst = max(probes, key=lambda p: p.ratio)
-        mse, largest = max(p.mse for p in probes), max(p.max_abs for p in probes)
-        rows.append((stage, len(probes), f"{worst.ratio:.2f}", f"{worst.floor:.1e}", f"{largest:.1e}", f"{mse:.1e}"))
-    return table(
-        ("stage", "tensors", "worst noise ratio", "its noise floor", "largest difference", "mean squared error"), rows
-    )
-
-
-def picture(alt: str, *images: Tensor) -> Any:
-    """Images (1, 3, H, W) in about [-1, 1] next to each other, enlarged pixel for pixel, for a notebook to show.
-
-    Args:
-        alt: what they show, for those who cannot see it.
-        images: of one size.
-    """
-    from IPython.display import HTML
-    from PIL import Image as pil
-
-    strip = side_by_side([Clip.from_tensor(image, 1) for image in images]).to_pil()[0]
-    scale = max(1, _PICTURE_HEIGHT // strip.height)
-    buffer = io.BytesIO()
-    strip.resize((strip.width * scale, strip.height * scale), pil.Resampling.NEAREST).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return HTML(f'<img style="max-width:100%" alt="{escape(alt)}" src="data:image/png;base64,{data}">')
-
-
 @dataclass(frozen=True)
 class Chunk:
     """What a decode in chunks does.
 
     Attributes:
-        size: frames a chunk.
+        size: frames per chunk.
         cuts: how far diffusers' frames are from those it decodes at once, relative.
         parity: svdlab with this chunk size against diffusers with the same.
         exact: svdlab's exact decode in chunks of this size against diffusers at once.

@@ -7,7 +7,7 @@ facts decide what a tap holds, whatever the implementation's own layout is:
 - *activation*: (batch, frame, channel, height, width). The VAE encoder has one frame. Calls that treat a part
   of the batch or of the frames (guidance in two passes, a chunked decode) are joined, so that a trace does
   not depend on them.
-- *vector*: (batch, channel), one embedding a video.
+- *vector*: (batch, channel), one embedding per video.
 - *positions*: (frame, channel), the embedded frame numbers, the same for every video and every step.
 - *tokens*: as the CLIP tower has them, (batch, token, channel) or (batch, channel).
 """
@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -69,9 +70,17 @@ _ONCE = re.compile(r"unet\.add_embedding|.*\.time_pos_embed")
 _INDEXED = re.compile(r"(?P<base>unet\..+)\.(?P<step>\d{3,})")
 
 
+@lru_cache(maxsize=8192)
 def layout_of(name: str) -> str | None:
     """What a tapped module's output is, by its name without step; None where it is no tap."""
     return next((layout for layout, pattern in _LAYOUTS if pattern.fullmatch(name)), None)
+
+
+def shape_of(name: str) -> tuple[int | str, ...] | None:
+    """The shape of a tap without step: "F" for the number of frames, "*" for any size; None where any shape will do."""
+    frames: int | str = 1 if name.startswith(("vae.encoder", "vae.quant")) else "F"
+    shapes = {"activation": ("*", frames, "*", "*", "*"), "vector": ("*", "*"), "positions": ("F", "*")}
+    return shapes.get(layout_of(name) or "")
 
 
 def is_per_step(name: str) -> bool:
@@ -121,3 +130,45 @@ def first_tensor(output: object) -> Tensor:
         items: Iterable = output.values() if hasattr(output, "values") else output  # type: ignore[assignment]
         output = next(iter(items))
     return output
+
+
+def from_svdlab(name: str, tensor: Tensor) -> Tensor:
+    """svdlab's output of a tapped module in the layout of a trace; activations there have their channels last."""
+    return tensor.permute(0, 1, 4, 2, 3) if layout_of(name) == "activation" else tensor
+
+
+def from_diffusers(name: str, tensor: Tensor, frames: int, size: tuple[int, int] | None = None) -> Tensor:
+    """diffusers' output of a tapped module in the layout of a trace.
+
+    Args:
+        name: the tap, without step.
+        tensor: what the module returned, in one of diffusers' layouts.
+        frames: that the module treats as one video.
+        size: height and width, for modules inside :func:`attention_block`, which flattens them.
+    """
+    layout = layout_of(name)
+    if layout == "vector":  # (B, C), (B, F, C), or (B*F, C) where diffusers repeats it over the frames
+        if tensor.ndim == 3:
+            return tensor[:, 0]
+        return tensor[::frames] if name.endswith("time_emb_proj") else tensor
+    if layout == "positions":  # repeated for every video
+        return tensor[:frames]
+    if layout == "tokens":
+        return tensor
+    if tensor.ndim == 5:  # (B, C, F, H, W)
+        return tensor.permute(0, 2, 1, 3, 4)
+    if tensor.ndim == 4:  # (B*F, C, H, W)
+        return tensor.unflatten(0, (-1, frames))
+    assert size is not None
+    inside_temporal = "temporal_transformer_blocks" in name and not name.split(".")[-2] == "temporal_transformer_blocks"
+    if inside_temporal:  # (B*H*W, F, C)
+        return tensor.unflatten(0, (-1, *size)).permute(0, 3, 4, 1, 2)
+    return tensor.unflatten(1, size).unflatten(0, (-1, frames)).permute(0, 1, 4, 2, 3)  # (B*F, H*W, C)
+
+
+def attention_block(name: str) -> str | None:
+    """The path of the transformer or attention block that a module lies in, which knows height and width."""
+    parts = name.split(".")
+    if "attentions" not in parts:
+        return None
+    return ".".join(parts[1 : parts.index("attentions") + 2])

@@ -1,5 +1,5 @@
 """Notebooks run headless into pages that open offline: ``svdlab report``."""
 
-from svdlab.report.run import record
+from svdlab.report.verdict import record
 
 __all__ = ["record"]

@@ -6,12 +6,14 @@ Command-line options, widget sliders, papermill parameters and sweep axes are al
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from svdlab.errors import SvdlabError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _slider(low: float, high: float, step: float, unit: str) -> Any:
@@ -145,6 +147,8 @@ class GenerationSettings(BaseModel):
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch knows it."""
+        import torch  # here: --help needs the settings and no torch
+
         return getattr(torch, self.dtype)
 
 

@@ -1,6 +1,6 @@
 """Parameter sweeps: a grid or a list of generations in a folder that survives whatever happens to the process.
 
-``run_sweep`` makes one, ``resume_sweep`` goes on with it, ``Sweep.open`` reads it, ``compare_sweeps`` compares two.
+``run_sweep`` makes one, ``resume_sweep`` resumes it, ``Sweep.open`` reads it, ``compare_sweeps`` compares two.
 """
 
 from svdlab.sweep.compare import compare_sweeps

@@ -17,20 +17,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import dask
+import distributed
+from distributed import Client, Future, KilledWorker, WorkerPlugin
+
 from svdlab.errors import SvdlabError
 from svdlab.sweep.plan import Point
-from svdlab.sweep.point import Outcome, Source, Step, SweepHalted, compute_point
-from svdlab.sweep.run import Stop
-
-try:
-    import dask
-    import distributed
-    from distributed import Client, Future, KilledWorker, WorkerPlugin
-except ImportError:
-    raise SvdlabError("workers: Dask is not installed, allowed: pip install 'svdlab[cluster]'") from None
+from svdlab.sweep.point import OnStep, Outcome, Source, SweepHalted, compute_point
+from svdlab.sweep.run import ShouldStop
 
 _CONNECT_S = 10  # for a scheduler to answer
-_ASK_S = 0.2  # between two looks at whether to stop
+_POLL_S = 0.2  # between two questions whether to stop
 _CLOSE_S = 30
 
 
@@ -56,12 +53,14 @@ class Cluster:
         future.add_done_callback(done.put)
         return self._value(done.get())
 
-    def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
+    def compute(
+        self, source: Source, points: Sequence[Point], should_stop: ShouldStop, on_step: OnStep
+    ) -> Iterator[Outcome]:
         """See ``Backend``; what a worker that died was at is computed again by another one."""
         # A task of its own, so that the image travels once and is not lost with a worker.
         shared = self.client.submit(_same, source, pure=False)
         suspects: list[Point] = []
-        for point, future in self._finished(shared, points, stop):
+        for point, future in self._finished(shared, points, should_stop):
             try:
                 yield self._value(future)
             except KilledWorker:
@@ -72,13 +71,15 @@ class Cluster:
                 yield Outcome(source.identity(point), error=_described(error))
         # A worker's death is blamed on all that it held. Each gets another try, alone, so that the guilty one shows.
         for suspect in suspects:
-            for point, future in self._finished(shared, [suspect], stop):
+            for point, future in self._finished(shared, [suspect], should_stop):
                 try:
                     yield self._value(future)
                 except KilledWorker as error:
                     yield Outcome(source.identity(point), error=_described(error))
 
-    def _finished(self, shared: Future, points: Sequence[Point], stop: Stop) -> Iterator[tuple[Point, Future]]:
+    def _finished(
+        self, shared: Future, points: Sequence[Point], should_stop: ShouldStop
+    ) -> Iterator[tuple[Point, Future]]:
         """Submit points in their order, so that a crash leaves whole rows, and give back those that end."""
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         futures = self.client.map(compute_point, [shared] * len(points), points, pure=False)
@@ -87,14 +88,14 @@ class Cluster:
             future.add_done_callback(done.put)
         del futures  # a result is let go of once it is written
         try:
-            while waiting and not stop():
+            while waiting and not should_stop():
                 try:
-                    future = done.get(timeout=_ASK_S)
+                    future = done.get(timeout=_POLL_S)
                 except queue.Empty:
                     continue
                 yield waiting.pop(future), future
         finally:
-            # Otherwise the workers would go on with what nobody waits for.
+            # Otherwise the workers would still compute what nobody waits for.
             with suppress(Exception):
                 self.client.cancel(list(waiting), force=True)
 

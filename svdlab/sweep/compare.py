@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svdlab.errors import SvdlabError
 from svdlab.sweep.folder import Sweep, level_difference
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from svdlab.tables import Column, Table
 
 At = tuple[Any, ...]
 
@@ -22,7 +20,7 @@ class PointChange:
         at: where it stands on the axes.
         identical: whether its frames are the same to the last bit, before they were rounded to grey levels.
         mean, largest: absolute difference of the frames, in grey levels of 255; None for clips of two sizes.
-        motion: before and after, grey levels a frame.
+        motion: before and after, grey levels per frame.
         seconds: before and after.
     """
 
@@ -62,31 +60,19 @@ class SweepComparison:
         """One line."""
         moved = sum(p.moved(tolerance) for p in self.points)
         identical = sum(p.identical for p in self.points)
-        bar = "" if tolerance is None else f" by more than {tolerance} grey level{'s' * (tolerance != 1)}"
+        by = "" if tolerance is None else f" by more than {tolerance} grey level{'s' * (tolerance != 1)}"
         lost = f", {len(self.missing)} are missing in the second" if self.missing else ""
-        return f"{moved} of {len(self.points)} points moved{bar}, {identical} are the same to the last bit{lost}"
+        return f"{moved} of {len(self.points)} points moved{by}, {identical} are the same to the last bit{lost}"
 
-    def rows(self, tolerance: int | None = None) -> tuple[list[str], list[list[str]]]:
-        """The heads of a table and its rows, one a point; differences and motion in grey levels of 255."""
+    def table(self, tolerance: int | None = None) -> Table:
+        """One row per point; differences and motion in grey levels of 255."""
         heads = [*self.points[0].at, "moved", "mean difference", "largest", "motion before", "motion after"]
         rows = []
         for point in self.points:
             word = "yes" if point.moved(tolerance) else "no" if point.identical else "a little"
             sizes = ["other size", ""] if point.mean is None else [f"{point.mean:.3g}", str(point.largest)]
             rows.append([*map(str, point.at.values()), word, *sizes, *(f"{m:.3g}" for m in point.motion)])
-        return [head.replace("_", " ") for head in heads], rows
-
-    def table(self, tolerance: int | None = None) -> Table:
-        """The same for a terminal."""
-        from rich.table import Table
-
-        heads, rows = self.rows(tolerance)
-        table = Table(title=self.summary(tolerance))
-        for head in heads:
-            table.add_column(head, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return Table([Column(head.replace("_", " "), "right") for head in heads], rows, self.summary(tolerance))
 
     def to_dict(self, tolerance: int | None = None) -> dict[str, Any]:
         """What ``--json`` writes."""
@@ -133,7 +119,8 @@ def _differs(before: Sweep, after: Sweep) -> dict[str, tuple[str, str]]:
         source, first = sweep.plan.source, next(iter(sweep.plan.points.values()))
         settings = {n: v for n, v in first.settings.model_dump().items() if n not in sweep.plan.axes}
         made = {
-            "svdlab": source.code,
+            "svdlab": str(source.code),
+            "torch": source.code.torch,
             "model": f"{source.model.name} {source.model.fingerprint[:12]}",
             "image": source.image_digest[:12],
             "device": source.device,

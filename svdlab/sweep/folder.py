@@ -4,7 +4,7 @@
     image.png               what the clips start from
     points/IDENTITY/        clip.mp4, thumbnail.webp, frames.mkv (lossless), metrics.json
     failures/IDENTITY.json  the error of a point that failed
-    table.parquet, .csv     one row a point, finished or failed
+    table.parquet, .csv     one row per point, finished or failed
 
 A point's folder is renamed into place when it is whole, so that what is there is finished. The table is made from the
 folders and can always be made again.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ import numpy as np
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, write_json
 from svdlab.svd.settings import GenerationSettings
-from svdlab.sweep.plan import RULES, Point, neighbours, rules_text
+from svdlab.sweep.code import Code
+from svdlab.sweep.plan import RULES, Point, bugs_text, neighbours
 from svdlab.sweep.point import CLIP, FORMAT, FRAMES, METRICS, THUMBNAIL, Model, Outcome, Source, SweepHalted, save_point
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Sweep:
                 text["device"],
                 image,
                 text["image"],
-                text["svdlab"],
+                Code(**text["code"]),
                 text["divergence"],
                 str(path.parent.absolute() / "points"),
                 "",
@@ -116,7 +117,8 @@ class Sweep:
         source = self.plan.source
         plan = {
             "format": FORMAT,
-            "svdlab": source.code,
+            "svdlab": str(source.code),
+            "code": asdict(source.code),
             "model": asdict(source.model),
             "image": source.image_digest,
             "device": source.device,
@@ -125,7 +127,7 @@ class Sweep:
             "environment": {"python": platform.python_version(), "torch": torch.__version__},
             "axes": self.plan.axes,
             "points": [
-                {"point": identity, "settings": point.settings.model_dump(mode="json"), "rules": point.rules}
+                {"point": identity, "settings": point.settings.model_dump(mode="json"), "rules": point.bugs}
                 for identity, point in self.plan.points.items()
             ],
         }
@@ -183,7 +185,7 @@ class Sweep:
     def _failure(self, identity: str) -> Path:
         return self.folder / "failures" / f"{identity}.json"
 
-    def keep(self, outcome: Outcome) -> None:
+    def store(self, outcome: Outcome) -> None:
         """Write what came of a point, where the process that computed it has not.
 
         Raises:
@@ -235,7 +237,7 @@ class Sweep:
         return Clip.from_video(self._point(identity) / FRAMES).to_numpy()
 
     def at(self, **where: Any) -> str:
-        """The identity of the first point at these values of the axes; rules as text, such as ``rules="none"``.
+        """The identity of the first point at these values of the axes; bugs as text, such as ``rules="none"``.
 
         Raises:
             SvdlabError: there is none.
@@ -267,26 +269,16 @@ class Sweep:
     def _place(self, point: Point) -> tuple[Any, ...]:
         return tuple(point.value(axis) for axis in self.plan.axes)
 
-    def strangers(self) -> dict[str, int]:
-        """Finished points in the folder that are not of this plan: how many, by what is different about them."""
+    def unplanned_points(self) -> dict[str, int]:
+        """Finished points in the folder that are not of this plan: how many, by what is different about them.
+
+        The difference completes a sentence that begins with "points": "were made by other code (changed: ...)".
+        """
         source, found = self.plan.source, dict[str, int]()
         for path in sorted((self.folder / "points").glob("[0-9a-f]*")):
             if path.name in self.plan.points:
                 continue
-            made = self.metrics(path.name)
-            reasons = [
-                text
-                for text, same in (
-                    (f"svdlab {made['svdlab']}", made["svdlab"] == source.code),
-                    (
-                        f"another model ({made['model']['name']})",
-                        made["model"]["fingerprint"] == source.model.fingerprint,
-                    ),
-                    ("another image", made["image"] == source.image_digest),
-                )
-                if not same
-            ]
-            reason = ", ".join(reasons) or "settings that are no longer asked for"
+            reason = _difference(self.metrics(path.name), source)
             found[reason] = found.get(reason, 0) + 1
         return found
 
@@ -315,7 +307,7 @@ class Sweep:
                     write_json(self._point(identity) / METRICS, {**metrics, "neighbours": entries})
 
     def table(self) -> pd.DataFrame:
-        """One row a point that is finished or failed, in the plan's order: settings, rules and metrics.
+        """One row for each point that is finished or failed, in the plan's order: settings, rules and metrics.
 
         Columns: ``point``, ``status``, every setting (the axes first), ``rules``, ``motion`` (grey levels of 255 a
         frame), ``motion_per_frame``, ``difference_AXIS`` (mean absolute difference to the neighbours on that axis, grey
@@ -336,7 +328,7 @@ class Sweep:
         return table.astype({name: "Int64" for name in (*_WHOLE, "threads") if name in table})
 
     def _row(self, identity: str, point: Point, metrics: dict[str, Any], error: str) -> dict[str, Any]:
-        settings = {**point.settings.model_dump(), RULES: rules_text(point.rules)}
+        settings = {**point.settings.model_dump(), RULES: bugs_text(point.bugs)}
         if settings["sigmas"] is not None:
             settings["sigmas"] = list(settings["sigmas"])
         axes = list(self.plan.axes)
@@ -376,6 +368,21 @@ def level_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int] | tuple[
     # Frame by frame: a clip at full size widened at once takes hundreds of megabytes.
     differences = [np.abs(x.astype(np.int16) - y) for x, y in zip(a, b, strict=True)]
     return float(np.mean([d.mean() for d in differences])), int(max(d.max() for d in differences))
+
+
+def _difference(made: Mapping[str, Any], source: Source) -> str:
+    """What sets a point with these metrics apart from those of a plan, see ``Sweep.unplanned_points``."""
+    if made.get("format") != FORMAT:
+        return "are in another format"
+    if (made["divergence"] is not None) is not source.divergence:
+        return f"were made with{'out' if source.divergence else ''} the distance from diffusers"
+    changed, model = source.code.changes(since=Code(**made["code"])), made["model"]
+    reasons = [
+        *([f"by other code ({changed})"] if changed else []),
+        *([f"with another model ({model['name']})"] if model["fingerprint"] != source.model.fingerprint else []),
+        *(["from another image"] if made["image"] != source.image_digest else []),
+    ]
+    return f"were made {' and '.join(reasons)}" if reasons else "have settings that are no longer asked for"
 
 
 def _read(path: Path) -> Any:

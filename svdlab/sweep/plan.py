@@ -12,6 +12,7 @@ from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import check_bugs
 from svdlab.svd.settings import GenerationSettings
 
+# The axis of injected bugs, as grids, tables and files call it.
 RULES = "rules"
 _NO_BUG = "none"
 Changes = Sequence[Mapping[str, Any]]
@@ -23,20 +24,20 @@ class Point:
 
     Attributes:
         settings: all of them.
-        rules: the bugs of the catalogue that are put in, by name; none of them is what diffusers does.
+        bugs: of the catalogue, those that are injected, by name; without any it is what diffusers does.
     """
 
     settings: GenerationSettings
-    rules: tuple[str, ...] = ()
+    bugs: tuple[str, ...] = ()
 
     def value(self, axis: str) -> Any:
-        """Where the point stands on an axis: a setting's value, or the rules as text."""
-        return rules_text(self.rules) if axis == RULES else getattr(self.settings, axis)
+        """Where the point stands on an axis: a setting's value, or the bugs as text."""
+        return bugs_text(self.bugs) if axis == RULES else getattr(self.settings, axis)
 
 
-def rules_text(rules: Sequence[str]) -> str:
-    """Rules as they are written in a grid and in the table: "none", or names with a plus between them."""
-    return "+".join(rules) or _NO_BUG
+def bugs_text(bugs: Sequence[str]) -> str:
+    """Bugs as they are written in a grid and in the table: "none", or names with a plus between them."""
+    return "+".join(bugs) or _NO_BUG
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
@@ -93,7 +94,7 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
     """A point for each change of the settings; ``rules`` may be changed, too.
 
     Raises:
-        SvdlabError: a field that is not known, a value that is not allowed, rules that are not in the catalogue, a
+        SvdlabError: a field that is not known, a value that is not allowed, bugs that are not in the catalogue, a
             change that is there twice, none at all.
     """
     if not changes:
@@ -101,8 +102,8 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
     points: dict[Point, None] = {}
     for change in changes:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in change.items()}
-        rules = _rules(values.pop(RULES, ()))
-        point = Point(settings.replace(**values), rules)
+        bugs = _bugs(values.pop(RULES, ()))
+        point = Point(settings.replace(**values), bugs)
         if point.settings.num_videos_per_prompt != 1:
             raise SvdlabError(
                 f"num_videos_per_prompt: got {point.settings.num_videos_per_prompt}, allowed in a sweep: 1 (take seed "
@@ -117,7 +118,7 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
     return sorted(points, key=lambda p: order[p.settings.dtype])
 
 
-def _rules(value: Any) -> tuple[str, ...]:
+def _bugs(value: Any) -> tuple[str, ...]:
     names = value.split("+") if isinstance(value, str) else value
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise SvdlabError(f"rules: got {value!r}, allowed: none, or names of bugs with + between them")

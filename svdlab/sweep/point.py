@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from svdlab.errors import SvdlabError
 from svdlab.files import write_folder
 from svdlab.svd.settings import GenerationSettings
+from svdlab.sweep.code import Code, code_version
 from svdlab.sweep.plan import Point
 
 if TYPE_CHECKING:
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from svdlab.parity.lab import Lab
     from svdlab.svd.pipeline import SVDPipeline
 
-FORMAT = 1
+FORMAT = 2
 CLIP, THUMBNAIL, FRAMES, METRICS = "clip.mp4", "thumbnail.webp", "frames.mkv", "metrics.json"
 _THUMBNAIL_HEIGHT = 96  # pixels
-_SAMPLE_S = 0.01  # between two looks at a process's memory
-# What makes a clip: a change here makes other points, a change of a plot or of a widget does not.
-_CODE = ("svd", "parity/bugs.py")
-Step = Callable[[int, int], None]
+_SAMPLE_S = 0.01  # between two measurements of a process's memory
+OnStep = Callable[[int, int], None]
 
 
 class SweepHalted(SvdlabError):
@@ -67,10 +65,10 @@ class Source:
         device: where points are computed.
         image: what the clips start from, a PNG.
         image_digest: of its pixels, SHA-256.
-        code: the ``code_version`` that is to compute.
+        code: that is to compute, ``code_version``.
         divergence: measure the distance from diffusers, too.
         points: the folder that points go to, on the driver's machine.
-        token: a file in it; a process that sees it shares the driver's disk.
+        token: a file in it; a process that finds it shares the driver's disk.
         threads: of torch; None leaves them.
     """
 
@@ -78,7 +76,7 @@ class Source:
     device: str
     image: bytes = field(repr=False)
     image_digest: str
-    code: str
+    code: Code
     divergence: bool
     points: str
     token: str
@@ -89,10 +87,10 @@ class Source:
         everything = {
             "format": FORMAT,
             "settings": point.settings.model_dump(mode="json"),
-            "rules": point.rules,
+            "rules": point.bugs,
             "model": self.model.fingerprint,
             "image": self.image_digest,
-            "svdlab": self.code,
+            "svdlab": self.code.identity,
             "divergence": self.divergence,
         }
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
@@ -113,18 +111,7 @@ class Outcome:
     error: dict[str, str] | None = None
 
 
-@functools.cache
-def code_version() -> str:
-    """svdlab's version and a digest of the code that makes clips: in a checkout the version alone says little."""
-    package = Path(__file__).parent.parent
-    sources = sorted(
-        f for name in _CODE for f in ([package / name] if name.endswith(".py") else (package / name).glob("*.py"))
-    )
-    digest = hashlib.sha256(b"\0".join(file.read_bytes().replace(b"\r\n", b"\n") for file in sources))
-    return f"{importlib.metadata.version('svdlab')}+{digest.hexdigest()[:8]}"
-
-
-def look(
+def identify_model(
     name: str, revision: str | None, settings: Sequence[GenerationSettings]
 ) -> tuple[Model, list[GenerationSettings]]:
     """Identify a checkpoint, and fill in what the settings leave to it; no weight is loaded.
@@ -175,23 +162,24 @@ def image_digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-# One point at a time in a process: rules edit the networks that its threads share.
+# One point at a time in a process, however many threads a Dask worker has: two models may not fit into memory, torch's
+# number of threads is the process's, and a point's seconds and peak memory are to be its own.
 _one_at_a_time = threading.Lock()
 _loaded: tuple[Any, Lab] | None = None
 
 
-def compute_point(source: Source, point: Point, step: Step | None = None) -> Outcome:
+def compute_point(source: Source, point: Point, on_step: OnStep | None = None) -> Outcome:
     """Compute a point, and write its folder if this process shares the driver's disk.
 
     Args:
         source: what it is computed from.
         point: which.
-        step: called with the denoising step and their number; may raise ``lab.Stopped``.
+        on_step: called with the denoising step and their number; may raise ``lab.Cancelled``.
 
     Raises:
         SweepHalted: this process has another version or another model, the model does not load, the disk is full.
     """
-    from svdlab.parity.lab import Stopped
+    from svdlab.parity.lab import Cancelled
 
     points, identity = Path(source.points), source.identity(point)
     with _one_at_a_time:
@@ -200,8 +188,8 @@ def compute_point(source: Source, point: Point, step: Step | None = None) -> Out
             return Outcome(identity)
         lab = _lab(source, point.settings.dtype)
         try:
-            files = _make(lab, source, point, step)
-        except Stopped:
+            files = make_point(lab, source, point, on_step)
+        except Cancelled:
             raise
         except Exception as error:
             text = "".join(traceback.format_exception(error))
@@ -227,12 +215,12 @@ def save_point(points: Path, identity: str, files: Mapping[str, bytes]) -> None:
 def _lab(source: Source, dtype: str) -> Lab:
     """The model, loaded once in a process: another one takes its place."""
     global _loaded
-    key = (source.model, source.device, source.image_digest, source.code, dtype)
+    key = (source.model, source.device, source.image_digest, source.code.identity, dtype)
     if _loaded is not None and _loaded[0] == key:
         return _loaded[1]
     where = f"worker {platform.node()} (process {os.getpid()})"
-    if code_version() != source.code:
-        raise SweepHalted(f"{where}: svdlab is {code_version()}, allowed: {source.code}, the driver's")
+    if difference := code_version(source.divergence).changes(since=source.code):
+        raise SweepHalted(f"{where}: not the driver's code ({difference}); install the same svdlab and torch there")
     from PIL import Image
 
     from svdlab.parity.lab import Lab
@@ -255,24 +243,29 @@ def _lab(source: Source, dtype: str) -> Lab:
     return lab
 
 
-def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str, bytes]:
+def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -> dict[str, bytes]:
+    """The files of a point's folder, by name.
+
+    Raises:
+        SvdlabError: frames that are not finite.
+    """
     import torch
 
     from svdlab.parity.lab import motion_per_frame
     from svdlab.svd.video import Clip
 
-    settings, pipe = point.settings, lab.pipe.with_bugs(*point.rules)
+    settings, pipe = point.settings, lab.pipe.with_bugs(*point.bugs)
     steps = settings.num_steps
 
-    def on_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> None:
-        if step is not None:
-            step(i + 1, steps)
+    def after_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> None:
+        if on_step is not None:
+            on_step(i + 1, steps)
 
     with _threads(source.threads), torch.no_grad():
         started = time.perf_counter()
         with PeakMemory(pipe.device) as memory:
             inputs = pipe.prepare(lab.image, settings, torch.Generator().manual_seed(settings.seed))
-            frames = pipe.run(inputs, settings, callback=on_step)[0].cpu()
+            frames = pipe.run(inputs, settings, callback=after_step)[0].cpu()
         seconds = time.perf_counter() - started
         if not frames.isfinite().all():
             raise SvdlabError(f"frames: NaN or infinity in them; {settings.dtype} may be too narrow for this model")
@@ -281,12 +274,14 @@ def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str
     clip = Clip.from_tensor(frames, settings.fps, settings)
     motion = motion_per_frame(frames)
     metrics = {
+        "format": FORMAT,
         "point": source.identity(point),
         "settings": settings.model_dump(mode="json"),
-        "rules": list(point.rules),
+        "rules": list(point.bugs),
         "model": asdict(source.model),
         "image": source.image_digest,
-        "svdlab": source.code,
+        "svdlab": str(source.code),
+        "code": asdict(source.code),
         "frames_sha256": hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest(),
         "motion": sum(motion) / len(motion) if motion else 0.0,
         "motion_per_frame": motion,
@@ -309,8 +304,8 @@ def _make(lab: Lab, source: Source, point: Point, step: Step | None) -> dict[str
 
 def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> dict[str, Any]:
     """svdlab against diffusers, measured by diffusers in float64."""
+    from svdlab.parity.candidate import capture
     from svdlab.parity.compare import compare
-    from svdlab.parity.trace import capture
 
     try:
         reference, truth = lab.reference(settings), lab.truth(settings)
@@ -339,7 +334,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 class PeakMemory:
-    """The most memory in use within a block: CUDA's allocator's, or this process's, looked at every 10 ms.
+    """The most memory in use within a block: CUDA's allocator's, or this process's, measured every 10 ms.
 
     Attributes:
         mib: the result, in MiB.
@@ -358,13 +353,13 @@ class PeakMemory:
             return self
         process = psutil.Process()
 
-        def watch() -> None:
+        def measure() -> None:
             while True:
                 self.mib = max(self.mib, process.memory_info().rss / 2**20)
                 if self._done.wait(_SAMPLE_S):
                     return
 
-        self._thread = threading.Thread(target=watch, name="svdlab memory", daemon=True)
+        self._thread = threading.Thread(target=measure, name="svdlab memory", daemon=True)
         self._thread.start()
         return self
 

@@ -13,12 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from svdlab.cli.options import sample_picture
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, requires
+from svdlab.samples import sample_picture
 from svdlab.svd.settings import GenerationSettings
+from svdlab.sweep.code import code_version
 from svdlab.sweep.folder import Plan, Sweep
 from svdlab.sweep.plan import Changes, Point, axes_of, make_points
-from svdlab.sweep.point import Outcome, Source, Step, SweepHalted, code_version, compute_point, image_digest, look
+from svdlab.sweep.point import OnStep, Outcome, Source, SweepHalted, compute_point, identify_model, image_digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,8 +67,8 @@ class Progress:
         return ", ".join(parts)
 
 
-Watch = Callable[[Progress], None]
-Stop = Callable[[], bool]
+OnProgress = Callable[[Progress], None]
+ShouldStop = Callable[[], bool]
 
 
 class Backend(Protocol):
@@ -76,8 +77,10 @@ class Backend(Protocol):
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function's value, computed where points are."""
 
-    def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
-        """What comes of the points, as it comes; ends early once ``stop`` is true.
+    def compute(
+        self, source: Source, points: Sequence[Point], should_stop: ShouldStop, on_step: OnStep
+    ) -> Iterator[Outcome]:
+        """What comes of the points, as it comes; ends early once ``should_stop`` says so.
 
         Raises:
             SweepHalted: no further point can be computed.
@@ -91,21 +94,23 @@ class InProcess:
         """See ``Backend``."""
         return function(*arguments)
 
-    def compute(self, source: Source, points: Sequence[Point], stop: Stop, step: Step) -> Iterator[Outcome]:
+    def compute(
+        self, source: Source, points: Sequence[Point], should_stop: ShouldStop, on_step: OnStep
+    ) -> Iterator[Outcome]:
         """See ``Backend``; a point under way is given up at its next denoising step."""
-        from svdlab.parity.lab import Stopped
+        from svdlab.parity.lab import Cancelled
 
-        def on_step(i: int, steps: int) -> None:
-            if stop():
-                raise Stopped
-            step(i, steps)
+        def step_done(i: int, steps: int) -> None:
+            if should_stop():
+                raise Cancelled
+            on_step(i, steps)
 
         try:
             for point in points:
-                if stop():
+                if should_stop():
                     return
-                yield compute_point(source, point, on_step)
-        except Stopped:
+                yield compute_point(source, point, step_done)
+        except Cancelled:
             return
 
 
@@ -121,24 +126,24 @@ def run_sweep(
     divergence: bool = False,
     threads: int | None = None,
     backend: Backend | None = None,
-    watch: Watch | None = None,
-    stop: Stop | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Sweep:
     """Compute every point that the folder does not hold yet.
 
     Args:
         out: the folder, made if needed; points that are there already are taken over.
-        changes: of the settings, one a point; see ``grid``.
+        changes: of the settings, one per point; see ``grid``.
         settings: what all points share.
         model: "embedded", a checkpoint folder, or a name on the hub.
         revision: branch, tag or commit on the hub.
         device: where points are computed.
-        image: what the clips start from; default: ``options.sample_picture``.
+        image: what the clips start from; default: ``samples.sample_picture``.
         divergence: measure each point against diffusers, too.
         threads: of torch, in every process that computes; None leaves them.
         backend: where to compute; default: this process.
-        watch: told of the progress.
-        stop: asked now and then; once it says so, the sweep ends cleanly.
+        on_progress: told of the progress.
+        should_stop: asked now and then; once it says so, the sweep ends cleanly.
 
     Raises:
         SvdlabError: a point that is not allowed, a model that does not load; nothing is written.
@@ -148,19 +153,19 @@ def run_sweep(
     backend = backend or InProcess()
     picture = (image or sample_picture(model)).convert("RGB")
     plan = _plan(Path(out), points, changes, picture, (model, revision), device, divergence, threads, backend)
-    return _execute(Sweep(Path(out), plan), backend, watch, stop)
+    return _execute(Sweep(Path(out), plan), backend, on_progress, should_stop)
 
 
 def resume_sweep(
     folder: str | Path,
     *,
     backend: Backend | None = None,
-    watch: Watch | None = None,
-    stop: Stop | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Sweep:
-    """Go on with a sweep: what is finished stays, what failed is tried again.
+    """Resume a sweep: what is finished stays, what failed is tried again.
 
-    With another version of svdlab, or another model under the same name, all points are new; see ``Sweep.strangers``.
+    With other code, or another model under the same name, all points are new; see ``Sweep.unplanned_points``.
 
     Raises:
         SvdlabError: no sweep, a model that does not load.
@@ -178,7 +183,7 @@ def resume_sweep(
     plan = _plan(
         Path(folder), points, changes, picture, model, source.device, source.divergence, source.threads, backend
     )
-    return _execute(Sweep(Path(folder), plan), backend, watch, stop)
+    return _execute(Sweep(Path(folder), plan), backend, on_progress, should_stop)
 
 
 def _plan(
@@ -192,7 +197,11 @@ def _plan(
     threads: int | None,
     backend: Backend,
 ) -> Plan:
-    found, resolved = backend.call(look, *model, [p.settings for p in points])
+    # Before anything is computed, and where it is to be.
+    requires("pandas", "pyarrow", "filelock")
+    if divergence:
+        backend.call(requires, "diffusers", "transformers")
+    found, resolved = backend.call(identify_model, *model, [p.settings for p in points])
     points = [replace(point, settings=settings) for point, settings in zip(points, resolved, strict=True)]
     if len(set(points)) < len(points):
         raise SvdlabError(
@@ -205,7 +214,7 @@ def _plan(
         device,
         png.getvalue(),
         image_digest(image),
-        code_version(),
+        code_version(divergence),
         divergence,
         str(folder.absolute() / "points"),
         f".driver-{uuid.uuid4().hex}",
@@ -214,7 +223,7 @@ def _plan(
     return Plan(axes_of(changes, points), {source.identity(point): point for point in points}, source)
 
 
-def _execute(sweep: Sweep, backend: Backend, watch: Watch | None, stop: Stop | None) -> Sweep:
+def _execute(sweep: Sweep, backend: Backend, on_progress: OnProgress | None, should_stop: ShouldStop | None) -> Sweep:
     source, points = sweep.plan.source, sweep.plan.points
     with sweep.lock():
         sweep.save_plan()
@@ -223,11 +232,11 @@ def _execute(sweep: Sweep, backend: Backend, watch: Watch | None, stop: Stop | N
         computed, failed, first, tabled = 0, 0, 0.0, time.monotonic()
 
         def tell(within: float = 0.0) -> None:
-            if watch is not None:
+            if on_progress is not None:
                 done = len(points) - len(todo) + computed
                 # Loading the model belongs to the first point, and would spoil the rate.
                 rate = 60 * (computed - 1) / (time.monotonic() - first) if computed > 1 else 0.0
-                watch(Progress(len(points), done, failed, rate, within))
+                on_progress(Progress(len(points), done, failed, rate, within))
 
         token = Path(source.points) / source.token
         with sweep.writing():
@@ -235,9 +244,9 @@ def _execute(sweep: Sweep, backend: Backend, watch: Watch | None, stop: Stop | N
         try:
             tell()
             for outcome in backend.compute(
-                source, todo, stop or (lambda: False), lambda i, steps: tell(i / (steps + 1))
+                source, todo, should_stop or (lambda: False), lambda i, steps: tell(i / (steps + 1))
             ):
-                sweep.keep(outcome)
+                sweep.store(outcome)
                 computed, failed = computed + 1, failed + (outcome.error is not None)
                 first = first or time.monotonic()
                 tell()
@@ -250,7 +259,7 @@ def _execute(sweep: Sweep, backend: Backend, watch: Watch | None, stop: Stop | N
                 sweep.save_table()
             finished = sum(map(sweep.finished, points))
             raise SweepHalted(
-                f"{error}; {finished} of {len(points)} points are finished and intact; to go on: "
+                f"{error}; {finished} of {len(points)} points are finished and intact; resume with: "
                 f"svdlab sweep --resume {sweep.folder}"
             ) from None
         except KeyboardInterrupt:

@@ -1,0 +1,117 @@
+"""A report's pages, which open offline: one per notebook, the index, and JUnit's XML for machines."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from svdlab.report.results import NotebookResult, changes, moved
+from svdlab.report.verdict import FIX_COLUMNS, fix_cells, shown, words
+from svdlab.tables import Cell, Column, Table
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def notebook_page(executed: Path, result: NotebookResult, pages: Sequence[tuple[str, str]]) -> str:
+    """A notebook as HTML that needs no network and runs no script: pictures inside, formulas as MathML.
+
+    Args:
+        executed: the notebook with its outputs.
+        result: what is known of its run.
+        pages: file and title of every page of the report, in order.
+    """
+    import nbformat
+
+    from svdlab.report.exporter import PageExporter
+
+    exporter = PageExporter(embed_images=True, template_file="page.html.j2", extra_template_paths=[str(TEMPLATES)])
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("widgets", None)  # there is no kernel behind a page, and their script is on the network
+    at = [page for page, _ in pages].index(result.page)
+    around = {"result": result, "before": pages[at - 1] if at else None, "after": (*pages, None)[at + 1]}
+    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": result.title}, "around": around})
+    return page
+
+
+def index_page(
+    results: Sequence[NotebookResult], about: Mapping[str, Any], previous: Mapping[str, Any] | None = None
+) -> str:
+    """``index.html``: the verdict on every fix, every notebook with a picture, what changed, and what it was made with.
+
+    Args:
+        results: in the order in which they are shown.
+        about: ``made`` (date and time), ``seconds`` in all, ``parameters`` given, ``versions``.
+        previous: an earlier report's ``results.json``.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(shown=shown, words=words, pairs=_pairs)
+    verdicts = [v for r in results for v in r.verdicts]
+    return environment.get_template("report.html").render(
+        results=results,
+        passed=sum(r.status == "passed" for r in results),
+        verdicts=len(verdicts),
+        yes=sum(v["passed"] for v in verdicts),
+        fixes=_fixes(results),
+        changes=None if previous is None else _changes(results, previous),
+        moved=None if previous is None else _moved(results, previous),
+        previous=previous,
+        **about,
+    )
+
+
+def _fixes(results: Sequence[NotebookResult]) -> Table:
+    """Every fix on and off; a notebook with several bugs is named once."""
+    rows: list[list[str | Cell]] = []
+    for result in results:
+        link = Cell(result.name, html=f'<a href="{quote(result.page)}">{escape(result.name)}</a>')
+        for i, fix in enumerate(result.fixes()):
+            rows.append([Cell("") if i else link, *fix_cells(fix)])
+    return Table(["notebook", *FIX_COLUMNS], rows)
+
+
+def _changes(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> Table:
+    rows: list[list[str | Cell]] = [
+        [
+            change.notebook,
+            change.verdict,
+            change.was,
+            Cell(f"{change.now}{' (regression)' * change.regression}", "good" if change.now == "yes" else "bad"),
+        ]
+        for change in changes(results, previous)
+    ]
+    return Table(["notebook", "verdict", "was", "is"], rows)
+
+
+def _moved(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> Table:
+    return Table(["notebook", "number", Column("was", "right"), Column("is", "right")], moved(results, previous))
+
+
+def _pairs(values: Mapping[str, Any]) -> Table:
+    """Names and values."""
+    return Table(["", ""], [(name, str(value)) for name, value in values.items()])
+
+
+def junit(results: Sequence[NotebookResult]) -> str:
+    """``report.xml``: one test suite per notebook, one test case per verdict."""
+    suites = ET.Element("testsuites", name="svdlab report")
+    for r in results:
+        failures, error = sum(not v["passed"] for v in r.verdicts), int(r.status == "error")
+        cases = len(r.verdicts) + error
+        about = {"name": r.name, "tests": cases, "failures": failures, "errors": error, "time": round(r.seconds, 3)}
+        suite = ET.SubElement(suites, "testsuite", {k: str(v) for k, v in about.items()})
+        for v in r.verdicts:
+            case = ET.SubElement(suite, "testcase", classname=r.name, name=v["name"])
+            if not v["passed"]:
+                numbers = ", ".join(f"{k} {shown(n)}" for k, n in v["numbers"].items())
+                ET.SubElement(case, "failure", message=numbers)
+        if error:
+            case = ET.SubElement(suite, "testcase", classname=r.name, name="runs to its end")
+            ET.SubElement(case, "error", message=r.error)
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"

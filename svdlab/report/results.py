@@ -1,0 +1,119 @@
+"""What a report found, notebook by notebook, and what is not what it was in an earlier report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdlab.errors import SvdlabError
+from svdlab.report.verdict import shown, words
+
+
+@dataclass
+class NotebookResult:
+    """One notebook's run.
+
+    Attributes:
+        name: the file's, without its suffix.
+        title: its first heading.
+        status: "passed", "failed" (a verdict is no) or "error" (a cell raised, or it took too long).
+        seconds: for the run and its page.
+        verdicts: what its cells recorded, in order.
+        error: the last line of what went wrong, or nothing.
+        page: its HTML file.
+        parameters: what its parameters cell came to hold.
+        thumbnail: the page's first player or picture, as HTML.
+    """
+
+    name: str
+    status: str
+    seconds: float
+    verdicts: list[dict[str, Any]]
+    error: str = ""
+    page: str = ""
+    title: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    thumbnail: str = field(default="", repr=False)
+
+    def fixes(self) -> list[dict[str, Any]]:
+        """What its verdicts say of fixes, in order."""
+        return [fix for verdict in self.verdicts for fix in verdict.get("fixes", ())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``results.json`` holds: all but the thumbnail."""
+        return {name: value for name, value in asdict(self).items() if name != "thumbnail"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A verdict that is not what it was: ``was`` and ``now`` are "yes", "NO" or "absent"."""
+
+    notebook: str
+    verdict: str
+    was: str
+    now: str
+
+    @property
+    def regression(self) -> bool:
+        """Whether a verdict that was yes no longer is."""
+        return self.was == "yes"
+
+
+def changes(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> list[Change]:
+    """Which verdicts differ from an earlier ``results.json``; one that is gone counts as changed.
+
+    Raises:
+        SvdlabError: ``previous`` is no report's results.
+    """
+    try:
+        before = {(n["name"], v["name"]): v["passed"] for n in previous["notebooks"] for v in n["verdicts"]}
+        moved([], previous)
+    except (KeyError, TypeError, AttributeError):
+        raise SvdlabError("--previous: no results of a report, allowed: a results.json or its folder") from None
+    now = {(r.name, v["name"]): v["passed"] for r in results for v in r.verdicts}
+    words = {True: "yes", False: "NO", None: "absent"}
+    keys = list(dict.fromkeys([*before, *now]))
+    return [
+        Change(*key, words[before.get(key)], words[now.get(key)]) for key in keys if before.get(key) != now.get(key)
+    ]
+
+
+def moved(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Numbers that differ from an earlier report's in the three digits that are shown: notebook, number, was, is."""
+    before = {r["name"]: dict(_numbers(r)) for r in previous["notebooks"]}
+    return [
+        (r.name, name, old, new)
+        for r in results
+        for name, new in _numbers(r.to_dict())
+        if (old := before.get(r.name, {}).get(name, new)) != new
+    ]
+
+
+def _numbers(notebook: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for verdict in notebook["verdicts"]:
+        for name, value in verdict["numbers"].items():
+            yield words(name), shown(value)
+        for fix in verdict.get("fixes", ()):
+            for name in ("ratio_on", "ratio_off", "first_divergence", "frames_mse"):
+                yield f"{fix['bug']}: {words(name)}", shown(fix[name])
+
+
+def read_previous(path: str) -> dict[str, Any]:
+    """An earlier report's results.
+
+    Args:
+        path: a ``results.json`` or its folder.
+
+    Raises:
+        SvdlabError: there is none.
+    """
+    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        previous = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise SvdlabError(f"--previous: {file} is not readable, allowed: a results.json or its folder") from None
+    changes([], previous)
+    return previous
