@@ -12,7 +12,7 @@ from pathlib import Path
 
 from svdlab.bench.tables import case_table, growth_table
 from svdlab.notebook.figures import plot_bench
-from svdlab.svd.checkpoint import ARCHITECTURES
+from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.memory import GIB, Simulation
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import WORKLOADS
