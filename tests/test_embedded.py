@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from svdlab.parity.bugs import Rules
 from svdlab.parity.reference import load_diffusers
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
 from svdlab.svd.pipeline import SVDPipeline
@@ -91,5 +90,5 @@ def test_motion_follows_the_conditions(pipe: SVDPipeline, usual: np.ndarray) -> 
 
 
 def test_a_port_that_feeds_fps_is_slower(pipe: SVDPipeline, usual: np.ndarray) -> None:
-    port = pipe.with_rules(Rules.with_bugs("fps_not_decremented"))
+    port = pipe.with_bugs("fps_not_decremented")
     assert (forward(clips(port)) < forward(usual)).mean() > 0.8

@@ -34,12 +34,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     return folder / "out", json.loads((folder / "r.json").read_text())["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["image_encoder", "vae_crops", "unet"])
 def test_a_smoke_run_lowers_the_loss(smoke: tuple[Path, dict[str, list[float]]], phase: str) -> None:
     losses = smoke[1][phase]
     assert np.mean(losses[-8:]) < 0.95 * np.mean(losses[:4])
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_one_for_both(smoke: tuple[Path, dict[str, list[float]]]) -> None:
     folder = smoke[0]
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 20e6
