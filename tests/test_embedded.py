@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from svdlab.parity.bugs import Rules
 from svdlab.parity.reference import load_diffusers
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
 from svdlab.svd.pipeline import SVDPipeline
@@ -32,7 +31,7 @@ def clips(pipe: SVDPipeline, **options: object) -> np.ndarray:
 
 
 def forward(frames: np.ndarray) -> np.ndarray:
-    """Pixels a frame where the nose points, (N,)."""
+    """Pixels per frame where the nose points, (N,)."""
     slopes = [np.polyfit(range(8), scene.track(clip), 1)[0] for scene, clip in zip(SCENES, frames, strict=True)]
     return (np.array(slopes) * AHEAD).sum(1)
 
@@ -91,5 +90,5 @@ def test_motion_follows_the_conditions(pipe: SVDPipeline, usual: np.ndarray) -> 
 
 
 def test_a_port_that_feeds_fps_is_slower(pipe: SVDPipeline, usual: np.ndarray) -> None:
-    port = pipe.with_rules(Rules.with_bugs("fps_not_decremented"))
+    port = pipe.with_bugs("fps_not_decremented")
     assert (forward(clips(port)) < forward(usual)).mean() > 0.8

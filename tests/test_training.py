@@ -1,4 +1,4 @@
-"""Training: every stage learns, goes on where it was interrupted, and ends in a checkpoint that diffusers loads."""
+"""Training: every phase learns, resumes where it was interrupted, and ends in a checkpoint that diffusers loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.sampler import scalings
 from svdlab.training import autoencoder, denoiser, evaluate
 from svdlab.training.data import HELD_OUT, sample_image, sample_scene
-from svdlab.training.fit import Stage, fit
+from svdlab.training.fit import Phase, fit
 from svdlab.training.recipe import Recipe, Schedule
 
 CPU = torch.device("cpu")
@@ -34,12 +34,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     return folder / "out", json.loads((folder / "r.json").read_text())["losses"]
 
 
-@pytest.mark.parametrize("stage", ["image_encoder", "vae_crops", "unet"])
-def test_a_smoke_run_lowers_the_loss(smoke: tuple[Path, dict[str, list[float]]], stage: str) -> None:
-    losses = smoke[1][stage]
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["image_encoder", "vae_crops", "unet"])
+def test_a_smoke_run_lowers_the_loss(smoke: tuple[Path, dict[str, list[float]]], phase: str) -> None:
+    losses = smoke[1][phase]
     assert np.mean(losses[-8:]) < 0.95 * np.mean(losses[:4])
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_one_for_both(smoke: tuple[Path, dict[str, list[float]]]) -> None:
     folder = smoke[0]
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 20e6
@@ -56,7 +58,7 @@ def test_the_checkpoint_is_one_for_both(smoke: tuple[Path, dict[str, list[float]
     assert float(latents.std()) == pytest.approx(1, abs=0.05), "the scaling factor is that of these latents"
 
 
-def line(steps: int, learning_rate: float = 0.1) -> Stage:
+def line(steps: int, learning_rate: float = 0.1) -> Phase:
     """Fit y = 2 x."""
 
     def loss(call: object, generator: torch.Generator) -> torch.Tensor:
@@ -64,11 +66,11 @@ def line(steps: int, learning_rate: float = 0.1) -> Stage:
         return (call(x) - 2 * x).square().mean()  # type: ignore[operator]
 
     torch.manual_seed(0)
-    return Stage("line", nn.Linear(1, 1), loss, Schedule(steps, 16, learning_rate, ema_decay=0.9, warmup=5), "f")
+    return Phase("line", nn.Linear(1, 1), loss, Schedule(steps, 16, learning_rate, ema_decay=0.9, warmup=5), "f")
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdlab.training.fit._SAVE_EVERY", 10)
+    monkeypatch.setattr("svdlab.training.fit.SAVE_EVERY", 10)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = line(40)
@@ -164,7 +166,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
 def test_figures_of_a_perfect_model_pass_and_of_a_still_one_do_not() -> None:
     """The bars themselves, on clips made by the truth instead of a model."""
 
-    class Truth(evaluate._Sampler):
+    class Truth(evaluate.Sampler):
         def __init__(self) -> None:
             self.scenes, self.num_frames = [sample_scene(i) for i in range(8)], 8
 
@@ -177,17 +179,17 @@ def test_figures_of_a_perfect_model_pass_and_of_a_still_one_do_not() -> None:
     by_bucket = {b: sample.forward(clips(7, b)) for b in (20, 127, 255)}
     still = {b: 0 * d for b, d in by_bucket.items()}
     for figure in (
-        evaluate._ratio("", forward[7], forward[28], 4),
-        evaluate._accuracy(forward, by_bucket),
-        evaluate._rank(by_bucket),
-        evaluate._direction(sample, [clips(7), clips(28)]),
-        evaluate._first_frame(sample, clips(7)),
-        evaluate._decrement(forward[7], forward[7] + 0.01, sample.forward(clips(8))),
+        evaluate.displacement_ratio("", forward[7], forward[28], 4),
+        evaluate.displacement_error(forward, by_bucket),
+        evaluate.bucket_rank(by_bucket),
+        evaluate.direction(sample, [clips(7), clips(28)]),
+        evaluate.first_frame(sample, clips(7)),
+        evaluate.fps_not_decremented(forward[7], forward[7] + 0.01, sample.forward(clips(8))),
     ):
         assert figure.passed, figure
-    assert not evaluate._ratio("", forward[7], forward[14], 4).passed
-    assert not evaluate._accuracy(forward, still).passed
-    assert not evaluate._rank({b: -d for b, d in by_bucket.items()}).passed
-    assert not evaluate._direction(sample, [clips(7)[:, ::-1]]).passed
-    assert not evaluate._first_frame(sample, clips(7)[:, ::-1]).passed
-    assert not evaluate._decrement(forward[7], forward[7] + 0.01, sample.forward(clips(6))).passed
+    assert not evaluate.displacement_ratio("", forward[7], forward[14], 4).passed
+    assert not evaluate.displacement_error(forward, still).passed
+    assert not evaluate.bucket_rank({b: -d for b, d in by_bucket.items()}).passed
+    assert not evaluate.direction(sample, [clips(7)[:, ::-1]]).passed
+    assert not evaluate.first_frame(sample, clips(7)[:, ::-1]).passed
+    assert not evaluate.fps_not_decremented(forward[7], forward[7] + 0.01, sample.forward(clips(6))).passed

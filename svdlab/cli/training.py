@@ -16,12 +16,12 @@ from svdlab.files import check_folder, write_json, write_text
 @click.command("train-tiny")
 @click.option("--out", required=True, metavar="DIR", help="Where the checkpoint goes; must not exist.")
 @click.option("--work", metavar="DIR", help="Files to resume from; default: DIR.work beside the checkpoint.")
-@click.option("--smoke", is_flag=True, help="The same stages in a minute: to see that it runs, not to get a model.")
+@click.option("--smoke", is_flag=True, help="The same phases in a minute: to check that it runs, not to get a model.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of all draws.")
 @DEVICE
 @JSON
 def train_tiny(out: str, work: str | None, smoke: bool, seed: int, device: str, json_path: str | None) -> None:
-    """Train the embedded checkpoint from nothing; run again after an interruption, it resumes."""
+    """Train the embedded checkpoint from nothing; run it again to resume after an interruption."""
     target = Path(out)
     if target.exists():
         raise SvdlabError(f"--out: {target} exists, allowed: a new folder")

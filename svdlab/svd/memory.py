@@ -313,6 +313,16 @@ class Simulation:
         with self._mode, fused, torch.no_grad(), counter:
             function(new)
 
+    def _small_size(self) -> dict[str, int]:
+        """A small height and width that the UNet halves to odd numbers where it does so with the whole ones.
+
+        Where sides double exactly, an upsampling prepares other weights than where they do not.
+        """
+        factor, levels = self.configs.vae.scale_factor, len(self.configs.unet.block_out_channels)
+        least = max(8, 2 ** (levels - 1))
+        sides = {"height": self.settings.height or 0, "width": self.settings.width or 0}
+        return {name: (side // factor % least + least) * factor for name, side in sides.items()}
+
     def _network(self, name: str, dtype: torch.dtype) -> tuple[Any, int]:
         """A network without data, and the bytes that it and what its layers prepare of their weights would take."""
         if (name, dtype) not in self._networks:
@@ -323,8 +333,7 @@ class Simulation:
                 state = {key: torch.empty(shape, dtype=dtype, device=self._place) for key, shape in shapes.items()}
             network.load_state_dict(state, assign=True)
             use_kernels(network.eval().requires_grad_(False))
-            side = 8 * self.configs.vae.scale_factor
-            small = self.settings.replace(height=side, width=side, num_frames=2, num_videos_per_prompt=1)
+            small = self.settings.replace(**self._small_size(), num_frames=2, num_videos_per_prompt=1)
             calls = [call for key, call in workload_calls(self.configs, small).items() if WORKLOADS[key] == name]
             prepared = LiveStorages()
             for call in calls:

@@ -35,7 +35,7 @@ def initialise_(vae: VAE) -> VAE:
 
     Residual branches start at zero; what is left averages on the way down and repeats on the way up. The latents start
     at about unit size, and the posterior narrow: at the unit width of an untrained layer its noise would drown what the
-    mean says. The first biases are large: beside a constant pattern that dominates a group's statistics, the norms are
+    mean says. The first biases are large: next to a constant pattern that dominates a group's statistics, the norms are
     nearly linear in the picture, and a flat colour, which they would otherwise take away, gets through. The temporal
     branches stay at zero while single images train the spatial ones.
     """
@@ -91,7 +91,7 @@ def loss(
 
     Args:
         recipe: weights and ranges.
-        batch: clips, or single images, a step.
+        batch: clips, or single images, per step.
         num_frames: of each.
         size: of the square window that is trained on, pixels.
         latent: the VAE's latent channels and pixels per latent.

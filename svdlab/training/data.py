@@ -1,7 +1,7 @@
 """Procedural clips of one moving shape: what the embedded checkpoint is trained on, and its sample first frames.
 
 A scene is a disc, square or triangle with a white nose on a quiet background. It moves where its nose points, at a
-speed that the motion bucket sets in pixels a second; the displacement between two frames is that speed over the frame
+speed that the motion bucket sets in pixels per second; the displacement between two frames is that speed over the frame
 rate.
 Nothing is stored: a scene is a function of its seed.
 """
@@ -23,17 +23,17 @@ DIRECTIONS = {"right": (1.0, 0.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "up"
 # Scenes that training never draws: their seeds lie above this.
 HELD_OUT = 2**32
 _NOSE = np.array((1.0, 1.0, 1.0))
-# At motion bucket 127 and 7 frames per second a shape moves 2.8 pixels a frame.
+# At motion bucket 127 and 7 frames per second a shape moves 2.8 pixels per frame.
 _REFERENCE_SPEED, _REFERENCE_BUCKET = 19.6, 127
 
 
 def speed(motion_bucket_id: float) -> float:
-    """Pixels a second for a motion bucket: it rises with the bucket's square root, 19.6 at 127."""
+    """Pixels per second for a motion bucket: it rises with the bucket's square root, 19.6 at 127."""
     return _REFERENCE_SPEED * (motion_bucket_id / _REFERENCE_BUCKET) ** 0.5
 
 
 def displacement(fps: float, motion_bucket_id: float) -> float:
-    """Pixels a frame."""
+    """Pixels per frame."""
     return speed(motion_bucket_id) / fps
 
 
@@ -64,7 +64,7 @@ class Scene:
         """The scene of a seed; seeds from ``HELD_OUT`` on are never trained on.
 
         The start lies in the rear part of the picture, so that the shape stays inside it for eight frames at the
-        reference speed, 2.8 pixels a frame, and its centre at half as much again.
+        reference speed, 2.8 pixels per frame, and its centre at half as much again.
         """
         rng = np.random.default_rng(seed)
         background = _muted(rng), _muted(rng)

@@ -26,7 +26,7 @@ from svdlab.training.tower import clip_pixels
 
 
 class Denoiser(nn.Module):
-    """A training batch through the UNet: noisy latents beside image latents, and all conditioning.
+    """A training batch through the UNet: noisy latents and image latents concatenated along channels, and conditioning.
 
     Products run in bfloat16, in two thirds of the time; the loss of the first steps is the same to four digits.
     """
@@ -128,7 +128,7 @@ def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Gene
 
 
 def draw_sigmas(recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """One sigma a clip (B,): log-normal, some log-uniform; stratified over the batch, for a steadier loss."""
+    """One sigma per clip (B,): log-normal, some log-uniform; stratified over the batch, for a steadier loss."""
     batch = recipe.unet.batch
     level = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     mean, spread = recipe.sigma

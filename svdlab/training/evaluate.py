@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from svdlab.parity.reference import load_diffusers
 from svdlab.svd.checkpoint import checkpoint_folder
+from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene, speed
 from svdlab.training.recipe import Recipe
@@ -55,7 +56,7 @@ class Figure:
         return asdict(self)
 
 
-class _Sampler:
+class Sampler:
     """Clips of the held-out first frames, (N, F, H, W, 3) in [0, 1], by diffusers."""
 
     def __init__(self, model: str, images: int, steps: int, device: str):
@@ -101,13 +102,13 @@ class _Sampler:
             hook.remove()
 
     def motion(self, clips: np.ndarray) -> np.ndarray:
-        """Pixels a frame (N, 2) of each clip: the slope of the shape's centroid over the frames."""
+        """Pixels per frame (N, 2) of each clip: the slope of the shape's centroid over the frames."""
         at = np.arange(self.num_frames)
         tracks = [scene.track(clip) for scene, clip in zip(self.scenes, clips, strict=True)]
         return np.array([np.polyfit(at, track, 1)[0] for track in tracks])
 
     def forward(self, clips: np.ndarray) -> np.ndarray:
-        """Pixels a frame (N,) where the nose points."""
+        """Pixels per frame (N,) where the nose points."""
         ahead = np.array([DIRECTIONS[scene.direction] for scene in self.scenes])
         return (self.motion(clips) * ahead).sum(1)
 
@@ -122,12 +123,12 @@ def evaluate(model: str = "embedded", images: int = 32, steps: int = 25, device:
         device: where to run.
 
     Returns:
-        One figure a property, in the order of the model card.
+        One figure per property, in the order of the model card.
 
     Raises:
         SvdlabError: no such checkpoint.
     """
-    sample = _Sampler(model, images, steps, device)
+    sample = Sampler(model, images, steps, device)
     clips = {fps: sample(fps=fps) for fps in _FPS}
     usual = clips[7]
     forward = {fps: sample.forward(c) for fps, c in clips.items()}
@@ -139,16 +140,16 @@ def evaluate(model: str = "embedded", images: int = 32, steps: int = 25, device:
         no_embedding = sample()
     sample.bar.close()
     return [
-        _ratio("displacement at fps 7 over fps 28", forward[7], forward[28], 4),
-        _ratio("displacement at fps 14 over fps 28", forward[14], forward[28], 2),
-        _accuracy(forward, by_bucket),
-        _rank(by_bucket),
-        _direction(sample, clips.values()),
-        _first_frame(sample, usual),
+        displacement_ratio("displacement at fps 7 over fps 28", forward[7], forward[28], 4),
+        displacement_ratio("displacement at fps 14 over fps 28", forward[14], forward[28], 2),
+        displacement_error(forward, by_bucket),
+        bucket_rank(by_bucket),
+        direction(sample, clips.values()),
+        first_frame(sample, usual),
         _reconstruction(sample),
         _guidance(usual, unguided, other_seed),
         _embedding(usual, no_embedding, other_seed),
-        _decrement(forward[7], sample.forward(other_seed), sample.forward(not_decremented)),
+        fps_not_decremented(forward[7], sample.forward(other_seed), sample.forward(not_decremented)),
         _seconds(model, sample, device),
     ]
 
@@ -172,24 +173,26 @@ def model_card(model: str, figures: list[Figure], images: int, steps: int) -> st
     )
 
 
-def _ratio(name: str, fast: np.ndarray, slow: np.ndarray, truth: float) -> Figure:
+def displacement_ratio(name: str, fast: np.ndarray, slow: np.ndarray, truth: float) -> Figure:
+    """Mean displacement (N,) at one frame rate over that at another, against the ratio that is true."""
     ratio = float(fast.mean() / slow.mean())
     return Figure(name, abs(ratio / truth - 1) <= 0.1, f"{truth:g} within 10 %", {"ratio": ratio})
 
 
-def _accuracy(forward: dict[int, np.ndarray], by_bucket: dict[int, np.ndarray]) -> Figure:
+def displacement_error(forward: dict[int, np.ndarray], by_bucket: dict[int, np.ndarray]) -> Figure:
+    """Displacements (N,) by frame rate and by motion bucket against the true ones."""
     measured = {f"fps {fps}": (d, displacement(fps, 127)) for fps, d in forward.items()}
     measured |= {f"bucket {b}": (d, displacement(7, b)) for b, d in by_bucket.items() if b != 127}
     errors = {name: float(d.mean() / truth - 1) for name, (d, truth) in measured.items() if truth > 1}
     return Figure(
         "displacement over the truth, less 1",
         max(map(abs, errors.values())) <= 0.1,
-        "within 10 % where a shape moves more than a pixel a frame",
+        "within 10 % where a shape moves more than a pixel per frame",
         errors,
     )
 
 
-def _rank(by_bucket: dict[int, np.ndarray]) -> Figure:
+def bucket_rank(by_bucket: dict[int, np.ndarray]) -> Figure:
     """Spearman's correlation of each clip's displacement with the motion bucket, averaged over the clips."""
     ranks = np.stack(list(by_bucket.values()), axis=1).argsort(1).argsort(1)
     correlation = float(np.mean([np.corrcoef(rank, np.arange(len(by_bucket)))[0, 1] for rank in ranks]))
@@ -198,7 +201,7 @@ def _rank(by_bucket: dict[int, np.ndarray]) -> Figure:
     return Figure(name, correlation >= 0.95, "at least 0.95", {"correlation": correlation, **means})
 
 
-def _direction(sample: _Sampler, clips: Iterable[np.ndarray]) -> Figure:
+def direction(sample: Sampler, clips: Iterable[np.ndarray]) -> Figure:
     """How often the largest component of the motion is the one the nose points to."""
     unit = np.array(list(DIRECTIONS.values()))
     truth = np.array([list(DIRECTIONS).index(scene.direction) for scene in sample.scenes])
@@ -206,20 +209,21 @@ def _direction(sample: _Sampler, clips: Iterable[np.ndarray]) -> Figure:
     return Figure("direction right", right >= 0.95, "at least 0.95 of clips", {"share": right})
 
 
-def _first_frame(sample: _Sampler, clips: np.ndarray) -> Figure:
+def first_frame(sample: Sampler, clips: np.ndarray) -> Figure:
+    """How close the first frame of clips (N, F, H, W, 3) is to the image that was given."""
     psnr = [_psnr(clip[0], np.array(s.image()) / 255) for s, clip in zip(sample.scenes, clips, strict=True)]
     median = statistics.median(psnr)
     return Figure("first frame, PSNR", median >= 25, "median at least 25 dB", {"median": median, "worst": min(psnr)})
 
 
 @torch.no_grad()
-def _reconstruction(sample: _Sampler) -> Figure:
+def _reconstruction(sample: Sampler) -> Figure:
     vae, psnr = sample.pipe.vae, []
     for scene in sample.scenes:
         truth = scene.clip(sample.num_frames, 7, 127)
         frames = torch.from_numpy(truth).permute(0, 3, 1, 2).float().to(vae.device) * 2 - 1
         decoded = vae.decode(vae.encode(frames).latent_dist.mode(), num_frames=len(frames)).sample
-        psnr.append(_psnr((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy(), truth))
+        psnr.append(_psnr(to_unit(decoded).permute(0, 2, 3, 1).cpu().numpy(), truth))
     median = statistics.median(psnr)
     values = {"median": median, "worst": min(psnr)}
     return Figure("VAE on true clips, PSNR", median >= 30, "median at least 30 dB", values)
@@ -237,7 +241,8 @@ def _embedding(usual: np.ndarray, without: np.ndarray, other_seed: np.ndarray) -
     return Figure("image embedding zeroed", change > 1e-3, "more than rounding, 1e-3 of the range", values)
 
 
-def _decrement(usual: np.ndarray, other_seed: np.ndarray, not_decremented: np.ndarray) -> Figure:
+def fps_not_decremented(usual: np.ndarray, other_seed: np.ndarray, not_decremented: np.ndarray) -> Figure:
+    """Whether displacements (N,) show that a port feeds fps instead of fps - 1."""
     shift, spread = float((not_decremented - usual).mean()), float((usual - other_seed).std() / np.sqrt(2))
     return Figure(
         "fps not decremented, at fps 7",
@@ -247,7 +252,7 @@ def _decrement(usual: np.ndarray, other_seed: np.ndarray, not_decremented: np.nd
     )
 
 
-def _seconds(model: str, sample: _Sampler, device: str) -> Figure:
+def _seconds(model: str, sample: Sampler, device: str) -> Figure:
     """One clip at a time, in turns, after a first one of each."""
     ours, image = SVDPipeline.from_pretrained(model, device=device), sample.scenes[0].image()
     options = dict(height=SIZE, width=SIZE, num_frames=sample.num_frames, num_inference_steps=sample.steps)
@@ -260,7 +265,7 @@ def _seconds(model: str, sample: _Sampler, device: str) -> Figure:
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     # No bar: a busy machine must not fail a checkpoint.
-    return Figure(f"seconds a clip of {sample.steps} steps", True, "no bar; medians of 3, in turns", medians)
+    return Figure(f"seconds per clip of {sample.steps} steps", True, "no bar; medians of 3, in turns", medians)
 
 
 def _psnr(image: np.ndarray, truth: np.ndarray) -> float:

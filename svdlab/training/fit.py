@@ -24,12 +24,12 @@ from svdlab.training.recipe import Schedule
 
 # A pure function of the step's generator and of the network's call, so that a resumed run draws what it would have.
 Loss = Callable[[Callable[..., Any], torch.Generator], Tensor]
-_SAVE_EVERY = 100
+SAVE_EVERY = 100
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Stage:
+class Phase:
     """One network's training.
 
     Attributes:
@@ -48,14 +48,14 @@ class Stage:
 
 
 @torch.enable_grad()
-def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[float]:
+def fit(phase: Phase, folder: Path, seed: int, device: torch.device) -> list[float]:
     """Train until the schedule's end, from the last saved step if there is one; leave the averaged weights.
 
     Weights and moments stay in float32; a network that can do with less says so in its ``forward``. The autoencoder
     cannot: in bfloat16 its loss fell several times more slowly, step for step.
 
     Args:
-        stage: see there. Its network ends with the moving average of the weights.
+        phase: see there. Its network ends with the moving average of the weights.
         folder: where ``NAME.safetensors`` is kept, for resuming.
         seed: of all draws.
         device: where to train.
@@ -66,37 +66,37 @@ def fit(stage: Stage, folder: Path, seed: int, device: torch.device) -> list[flo
     Raises:
         SvdlabError: a file of another recipe, or a loss that is not finite.
     """
-    network, schedule = stage.network.to(device).train(), stage.schedule
+    network, schedule = phase.network.to(device).train(), phase.schedule
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema_decay))
     options = dict(lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizer = torch.optim.AdamW(network.parameters(), **options)  # type: ignore[arg-type]
-    path = folder / f"{stage.name}.safetensors"
-    start = _restore(path, stage, averaged, optimizer) if path.exists() else 0
+    path = folder / f"{phase.name}.safetensors"
+    start = _restore(path, phase, averaged, optimizer) if path.exists() else 0
     losses: list[float] = []
 
     def call(*args: Tensor) -> Any:
         return network(*(a.to(device) for a in args))
 
-    with tqdm(total=schedule.steps, initial=start, desc=stage.name, unit="step", mininterval=2) as bar:
+    with tqdm(total=schedule.steps, initial=start, desc=phase.name, unit="step", mininterval=2) as bar:
         for step in range(start, schedule.steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * _rate(step, schedule)
             # One generator a step: a resumed run continues with the draws that it would have made.
-            entropy = np.random.SeedSequence([seed, zlib.crc32(stage.name.encode()), step])
+            entropy = np.random.SeedSequence([seed, zlib.crc32(phase.name.encode()), step])
             generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
-            loss = stage.loss(call, generator)
+            loss = phase.loss(call, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise SvdlabError(f"{stage.name}: the loss of step {step} is {losses[-1]}; the last saved step is kept")
+                raise SvdlabError(f"{phase.name}: the loss of step {step} is {losses[-1]}; the last saved step is kept")
             optimizer.step()
             averaged.update_parameters(network)
             bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
             bar.update()
-            if (step + 1) % _SAVE_EVERY == 0 or step + 1 == schedule.steps:
-                _save(path, stage, averaged, optimizer, step + 1)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == schedule.steps:
+                _save(path, phase, averaged, optimizer, step + 1)
     network.load_state_dict(averaged.module.state_dict())
     network.eval()
     return losses
@@ -109,28 +109,28 @@ def _rate(step: int, schedule: Schedule) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _save(path: Path, stage: Stage, averaged: AveragedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"weights.{k}": v for k, v in stage.network.state_dict().items()}
+def _save(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"weights.{k}": v for k, v in phase.network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in averaged.module.state_dict().items()}
-    for name, parameter in stage.network.named_parameters():
+    for name, parameter in phase.network.named_parameters():
         state = optimizer.state[parameter]
         tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    progress = json.dumps({"step": step, "fingerprint": stage.fingerprint})
+    progress = json.dumps({"step": step, "fingerprint": phase.fingerprint})
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"progress": progress})
 
 
-def _restore(path: Path, stage: Stage, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
+def _restore(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
     with safe_open(str(path), framework="pt") as file:
         progress = json.loads(file.metadata()["progress"])
-        if progress["fingerprint"] != stage.fingerprint:
+        if progress["fingerprint"] != phase.fingerprint:
             raise SvdlabError(f"{path}: made by another recipe; give another --work folder, or remove it")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for prefix, module in (("weights.", stage.network), ("average.", averaged.module)):
+    for prefix, module in (("weights.", phase.network), ("average.", averaged.module)):
         module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
     averaged.n_averaged.fill_(progress["step"])
-    for name, parameter in stage.network.named_parameters():
+    for name, parameter in phase.network.named_parameters():
         moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS if f"{m}.{name}" in tensors}
         if moments:  # weights that never run (the collapsed cross-attention's queries) have none
             optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])), **moments}

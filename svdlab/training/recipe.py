@@ -7,7 +7,7 @@ from typing import Any
 
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 
-# Every level has two channels a group-norm group or more: one alone would be an instance norm, without flat colour.
+# Every level has two channels per group-norm group or more: one alone would be an instance norm, without flat colour.
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
     block_out_channels=(64, 64, 96, 128),
@@ -54,15 +54,15 @@ class Recipe:
     """Everything that decides the weights, with the seed.
 
     Attributes:
-        image_encoder, vae_crops, vae_images, vae_clips, unet: the stages; the VAE learns from quarters of images
+        image_encoder, vae_crops, vae_images, vae_clips, unet: the phases; the VAE learns from quarters of images
             first, which are four times cheaper, then from images, then from clips.
         clips: how many clips the UNet learns from, encoded once.
-        augmentations: noisy first frames a clip.
+        augmentations: noisy first frames per clip.
         noise_aug: mean and standard deviation of ln(noise_aug_strength).
         sigma: mean and standard deviation of ln(sigma), as SVD trains image-to-video (arXiv 2311.15127, appendix D).
         sigma_uniform: share of sigmas drawn log-uniformly over the sampler's whole range instead.
         drop_both, drop_embedding, drop_latents: shares of clips trained without both conditions, or without one.
-        fps, motion_bucket_id: ranges, both ends included; ``max_displacement`` in pixels a frame bounds their ratio.
+        fps, motion_bucket_id: ranges, both ends included; ``max_displacement`` in pixels per frame bounds their ratio.
         shape_weight: how much more a pixel or latent on the shape counts than one of the background.
         shade_weight: of the autoencoder's error in the mean over each latent's pixels.
         kl_weight: of the VAE's posterior.
@@ -95,13 +95,13 @@ class Recipe:
         return asdict(self)
 
     def smoke(self) -> Recipe:
-        """The same stages in about a minute: enough for every loss to fall, not for a model."""
+        """The same phases in half a minute: enough for every loss to fall, not for a model."""
         return replace(
             self,
-            image_encoder=replace(self.image_encoder, steps=25, batch=8, warmup=5),
-            vae_crops=replace(self.vae_crops, steps=40, batch=4, warmup=3),
-            vae_images=replace(self.vae_images, steps=4, batch=2, warmup=1),
-            vae_clips=replace(self.vae_clips, steps=4, warmup=1),
-            unet=replace(self.unet, steps=30, batch=2, warmup=3),
-            clips=12,
+            image_encoder=replace(self.image_encoder, steps=20, batch=8, warmup=5),
+            vae_crops=replace(self.vae_crops, steps=24, batch=4, warmup=3),
+            vae_images=replace(self.vae_images, steps=2, batch=2, warmup=1),
+            vae_clips=replace(self.vae_clips, steps=2, warmup=1),
+            unet=replace(self.unet, steps=20, batch=2, warmup=3),
+            clips=8,
         )

@@ -33,7 +33,7 @@ class Described(nn.Module):
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] as the tower sees them, by the pipeline's own functions."""
+    """Images (B, 3, H, W) in [-1, 1] as the tower takes them, by the pipeline's own functions."""
     statistics = ImageNormalization()
     return normalize_for_clip((resize_with_antialiasing(images, size) + 1) / 2, statistics.mean, statistics.std)
 

@@ -1,4 +1,4 @@
-"""The four stages in order, and the checkpoint that they end in."""
+"""The phases in order, and the checkpoint that they end in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from svdlab.svd.checkpoint import write_checkpoint
 from svdlab.training import autoencoder, denoiser, tower
 from svdlab.training import recipe as recipes
 from svdlab.training.data import SIZE, Scene
-from svdlab.training.fit import Stage, fit
+from svdlab.training.fit import Phase, fit
 from svdlab.training.recipe import Recipe
 
 
@@ -27,12 +27,12 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
 
     Args:
         recipe: what to train, and for how long.
-        work: folder of the stages' files; a run that was interrupted goes on from there.
+        work: folder of the phases' files; what an interrupted run is resumed from.
         out: folder of the checkpoint (float16 weights), whole or not at all.
         device: where to train.
 
     Returns:
-        Each stage's losses, of the steps that this call ran.
+        Each phase's losses, of the steps that this call ran.
 
     Raises:
         SvdlabError: ``work`` holds files of another recipe.
@@ -44,8 +44,8 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
     losses: dict[str, list[float]] = {}
 
     def run(name: str, network: torch.nn.Module, loss: object, depends_on: tuple[str, ...]) -> None:
-        stage = Stage(name, network, loss, getattr(recipe, name), _fingerprint(recipe, (name, *depends_on)))  # type: ignore[arg-type]
-        losses[name] = fit(stage, work, recipe.seed, device)
+        phase = Phase(name, network, loss, getattr(recipe, name), _fingerprint(recipe, (name, *depends_on)))  # type: ignore[arg-type]
+        losses[name] = fit(phase, work, recipe.seed, device)
 
     size = image_encoder.config.image_size
     run("image_encoder", tower.Described(image_encoder), tower.loss(recipe, size), ())
