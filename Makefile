@@ -1,7 +1,7 @@
 # Both commands set everything up on a machine with Python 3.10 or newer and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread a process: what runs side by side shares the cores (README, "Threads").
+# One thread per process: what runs side by side shares the cores (README, "Threads").
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: report test pictures clean
@@ -13,7 +13,8 @@ test: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy svdlab
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/lint-imports --no-cache
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not cuda and not weights"
 
 # The README's pictures, from a report that is made first.
 pictures: report

@@ -1,4 +1,4 @@
-"""Shared fixtures: a random tiny checkpoint, a photograph, and one thread a process."""
+"""Shared fixtures: a random tiny checkpoint, a photograph, and one thread per process."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photo() -> Image.Image:
-    """A real photograph, larger than what CLIP sees: matplotlib's sample of Grace Hopper."""
+    """A real photograph, larger than what CLIP is fed: matplotlib's sample of Grace Hopper."""
     return sample_photo()

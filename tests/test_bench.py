@@ -12,19 +12,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from svdlab.bench import cases as benchmark
-from svdlab.bench.cases import (
+from svdlab.bench.cases import Bench, Plan, compiled_vae
+from svdlab.bench.timing import (
     COMPILED,
     DIFFUSERS,
     SVDLAB,
     SVDLAB_COMPILED,
-    Bench,
     CaseResult,
     Timing,
     alternate,
-    compiled_vae,
-    exponent,
+    in_own_process,
+    machine,
+    power_law_exponent,
 )
+from svdlab.cli.bench import bench
 from svdlab.errors import SvdlabError
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd.checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, Configs
@@ -35,19 +36,11 @@ SIZE = {"height": 32, "width": 40, "num_frames": 3}
 
 
 def made(model: Path | str = "embedded", compile: bool = False, **given: Any) -> Bench:
-    sizes = dict.fromkeys(("unet", "decode", "clip", "generation", "full-generation"), SIZE)
+    sizes = dict.fromkeys(("unet", "decode", "generation", "full-generation"), SIZE)
     growth = {"frames": (2, 3), "side": (32, 40)}
-    return Bench(
-        TINY,
-        str(model),
-        "cpu",
-        pairs=2,
-        compile=compile,
-        given={"num_inference_steps": 1, **given},
-        sizes=sizes,
-        growth=growth,
-        progress=False,
-    )
+    plan = Plan(TINY, sizes, growth, pairs=2)
+    options = {"num_inference_steps": 1, **given}
+    return Bench(plan, str(model), "cpu", pairs=2, compile=compile, given=options, progress=False)
 
 
 def outputs(runner: Bench, case: str, dtype: str = "float32") -> dict[str, torch.Tensor]:

@@ -1,32 +1,75 @@
-"""Conda users get the versions that pip users get."""
+"""Conda users get the versions that pip users get, and every module that svdlab imports is required somewhere."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
+import grimp
 import pytest
 
+from svdlab.errors import EXTRA_OF
+
 ROOT = Path(__file__).parent.parent
+# What other packages bring: the extra's or svdlab's own package that does.
+BROUGHT_BY = {"IPython": "ipywidgets", "nbformat": "nbconvert", "dask": "distributed"}
 
 
-def _pyproject() -> tuple[set[str], str]:
-    text = (ROOT / "pyproject.toml").read_text()
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
     tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
-    project = tomllib.loads(text)["project"]
-    return {*project["dependencies"], *project["optional-dependencies"]["dev"]}, project["requires-python"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_environment_yml_equals_pyproject() -> None:
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=\[]", requirement)[0]
+
+
+def expanded(project: dict[str, Any], extra: str) -> set[str]:
+    """The requirements of an extra, with those of the extras that it refers to."""
+    found = set()
+    for requirement in project["optional-dependencies"][extra]:
+        if inner := re.fullmatch(r"svdlab\[(.*)\]", requirement):
+            found |= {r for name in inner[1].split(",") for r in expanded(project, name)}
+        else:
+            found.add(requirement)
+    return found
+
+
+def test_environment_yml_equals_pyproject(project: dict[str, Any]) -> None:
     lines = (ROOT / "environment.yml").read_text().splitlines()
-    pip = {line.strip()[2:] for line in lines if line.startswith("      - ")} - {"--editable ."}
+    listed = [line.strip()[2:] for line in lines if line.startswith("      - ")]
     python = next(line.strip()[2:] for line in lines if line.strip().startswith("- python"))
-    expected, requires_python = _pyproject()
-    assert pip == expected
-    assert python == f"python{requires_python}"
+    assert sorted(listed) == sorted({*project["dependencies"], *expanded(project, "dev"), "--editable ."})
+    assert python == f"python{project['requires-python']}"
 
 
-def test_the_torch_range_is_one_that_every_machine_has() -> None:
-    dependencies, _ = _pyproject()
-    torch = next(d for d in dependencies if re.match(r"torch\b", d))
-    assert torch == "torch>=2.11,<2.14"
+def test_no_version_is_written_twice(project: dict[str, Any]) -> None:
+    extras = [r for group in project["optional-dependencies"].values() for r in group if not r.startswith("svdlab[")]
+    names = [name_of(requirement) for requirement in [*project["dependencies"], *extras]]
+    assert len(names) == len(set(names))
+    assert expanded(project, "all") == {
+        requirement for extra in ("parity", "sweep", "cluster", "notebook") for requirement in expanded(project, extra)
+    }
+
+
+def test_the_torch_range_is_one_that_every_machine_has(project: dict[str, Any]) -> None:
+    assert next(r for r in project["dependencies"] if name_of(r) == "torch") == "torch>=2.11,<2.14"
+
+
+def test_every_module_that_is_imported_is_required_and_errors_know_by_which_extra(project: dict[str, Any]) -> None:
+    graph = grimp.build_graph("svdlab", include_external_packages=True, cache_dir=None)
+    external = {m for m in graph.modules if m.partition(".")[0] != "svdlab"} - set(sys.stdlib_module_names)
+    own = {name_of(requirement) for requirement in project["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
+    assert {"torch", "diffusers", "matplotlib"} <= external
+    for module in external:
+        package = BROUGHT_BY.get(module, distributions[module][0].lower())
+        if module in EXTRA_OF:
+            listed = {name_of(r) for r in project["optional-dependencies"][EXTRA_OF[module]]}
+            assert package in listed, f"{module} is not in svdlab[{EXTRA_OF[module]}]"
+        else:
+            assert package in own, f"{module} does not come with svdlab"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -11,12 +12,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from svdlab.cli.memory import memory
 from svdlab.errors import SvdlabError
-from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig, memory
+from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
+from svdlab.svd import memory as memory_module
 from svdlab.svd.checkpoint import ARCHITECTURES, TINY_CLIP, TINY_UNET, TINY_VAE, Configs
-from svdlab.svd.memory import GIB, NETWORKS, STAGES, Simulation, measured_peak, stage_calls
+from svdlab.svd.kernels import use_kernels
+from svdlab.svd.memory import GIB, Simulation, measured_peak, simulate
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.workloads import NETWORKS, WORKLOADS, workload_calls
 
 # Large enough that the fused attention's buffers, which do not grow with the tokens, stay small beside the rest.
 CLIP = CLIPVisionConfig(**{**TINY_CLIP, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512})
@@ -30,24 +35,24 @@ def simulated(settings: GenerationSettings, configs: Configs = TINY, device: str
 
 @functools.cache
 def real_network(name: str, dtype: torch.dtype) -> Any:
-    return NETWORKS[name](getattr(TINY, name)).to(dtype).eval().requires_grad_(False)
+    return use_kernels(NETWORKS[name](getattr(TINY, name)).to(dtype).eval().requires_grad_(False))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_simulated_peaks_are_those_that_the_allocator_sees(name: str, dtype: str) -> None:
     settings = SMALL.replace(dtype=dtype)
-    network = real_network(STAGES[name], settings.torch_dtype)
-    call, new = stage_calls(TINY, settings)[name], functools.partial(torch.zeros, dtype=settings.torch_dtype)
+    network = real_network(WORKLOADS[name], settings.torch_dtype)
+    call, new = workload_calls(TINY, settings)[name], functools.partial(torch.zeros, dtype=settings.torch_dtype)
     for chunk in (1, 3) if name.startswith("decode") else (None,):
         call(network, new, chunk)  # weights are prepared by the first call
         measured = measured_peak(lambda chunk=chunk: call(network, new, chunk))  # type: ignore[misc]
-        assert simulated(settings).stage(name, chunk).activations == pytest.approx(measured, rel=0.1)
+        assert simulated(settings).footprint(name, chunk).activations == pytest.approx(measured, rel=0.1)
 
 
 def test_prepared_weights_are_those_that_the_first_call_keeps() -> None:
-    network = NETWORKS["vae"](TINY.vae).eval().requires_grad_(False)
-    calls, kept = stage_calls(TINY, SMALL), []
+    network = use_kernels(NETWORKS["vae"](TINY.vae).eval().requires_grad_(False))
+    calls = workload_calls(TINY, SMALL)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for name in ("vae_encode", "decode_exact"):
             calls[name](network, torch.zeros, 1)
@@ -62,7 +67,7 @@ def test_a_whole_generation_peaks_where_its_largest_stage_does(tiny: Path, photo
     pipe.generate(photo, settings, progress=False)
     configs = Configs(pipe.unet.config, pipe.vae.config, pipe.image_encoder.config)
     names = ("image_encoder", "vae_encode", "unet_batched", "decode_exact")
-    largest = max(simulated(settings, configs).stage(name).activations for name in names)
+    largest = max(simulated(settings, configs).footprint(name).activations for name in names)
     inputs = pipe.prepare(photo, settings, torch.Generator())
     assert largest == pytest.approx(measured_peak(lambda: pipe.run(inputs, settings)), rel=0.1)
 
@@ -79,13 +84,24 @@ def test_measured_peak_is_that_of_the_moment() -> None:
     assert measured_peak(together) == pytest.approx(12000, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_shapes_that_are_known_are_those_that_torch_works_out(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SMALL.replace(dtype=dtype)
+    names = ("vae_encode", "unet_batched", "decode_exact")
+    quick = [simulated(settings, device="cuda").footprint(name, 2) for name in names]
+    monkeypatch.setattr(memory_module, "KnownShapes", contextlib.nullcontext)
+    assert quick == [simulated(settings, device="cuda").footprint(name, 2) for name in names]
+
+
 # --- the published architecture ---
 
 
-@functools.cache
+SIZE = {"height": 576, "width": 1024, "num_frames": 14}
+
+
 def full_size(**changes: Any) -> Simulation:
-    settings = GenerationSettings(height=576, width=1024, num_frames=14, dtype="float16").replace(**changes)
-    return Simulation(ARCHITECTURES["svd"], settings)
+    settings = GenerationSettings(**SIZE, dtype="float16").replace(**changes)
+    return simulate(ARCHITECTURES["svd"], settings, "cuda")
 
 
 def test_the_published_architectures_weights() -> None:
@@ -94,35 +110,35 @@ def test_the_published_architectures_weights() -> None:
 
 
 def test_what_memory_depends_on() -> None:
-    batched, sequential = (full_size().stage(f"unet_{cfg}").activations for cfg in ("batched", "sequential"))
+    batched, sequential = (full_size().footprint(f"unet_{cfg}").activations for cfg in ("batched", "sequential"))
     assert 0.45 * batched < sequential < 0.6 * batched
-    wide = full_size(dtype="float32").stage("unet_batched").activations
+    wide = full_size(dtype="float32").footprint("unet_batched").activations
     assert wide == pytest.approx(2 * batched, rel=0.02)
-    unguided = full_size(max_guidance_scale=1.0).stage("unet_batched").activations
+    unguided = full_size(max_guidance_scale=1.0).footprint("unet_batched").activations
     assert unguided == pytest.approx(sequential, rel=0.02)
-    parity = [full_size().stage("decode_parity", chunk).activations for chunk in (2, 4, 14)]
+    parity = [full_size().footprint("decode_parity", chunk).activations for chunk in (2, 4, 14)]
     assert parity[0] * 1.9 < parity[1] and parity[1] * 3 < parity[2]
-    exact = [full_size().stage("decode_exact", chunk).activations for chunk in (1, 2, 4, 8)]
+    exact = [full_size().footprint("decode_exact", chunk).activations for chunk in (1, 2, 4, 8)]
     assert exact == sorted(exact) and exact[-1] < 0.7 * parity[-1]
 
 
 def test_the_exact_decode_holds_two_videos_and_a_chunk() -> None:
     widest_video = 14 * 576 * 1024 * 128 * 2
     frame = widest_video / 14
-    one, two = (full_size().stage("decode_exact", chunk).activations for chunk in (1, 2))
+    one, two = (full_size().footprint("decode_exact", chunk).activations for chunk in (1, 2))
     assert 2 * widest_video < one < 2 * widest_video + 8 * frame and two - one < 4 * frame
 
 
 def test_attention_makes_no_matrix_of_scores() -> None:
-    once, twice = (full_size(height=h, num_frames=1).stage("unet_batched").activations for h in (576, 1152))
+    once, twice = (full_size(height=h, num_frames=1).footprint("unet_batched").activations for h in (576, 1152))
     assert twice == pytest.approx(2 * once, rel=0.05)
 
 
 def test_offloading_leaves_one_network() -> None:
     simulation = full_size()
-    stage = simulation.stage("decode_exact")
+    decode = simulation.footprint("decode_exact")
     others = simulation.weights["unet"] + simulation.weights["image_encoder"]
-    assert simulation.peak(stage, offload=False) == simulation.peak(stage, offload=True) + others
+    assert simulation.peak(decode, offload=False) == simulation.peak(decode, offload=True) + others
 
 
 def test_the_largest_chunk_is_the_last_that_fits() -> None:
@@ -130,27 +146,28 @@ def test_the_largest_chunk_is_the_last_that_fits() -> None:
     option = simulation.option("batched", True, "exact", 8 * GIB)
     chunk = option.decode_chunk_size
     assert option.fits and chunk
-    assert simulation.stage("decode_exact", chunk).peak <= 8 * GIB < simulation.stage("decode_exact", chunk + 1).peak
+    last, too_large = (simulation.footprint("decode_exact", size).peak for size in (chunk, chunk + 1))
+    assert last <= 8 * GIB < too_large
 
 
 # --- the command ---
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
-    result = CliRunner().invoke(memory.memory, [*arguments, "--json", str(tmp_path / "m.json")])
+    result = CliRunner().invoke(memory, [*arguments, "--json", str(tmp_path / "m.json")])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output, json.loads((tmp_path / "m.json").read_text())
 
 
 def test_fourteen_frames_fit_eight_gib_with_the_exact_decode(tmp_path: Path) -> None:
-    size = "--height 576 --width 1024 --num-frames 14 --dtype float16 --budget-gib 8".split()
-    code, out, written = run(tmp_path, *size)
+    code, out, written = run(tmp_path, *"--model svd --dtype float16 --budget-gib 8".split())
+    assert {name: written["settings"][name] for name in SIZE} == SIZE
     assert code == 0 and written["fits"] and "weights included" in out
     best = written["best"]
     assert best["decode"] == "exact" and best["peak_gib"] <= 8 and best["decode_chunk_size"] >= 2
     assert written["decode_chunk_size"] == best["decode_chunk_size"]
-    assert [stage["name"] for stage in written["stages"]] == list(STAGES)
+    assert [stage["name"] for stage in written["stages"]] == list(WORKLOADS)
     assert all(stage["peak_gib"] > stage["weights_gib"] > 0.1 for stage in written["stages"])
 
 

@@ -130,7 +130,7 @@ def test_the_chunk_grows_with_what_is_free_and_the_result_does_not_change(
     settings = SMALL.replace(num_frames=4)
     simulation = memory.Simulation(pipe.configs, settings, "cpu")
     with in_pieces(1000):
-        needed = [simulation.stage("decode_exact", chunk).activations for chunk in range(1, 5)]
+        needed = [simulation.footprint("decode_exact", chunk).activations for chunk in range(1, 5)]
         results = [decoded(pipe, need / 0.9 + 1, monkeypatch) for need in needed]
     largest = [max(chunk for chunk, n in enumerate(needed, 1) if n <= need) for need in needed]
     assert [chunk for _, chunk in results] == largest and len(set(largest)) >= 3

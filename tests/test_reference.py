@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from pieces import in_pieces
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.candidate import capture
 from svdlab.parity.probes import INPUTS, SHAPES, STEP
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import Trace
-from svdlab.svd import layers
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
@@ -198,14 +198,12 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     assert len(ours.taps) > 200
 
 
-def test_taps_join_what_is_computed_a_few_frames_at_a_time(
-    tiny: Path, photo: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_taps_join_what_is_computed_a_few_frames_at_a_time(tiny: Path, photo: Any) -> None:
     pipe = SVDPipeline.from_pretrained(tiny)
     settings = SETTINGS.replace(num_inference_steps=1, num_videos_per_prompt=2)
     whole = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
-    monkeypatch.setitem(layers.AT_A_TIME, "cpu", 1)
-    pieces = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
+    with in_pieces(1):
+        pieces = capture(pipe, photo, settings, taps=["unet.*", "vae.decoder.*"])
     assert list(pieces) == list(whole)
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()), msg=name)

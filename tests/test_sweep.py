@@ -59,14 +59,14 @@ def hashes(sweep: Sweep) -> dict[str, str]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, when: Any) -> list[int]:
     """Let points fail for which ``when(point, number)`` raises; returns the list of those that were tried."""
-    make, tried = point_module._make, []
+    make, tried = point_module.make_point, []
 
     def made(lab: Any, source: Any, point: Any, step: Any) -> dict[str, bytes]:
         tried.append(point.settings.fps)
         when(point, len(tried))
         return make(lab, source, point, step)
 
-    monkeypatch.setattr(point_module, "_make", made)
+    monkeypatch.setattr(point_module, "make_point", made)
     return tried
 
 
@@ -106,7 +106,7 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7,7"], "points: fps=7 twice"),
         (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
         (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
-        (["--grid", "rules=none,gelu"], "rules: unknown bug 'gelu', allowed: fps_not_decremented"),
+        (["--grid", "rules=none,gelu"], "bugs: got 'gelu', allowed: clip_no_antialias"),
         (["--grid", "num_videos_per_prompt=1,2"], "num_videos_per_prompt: got 2, allowed in a sweep: 1"),
         (["--grid", "fps=7", "--points", "p.json"], "give --grid NAME=VALUES, or --points FILE"),
         ([], "give --grid NAME=VALUES, or --points FILE"),
@@ -127,7 +127,7 @@ def test_what_is_not_allowed_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(point_module, "_make", lambda *args: pytest.fail("a point was computed"))
+    monkeypatch.setattr(point_module, "make_point", lambda *args: pytest.fail("a point was computed"))
     code, out, err = svdlab(capsys, monkeypatch, "sweep", "--out", "out", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir()), "nothing was written"
@@ -190,12 +190,14 @@ def test_neighbours_are_compared(four: Sweep) -> None:
     assert row["difference_fps"] == by_axis["fps"]["difference"]
 
 
-def test_a_list_of_points_and_clips_of_two_sizes(tiny: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "points.json"
+def test_a_list_of_points_and_clips_of_two_sizes(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, out = tmp_path / "points.json", tmp_path / "out"
     listed.write_text(json.dumps([{"height": 32}, {"height": 40}, {"height": 40, "rules": "gelu_tanh"}]))
-    from svdlab.cli.sweep import _read_points
-
-    sweep = run_sweep(tmp_path / "out", _read_points(str(listed)), SMALL, model=str(tiny), image=PICTURE)
+    options = ["--points", str(listed), "--out", str(out), "--model", str(tiny), *SMALL_OPTIONS]
+    assert svdlab(capsys, monkeypatch, "sweep", *options)[0] == 0
+    sweep = Sweep.open(out)
     table = sweep.table()
     assert list(table["height"]) == [32, 40, 40] and list(table["rules"]) == ["none", "none", "gelu_tanh"]
     assert list(sweep.plan.axes) == ["height", "rules"]
@@ -286,8 +288,8 @@ def test_the_model_is_loaded_once(tiny: Path, tmp_path: Path, monkeypatch: pytes
         return load(*arguments, **options)
 
     monkeypatch.setattr(SVDPipeline, "from_pretrained", counted)
-    monkeypatch.setattr(point_module, "_loaded", None)
-    run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=PICTURE)
+    other = PICTURE.rotate(180)  # none that another test has loaded the model for
+    run_sweep(tmp_path / "out", grid({"fps": [7, 14, 21]}), SMALL, model=str(tiny), image=other)
     assert loaded == ["meta", "cpu"], "once without weights to see what it is, once with them"
 
 
@@ -390,13 +392,13 @@ DRIVER = """
 import sys, time
 from svdlab.sweep import point, resume_sweep, run_sweep, grid
 from test_sweep import AXES, PICTURE, SMALL
-make, began = point._make, []
+make, began = point.make_point, []
 def slow(*arguments):
     print("began", flush=True)
     began.append(arguments)
     time.sleep(600 if len(began) == 3 else 0)
     return make(*arguments)
-point._make = slow
+point.make_point = slow
 run_sweep(sys.argv[1], grid({"fps": [7, 14, 21, 28]}), SMALL, model=sys.argv[2], image=PICTURE, threads=1)
 """
 
@@ -517,6 +519,18 @@ def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
     assert second.unplanned_points() == {f"were made with another model ({model})": 1}
     third = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE)
     assert third.unplanned_points()["have settings that are no longer asked for"] == 1
+    metrics = second.folder / "points" / next(iter(second.plan.points)) / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"format": 2', '"format": 1'))
+    turned = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE.rotate(180))
+    assert turned.unplanned_points() == {
+        f"were made with another model ({model}) and from another image": 1,
+        "are in another format": 1,
+        "were made from another image": 1,
+    }
+    measured = run_sweep(
+        tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE.rotate(180), divergence=True
+    )
+    assert measured.unplanned_points()["were made without the distance from diffusers"] == 3
 
 
 def test_a_damaged_sweep_is_named(four: Sweep, tmp_path: Path) -> None:

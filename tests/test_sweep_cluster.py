@@ -32,13 +32,13 @@ def plugin(before: Callable[[str, Any], None]) -> WorkerPlugin:
 
     class Before(WorkerPlugin):
         def setup(self, worker: Any) -> None:
-            make = point_module._make
+            make = point_module.make_point
 
             def made(lab: Any, source: Any, point: Any, step: Any) -> dict[str, bytes]:
                 before(source.identity(point), point)
                 return make(lab, source, point, step)
 
-            point_module._make = made
+            point_module.make_point = made
 
     return Before()
 
@@ -169,7 +169,7 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
 
 
 class Elsewhere(Cluster):
-    """Workers that do not see the driver's disk."""
+    """Workers that do not share the driver's disk."""
 
     def compute(self, source: Any, points: Sequence[Any], should_stop: Any, on_step: Any) -> Iterator[Any]:
         for outcome in super().compute(replace(source, token="of another disk"), points, should_stop, on_step):

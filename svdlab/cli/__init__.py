@@ -23,8 +23,8 @@ _COMMANDS = {
     "report": "svdlab.cli.report",
     "sweep": "svdlab.cli.sweep",
     "sweep-compare": "svdlab.cli.sweep",
-    "memory": "svdlab.svd.memory",
-    "bench": "svdlab.bench.cases",
+    "memory": "svdlab.cli.memory",
+    "bench": "svdlab.cli.bench",
     "train-tiny": "svdlab.cli.training",
     "evaluate": "svdlab.cli.training",
 }

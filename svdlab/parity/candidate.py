@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +63,7 @@ def capture(
         raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
     if taps:
         # Another thread may be running these networks: the hooks go on modules of this capture's own.
-        pipe = _with_own_modules(pipe)  # TODO at merge: pipe.with_own_modules(), and the function below goes
+        pipe = pipe.with_own_modules()
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
     chosen = tapping.select(models, taps)
     run_settings = settings
@@ -76,18 +74,18 @@ def capture(
         settings, "svdlab", implementation_version=version_of("svdlab"), dtype=settings.dtype, path=path, until=until
     )
     step = 0
-    with writer, ExitStack() as stack, torch.no_grad():
-        bar = stack.enter_context(tqdm(total=settings.num_steps, desc=f"svdlab {settings.dtype}", disable=not progress))
+    with (
+        writer,
+        torch.no_grad(),
+        tqdm(total=settings.num_steps, desc=f"svdlab {settings.dtype}", disable=not progress) as bar,
+    ):
 
-        def record_tap(name: str, module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        def record_tap(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
             full_name = f"{name}.{step:03d}" if tapping.is_per_step(name) else name
             layout = tapping.layout_of(name)
             if layout == "positions" and full_name in writer:
                 return  # computed for each half of the batch, and the same
-            output = tapping.first_tensor(output)
-            if name.endswith("temporal_res_block"):  # XXX
-                output = args[0] + output
-            tensor = tapping.from_svdlab(name, output)
+            tensor = tapping.from_svdlab(name, tapping.first_tensor(output))
             if layout != "activation":
                 writer.extend(full_name, tensor)
                 return
@@ -104,16 +102,6 @@ def capture(
             writer.put(name, tensor)
 
         for name, module in chosen.items():
-            stack.callback(module.register_forward_hook(partial(record_tap, name)).remove)
+            module.register_forward_hook(partial(record_tap, name))
         pipe.run(inputs, run_settings, probe=record_probe)
     return writer.trace
-
-
-def _with_own_modules(pipe: SVDPipeline) -> SVDPipeline:
-    """The same parameters in module objects of their own."""
-    networks = (pipe.unet, pipe.vae, pipe.image_encoder)
-    tensors = {id(t): t for network in networks for t in (*network.parameters(), *network.buffers())}
-    own = copy.copy(pipe)
-    own.components = copy.deepcopy(pipe.components, tensors)
-    own.unet, own.vae, own.image_encoder = own.components.unet, own.components.vae, own.components.image_encoder
-    return own

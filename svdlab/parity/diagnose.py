@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from svdlab.errors import SvdlabError
-from svdlab.parity.bugs import BUGS, Rules, pixels_as_given
+from svdlab.parity.bugs import BUGS, sample_posterior
 from svdlab.parity.candidate import capture
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.probes import execution_key
@@ -31,6 +30,7 @@ from svdlab.parity.replay import replay_inputs
 from svdlab.parity.trace import Trace
 from svdlab.parity.writer import CaptureComplete
 from svdlab.svd.pipeline import Inputs, SVDPipeline
+from svdlab.svd.stages import Change
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 _DOUBTFUL, _ANOTHER = 1000.0, 0.2
 # Bounds of the tests for a unit Gaussian, in standard errors of the mean and of the variance, and for one value.
 _SIGMAS, _LARGEST = 5.0, 6.0
-
-Variant = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ class _State:
     """A set of bugs whose replay matches the candidate before ``wrong``; None: everywhere."""
 
     bugs: tuple[str, ...]
-    variants: tuple[Variant, ...]
+    changes: tuple[Change, ...]
     wrong: str | None
     ratio: float = 0.0
     worst: str = ""
@@ -220,88 +218,82 @@ class _Search:
         assert start.wrong is not None
         beyond: list[_State] = []
         # By where a bug's replay goes wrong: at the divergence itself, or before it, where another may undo it.
-        stuck: dict[str, list[tuple[str, Variant]]] = {}
-        for name, variant in self.variants(start):
-            concrete = self.concrete(name, variant, start)
+        stuck: dict[str, list[tuple[str, Change]]] = {}
+        for name, change in self.candidates(start):
+            concrete = self.concrete(name, change, start)
             state = None if concrete is None else self.walk(start, (name,), (concrete,))
             if state and state.gets_past(start.wrong):
                 beyond.append(state)
             else:
                 wrong = start.wrong if state is None or state.wrong is None else state.wrong
-                stuck.setdefault(wrong, []).append((name, variant))
+                stuck.setdefault(wrong, []).append((name, change))
         if beyond or len(start.bugs) + 2 > max_bugs:
             return beyond
         for (a, one), (b, other) in _pairs(start.wrong, stuck):
-            if not _compatible(*start.variants, one, other):
+            if not _compatible(*start.bugs, a, b):
                 continue
-            concrete = self.concrete(b, other, replace(start, variants=(*start.variants, one)))
+            concrete = self.concrete(b, other, replace(start, changes=(*start.changes, one)))
             if concrete is None:
                 continue
             if (both := self.walk(start, (a, b), (one, concrete))).gets_past(start.wrong):
                 beyond.append(both)
         return beyond
 
-    def variants(self, start: _State) -> Iterator[tuple[str, Variant]]:
+    def candidates(self, start: _State) -> Iterator[tuple[str, Change]]:
         """The catalogue's bugs that can show at or before the first wrong probe, the likeliest first."""
         assert start.wrong is not None
         at = execution_key(start.wrong)
         # A bug can be too small to see where it first acts and show later: earlier ones stay in, but come last.
-        bugs = [b for b in BUGS.values() if execution_key(b.first_probe) <= at and b.name not in start.bugs]
+        bugs = [b for b in BUGS.values() if execution_key(b.first_probe) <= at and _compatible(*start.bugs, b.name)]
         for bug in sorted(bugs, key=lambda b: execution_key(b.first_probe), reverse=True):
             for variant in bug.variants:
-                if _compatible(*start.variants, variant):
-                    yield bug.name, variant
+                yield bug.name, variant
 
-    def concrete(self, name: str, variant: Variant, start: _State) -> Variant | None:
-        """The variant to replay; for a bug with a random draw of its own, the candidate's latents if they pass as one.
+    def concrete(self, name: str, change: Change, start: _State) -> Change | None:
+        """What to replay; for a bug with a random draw of its own, the candidate's latents if they pass as one.
 
         The draw is unknown, its law is not: (candidate - centre) / spread must look like a unit Gaussian.
         """
         if name not in _DRAWS:
-            return variant
+            return change
         if "image_latents" not in self.candidate:
             return None
-        centre_variant, spread_variant = _DRAWS[name]
-        try:
-            rules = Rules().changed(*start.variants)
-            centre, edge = (self.image_latents(rules.changed(v)) for v in (centre_variant, spread_variant))
-        except SvdlabError:  # another bug already stands there
-            return None
+        centre, edge = (self.image_latents((*start.changes, *changes)) for changes in _DRAWS[name])
         found = self.candidate["image_latents"].double()
         spread = edge - centre
         rounding = self.floors["image_latents"] * float(centre.norm() / math.sqrt(centre.numel()))
         if not float(spread.abs().min()) > 8 * rounding or not _is_unit_gaussian((found - centre) / spread, centre):
             return None
-        videos = self.settings.num_videos_per_prompt
-        return {**centre_variant, "augment_latents": lambda latents, strength: found[::videos].to(latents)}
+        return Change(wrap={"image_latents": lambda pipe, stage, *inputs: found.to(stage(*inputs))})
 
-    def image_latents(self, rules: Rules) -> Tensor:
-        """What the replay encodes under these rules, in float64."""
-        seen: dict[str, Tensor] = {}
+    def image_latents(self, changes: Sequence[Change]) -> Tensor:
+        """What the replay encodes with these changes, in float64."""
+        recorded: dict[str, Tensor] = {}
 
         def probe(name: str, tensor: Tensor) -> None:
             if name == "image_latents":
-                seen[name] = tensor.double().cpu()
+                recorded[name] = tensor.double().cpu()
                 raise CaptureComplete
 
-        self.replay(rules, probe, self.pipe)
-        return seen["image_latents"]
+        self.replay(changes, probe, self.pipe)
+        return recorded["image_latents"]
 
-    def replay(self, rules: Rules, probe: Callable[[str, Tensor], None], pipe: SVDPipeline) -> None:
-        buggy = pipe.with_rules(rules)
+    def replay(self, changes: Sequence[Change], probe: Callable[[str, Tensor], None], pipe: SVDPipeline) -> None:
+        """Run the reference's inputs through the pipeline with changes, until ``probe`` stops it."""
+        broken = pipe.with_changes(*_ordered(changes))
         settings = self.settings.replace(dtype=str(pipe.dtype).removeprefix("torch."))
-        key = (pipe.dtype, rules.clip_resize, rules.clip_normalise)
+        # The preprocessing is done once for all replays that do not change it.
+        key = (pipe.dtype, *(w for c in changes for stage, w in c.wrap.items() if stage in _PREPROCESSING))
         if key not in self.inputs:
-            self.inputs[key] = replay_inputs(buggy, settings, self.reference, self.preprocess)
+            self.inputs[key] = replay_inputs(broken, settings, self.reference, self.preprocess)
         with suppress(CaptureComplete):
-            buggy.run(self.inputs[key], settings, probe=probe)
+            broken.run(self.inputs[key], settings, probe=probe)
 
-    def walk(self, start: _State, names: tuple[str, ...], variants: tuple[Variant, ...]) -> _State:
+    def walk(self, start: _State, names: tuple[str, ...], changes: tuple[Change, ...]) -> _State:
         """Replay with more bugs until the replay leaves the candidate."""
         self.tick()
-        bugs, variants = (*start.bugs, *names), (*start.variants, *variants)
+        bugs, changes = (*start.bugs, *names), (*start.changes, *changes)
         self.tried.append(bugs)
-        rules = Rules().changed(*variants)
         ratios: dict[str, float] = {}
         doubtful: dict[str, Tensor] = {}
 
@@ -315,19 +307,18 @@ class _Search:
                     raise CaptureComplete
                 doubtful[name] = tensor.double().cpu()
 
-        self.replay(rules, probe, self.pipe)
+        self.replay(changes, probe, self.pipe)
         if doubtful:
-            self.judge(rules, ratios, doubtful)
+            self.judge(changes, ratios, doubtful)
         wrong = next((name for name, ratio in ratios.items() if not ratio <= THRESHOLD), None)
         seen = {n: r for n, r in ratios.items() if r <= THRESHOLD} or {"": 0.0}
         worst = max(seen, key=lambda n: seen[n])
-        return _State(bugs, variants, wrong, seen[worst], worst)
+        return _State(bugs, changes, wrong, seen[worst], worst)
 
-    def judge(self, rules: Rules, ratios: dict[str, float], doubtful: Mapping[str, Tensor]) -> None:
+    def judge(self, changes: Sequence[Change], ratios: dict[str, float], doubtful: Mapping[str, Tensor]) -> None:
         """Widen the floors of doubtful probes to what rounding does in this very replay, measured in float64."""
         if torch.float64 not in self.pipes:
-            components = copy.deepcopy(self.pipe.components)
-            self.pipes[torch.float64] = SVDPipeline(components).to(torch.float64)
+            self.pipes[torch.float64] = SVDPipeline(copy.deepcopy(self.pipe.components)).to(torch.float64)
         last = list(doubtful)[-1]
 
         def probe(name: str, tensor: Tensor) -> None:
@@ -337,28 +328,31 @@ class _Search:
             if name == last or not ratios.get(name, 0.0) <= THRESHOLD:
                 raise CaptureComplete
 
-        self.replay(rules, probe, self.pipes[torch.float64])
+        self.replay(changes, probe, self.pipes[torch.float64])
 
 
 def _pairs(
-    here: str, stuck: Mapping[str, Sequence[tuple[str, Variant]]]
-) -> Iterator[tuple[tuple[str, Variant], tuple[str, Variant]]]:
+    here: str, stuck: Mapping[str, Sequence[tuple[str, Change]]]
+) -> Iterator[tuple[tuple[str, Change], tuple[str, Change]]]:
     """Two that show at the first divergence, or two that may undo each other before it, as two factors can."""
     for wrong, bugs in stuck.items():
         if wrong != here:
-            bugs = [(name, variant) for name, variant in bugs if not variant.keys() & {"unet_edits", "vae_edits"}]
+            bugs = [(name, change) for name, change in bugs if not change.edit]
         # A draw of the port's own can only be tested with the other bug in place: it comes second.
         for one, other in combinations(sorted(bugs, key=lambda bug: bug[0] in _DRAWS), 2):
             if one[0] != other[0] and one[0] not in _DRAWS:
                 yield one, other
 
 
-def _compatible(*variants: Variant) -> bool:
-    try:
-        Rules().changed(*variants)
-    except SvdlabError:
-        return False
-    return True
+def _compatible(*names: str) -> bool:
+    """Whether no two of the bugs decide the same."""
+    return len({BUGS[name].decides for name in names}) == len(names)
+
+
+def _ordered(changes: Sequence[Change]) -> list[Change]:
+    """In the catalogue's order, in which the wrappers of one stage lie around each other; drawn latents lie outside."""
+    order = {id(variant): i for i, bug in enumerate(BUGS.values()) for variant in bug.variants}
+    return sorted(changes, key=lambda change: order.get(id(change), len(order)))
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -390,13 +384,17 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
 
-# Bugs with a random draw of the port's own: rules that give the draw's centre, and centre + one standard deviation.
-_DRAWS: Mapping[str, tuple[Variant, Variant]] = {
-    "image_latents_sampled": ({}, {"posterior": lambda mean, std: mean + std}),
-    "noise_aug_after_encode": (
-        {"augment_pixels": pixels_as_given},
-        {"augment_pixels": pixels_as_given, "augment_latents": lambda latents, strength: latents + strength},
-    ),
+def _one_deviation_more(pipe: SVDPipeline, stage: Any, image: Tensor, noise: Tensor, settings: Any) -> Tensor:
+    return stage(image, noise, settings) + settings.noise_aug_strength
+
+
+# Stages that make the inputs of a generation from the source image.
+_PREPROCESSING = ("resize_image", "clip_pixels")
+_MISSING = BUGS["noise_aug_missing"].variants[0]
+# Bugs with a random draw of the port's own: changes that give the draw's centre, and centre + one standard deviation.
+_DRAWS: Mapping[str, tuple[tuple[Change, ...], tuple[Change, ...]]] = {
+    "image_latents_sampled": ((), (Change(edit={"vae": lambda vae: sample_posterior(vae, torch.ones_like)}),)),
+    "noise_aug_after_encode": ((_MISSING,), (_MISSING, Change(wrap={"image_latents": _one_deviation_more}))),
 }
 
 
@@ -429,9 +427,8 @@ def catalogue(reference: Trace, truth: Trace, pipe: SVDPipeline, progress: bool 
         progress: show a bar.
     """
     rows = []
-    for name, bug in tqdm(BUGS.items(), desc="catalogue", unit="bug", disable=not progress):
-        buggy = pipe.with_rules(Rules().changed(bug.variants[0]))
-        made = compare(reference, capture(buggy, replay=reference, preprocess=True), truth)
+    for name in tqdm(BUGS, desc="catalogue", unit="bug", disable=not progress):
+        made = compare(reference, capture(pipe.with_bugs(name), replay=reference, preprocess=True), truth)
         rows.append(row_of(name, made))
     return rows
 

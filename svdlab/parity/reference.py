@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, requires
 from svdlab.parity import taps as tapping
 from svdlab.parity.recorder import Recorder
 from svdlab.parity.replay import inputs_to_replay, replay_images, source_images
@@ -56,6 +56,7 @@ def load_diffusers(
     Raises:
         SvdlabError: diffusers is not installed, or it cannot read the folder.
     """
+    requires("diffusers", "transformers")
     try:
         with _quiet():
             from diffusers import StableVideoDiffusionPipeline
@@ -63,10 +64,6 @@ def load_diffusers(
             pipe = StableVideoDiffusionPipeline.from_pretrained(
                 os.fspath(folder), torch_dtype=weights_dtype or dtype, variant=variant, use_safetensors=True
             )
-    except ImportError as error:
-        raise SvdlabError(
-            f"the diffusers reference needs {error.name}, install it with: pip install {error.name}"
-        ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise SvdlabError(

@@ -19,10 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.svd import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.svd.config import read_config
+from svdlab.svd.config import CLIPVisionConfig, Configs, UNetConfig, VAEConfig, read_config
+from svdlab.svd.image_encoder import CLIPVision
+from svdlab.svd.kernels import use_kernels
 from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.unet import UNet
+from svdlab.svd.vae import VAE
 
 EMBEDDED = "embedded"
 # Saved by old versions of transformers; a constant.
@@ -36,15 +39,6 @@ class ImageNormalization:
 
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class Configs:
-    """The architecture of the three networks."""
-
-    unet: UNetConfig
-    vae: VAEConfig
-    image_encoder: CLIPVisionConfig
 
 
 @dataclass(frozen=True)
@@ -263,7 +257,7 @@ def _load(
                 state[key] = file.get_tensor(key).to(device=device, dtype=dtype)
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().requires_grad_(False)
-    return module if device.type == "cpu" else channels_last(module)
+    return use_kernels(module if device.type == "cpu" else channels_last(module))
 
 
 class _open:  # noqa: N801 - used as a function
@@ -284,7 +278,7 @@ class _open:  # noqa: N801 - used as a function
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Lay convolution weights out as accelerators read them beside the one layout. (CPUs: ``layers.Packed``.)"""
+    """Lay convolution weights out as accelerators read them beside the one layout. (CPUs: ``kernels.packed``.)"""
     for parameter in module.parameters():
         if parameter.ndim in (4, 5):
             last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlab.errors import SvdlabError
-from svdlab.svd.layers import Linear
+from svdlab.svd.config import CLIPVisionConfig
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -18,28 +16,6 @@ def _quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": _quick_gelu}
-
-
-@dataclass(frozen=True)
-class CLIPVisionConfig:
-    """What the tower needs of ``image_encoder/config.json``; names and defaults of transformers' config."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise SvdlabError(f"hidden_act: {self.hidden_act!r} is not implemented; allowed: {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise SvdlabError(f"num_attention_heads: {self.num_attention_heads} does not divide {self.hidden_size}")
 
 
 class CLIPEmbeddings(nn.Module):
@@ -66,10 +42,10 @@ class CLIPAttention(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.k_proj = Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size)
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -83,8 +59,8 @@ class CLIPMLP(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -143,7 +119,7 @@ class CLIPVision(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = CLIPTower(config)
-        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, 1, projection_dim) of CLIP-normalised pixels (B, 3, image_size, image_size)."""

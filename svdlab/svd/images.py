@@ -23,18 +23,11 @@ def check_output_type(output_type: str | None) -> None:
         raise SvdlabError(f"output_type: got {output_type!r}, allowed: {', '.join(OUTPUT_TYPES)}")
 
 
-def read_images(image: Any, height: int, width: int) -> tuple[list[Tensor], Tensor]:
-    """The images as given, and resized for the VAE.
-
-    PIL images are resized with Lanczos, arrays and tensors by nearest neighbour, as diffusers does
-    (``image_processor.py:VaeImageProcessor.preprocess``).
+def as_list(image: Any) -> list[Image.Image | Tensor]:
+    """The images that a user gave, one by one: RGB PIL images, or float32 tensors (1, 3, H0, W0) in [0, 1].
 
     Args:
         image: see ``SVDPipeline.__call__``.
-        height, width: in pixels.
-
-    Returns:
-        A list of B tensors (1, 3, H0, W0) in [0, 1], and (B, 3, height, width) in [-1, 1]; both float32.
 
     Raises:
         SvdlabError: another kind of object, no image at all, a wrong shape, NaN, values outside the range.
@@ -42,22 +35,29 @@ def read_images(image: Any, height: int, width: int) -> tuple[list[Tensor], Tens
     many = list(image) if isinstance(image, (list, tuple)) else [image]
     if not many:
         raise SvdlabError(f"image: got an empty list, allowed: {_KINDS}")
-    sources: list[Tensor] = []
-    pixels: list[Tensor] = []
+    found: list[Image.Image | Tensor] = []
     for one in many:
-        if isinstance(one, Image.Image):
-            rgb = one.convert("RGB")
-            sources.append(_from_pil(rgb))
-            pixels.append(_from_pil(rgb.resize((width, height), Image.Resampling.LANCZOS)))
-        else:
-            batch = _from_array(one)
-            sources += batch.split(1)
-            pixels.append(F.interpolate(batch, size=(height, width)))
-    return sources, torch.cat(pixels) * 2 - 1
+        found += [one.convert("RGB")] if isinstance(one, Image.Image) else _from_array(one).split(1)
+    return found
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image | Tensor) -> Tensor:
+    """One of ``as_list`` as float32 (1, 3, H0, W0) in [0, 1]."""
+    if isinstance(image, Tensor):
+        return image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def resize(image: Image.Image | Tensor, height: int, width: int) -> Tensor:
+    """One of ``as_list`` for the VAE: float32 (1, 3, height, width) in [-1, 1].
+
+    PIL images are resized with Lanczos, arrays and tensors by nearest neighbour.
+
+    Source: diffusers ``image_processor.py:VaeImageProcessor.preprocess``.
+    """
+    if isinstance(image, Tensor):
+        return F.interpolate(image, size=(height, width)) * 2 - 1
+    return to_tensor(image.resize((width, height), Image.Resampling.LANCZOS)) * 2 - 1
 
 
 def _from_array(image: Any) -> Tensor:

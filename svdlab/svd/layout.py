@@ -29,21 +29,6 @@ def from_images(y: Tensor, batch: int) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous().unflatten(0, (batch, -1))
 
 
-def from_quarters(y: Tensor) -> Tensor:
-    """(B, F, H + 1, W + 1, 4 C) -> (B, F, 2 H, 2 W, C), the one layout of what four quarters of the channels hold.
-
-    Upper left, upper right, lower left, lower right pixel of every four; the lower ones lie one row, the right ones one
-    column further.
-    """
-    b, f, height, width, channels = y.shape
-    height, width, quarters = height - 1, width - 1, y.unflatten(-1, (4, channels // 4))
-    result = y.new_empty(b, f, height, 2, width, 2, channels // 4)
-    for i in range(2):
-        for j in range(2):
-            result[:, :, :, i, :, j] = quarters[:, :, i : i + height, j : j + width, 2 * i + j]
-    return result.flatten(4, 5).flatten(2, 3)
-
-
 def as_time_strips(x: Tensor) -> Tensor:
     """(B, F, H, W, C) -> (B, C, F, H*W) in channels_last: time is the height of an image.
 
@@ -62,11 +47,6 @@ def spatial_heads(x: Tensor, heads: int) -> Tensor:
     return x.flatten(2, 3).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def from_spatial_heads(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B*F, heads, H*W, d) -> ``shape`` = (B, F, H, W, C)."""
-    return y.transpose(1, 2).reshape(shape)
-
-
 def temporal_heads(x: Tensor, heads: int) -> Tensor:
     """(B, F, H, W, C) -> (B, H*W*heads, F, d): each pixel attends to itself in the other frames.
 
@@ -76,6 +56,6 @@ def temporal_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(b, f, h * w * heads, -1).transpose(1, 2)
 
 
-def from_temporal_heads(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, H*W*heads, F, d) -> ``shape`` = (B, F, H, W, C)."""
+def from_heads(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The result of attention, as ``spatial_heads`` or ``temporal_heads`` -> ``shape`` = (B, F, H, W, C)."""
     return y.transpose(1, 2).reshape(shape)

@@ -1,8 +1,8 @@
-"""Peak memory of a generation, without weights and without a GPU: ``svdlab memory``.
+"""Peak memory of a generation, without weights and without a GPU.
 
 The networks run on tensors that have a shape and no data, while every storage that comes and goes is counted. An
 accelerator is simulated on the meta device; a CPU, where layers prepare their weights and normalise in their own way,
-with FakeTensorMode. What no simulation sees: an accelerator's context and its kernels' own workspaces.
+with FakeTensorMode. What no simulation counts: an accelerator's context and its kernels' own workspaces.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import bisect
 import functools
 import itertools
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,15 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from svdlab.cli.options import JSON, check_device, settings_options
-from svdlab.files import check_folder, write_json
-from svdlab.svd import VAE, CLIPVision, UNet
-from svdlab.svd.checkpoint import ARCHITECTURES, Configs, load_configs, resolve_size
+from svdlab.svd.checkpoint import Configs
+from svdlab.svd.kernels import plain, use_kernels
 from svdlab.svd.settings import GenerationSettings
-from svdlab.svd.stages import decode_latents, predict_noise
+from svdlab.svd.workloads import NETWORKS, WORKLOADS, Maker, workload_calls
 
 GIB = 2**30
-NETWORKS: dict[str, type[Any]] = {"image_encoder": CLIPVision, "vae": VAE, "unet": UNet}
 # Of a device's free memory: the rest is for fragments and for kernels' workspaces.
 _USABLE = 0.9
 
@@ -46,7 +41,7 @@ if torch.backends.mkldnn.is_available():
     @torch.library.register_fake("mkldnn::_reorder_convolution_weight")
     @torch.library.register_fake("mkldnn::_reorder_linear_weight")
     def _blocked_weight(weight: Tensor, *layout: Any) -> Tensor:
-        """The blocked weight of ``layers.Packed`` is as large as the plain one."""
+        """The blocked weight of a packed layer is as large as the plain one."""
         return torch.empty_like(weight)
 
     @torch.library.register_fake("mkldnn::_linear_pointwise.binary")
@@ -115,6 +110,55 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype in ask and ask[dtype]()
 
 
+class KnownShapes(TorchDispatchMode):
+    """Meta tensors without the arithmetic: what an operator gives for arguments of known shapes is worked out once.
+
+    torch does it anew in every call, for many operators in Python, which takes two thirds of a simulation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        key = func, _described(args), _described(tuple(kwargs.items()))
+        if (known := self._known.get(key)) is not None:
+            many, recipes = known
+            results = [args[r] if isinstance(r, int) else torch.empty_strided(**r, device="meta") for r in recipes]
+            return tuple(results) if many else results[0]
+        result = func(*args, **kwargs)
+        many = isinstance(result, tuple)
+        if recipes := _recipes(result if many else (result,), args, kwargs):
+            self._known[key] = many, recipes
+        return result
+
+
+def _described(value: Any) -> Any:
+    """What of an argument decides the shape of a result; hashable."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(v) for v in value)
+    return type(value), value
+
+
+def _recipes(results: Sequence[Any], args: Sequence[Any], kwargs: Any) -> list[Any] | None:
+    """How to make results again: the index of the argument that it is, or size, stride and dtype.
+
+    None where there is no such way: views of an argument, and what is no tensor on the meta device.
+    """
+    given, recipes = set(_storages((args, kwargs))), []
+    for result in results:
+        if not isinstance(result, Tensor) or result.device.type != "meta":
+            return None
+        same = [i for i, argument in enumerate(args) if argument is result]
+        if not same and result.untyped_storage() in given:
+            return None
+        recipes.append(same[0] if same else {"size": result.shape, "stride": result.stride(), "dtype": result.dtype})
+    return recipes
+
+
 class _FusedAttention(TorchFunctionMode):
     """Attention as accelerators' fused kernels run it: no matrix of scores."""
 
@@ -146,67 +190,12 @@ def measured_peak(function: Callable[[], Any], device: str | torch.device = "cpu
     return peak
 
 
-# --- the stages of a generation, on real tensors as well as on empty ones ---
-
-New = Callable[..., Tensor]
-Call = Callable[[Any, New, "int | None"], Any]
-# Which network runs in which stage, in order of execution.
-STAGES = {
-    "image_encoder": "image_encoder",
-    "vae_encode": "vae",
-    "unet_batched": "unet",
-    "unet_sequential": "unet",
-    "decode_parity": "vae",
-    "decode_exact": "vae",
-}
-
-
-def stage_calls(configs: Configs, settings: GenerationSettings) -> dict[str, Call]:
-    """What each stage computes: called with its network, a maker of tensors (``torch.empty``) and a decode chunk.
-
-    Args:
-        configs: the architecture.
-        settings: with height, width and number of frames.
-    """
-    videos, frames, scale = settings.num_videos_per_prompt, settings.num_frames, configs.vae.scale_factor
-    assert frames and settings.height and settings.width
-    pixels, size = (settings.height, settings.width), (settings.height // scale, settings.width // scale)
-    guided = max(settings.min_guidance_scale, settings.max_guidance_scale) > 1
-    batch = videos * (2 if guided else 1)
-
-    def predict(cfg: str) -> Call:
-        def call(unet: UNet, new: New, chunk: int | None) -> Tensor:
-            token, ids = new(batch, 1, configs.image_encoder.projection_dim), new(batch, 3)
-            sample = new(batch, frames, unet.config.in_channels, *size)
-            return predict_noise(
-                unet, sample, new(1), unet.condition(token, ids, frames), cfg=cfg if guided else "batched"
-            )
-
-        return call
-
-    def decode(exact: bool) -> Call:
-        def call(vae: VAE, new: New, chunk: int | None) -> Tensor:
-            decoded = decode_latents(vae, new(videos, frames, vae.config.latent_channels, *size), chunk, exact)
-            return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
-
-        return call
-
-    return {
-        "image_encoder": lambda tower, new, chunk: tower(new(1, 3, *(tower.config.image_size,) * 2)),
-        "vae_encode": lambda vae, new, chunk: vae.encode(new(1, 3, *pixels)),
-        "unet_batched": predict("batched"),
-        "unet_sequential": predict("sequential"),
-        "decode_parity": decode(exact=False),
-        "decode_exact": decode(exact=True),
-    }
-
-
 @dataclass(frozen=True)
-class Stage:
-    """Memory of one stage.
+class Footprint:
+    """Memory of one workload.
 
     Attributes:
-        name: a key of ``STAGES``.
+        name: a key of ``WORKLOADS``.
         chunk: frames decoded at a time, in the decodes.
         weights: bytes of the network that runs, with what its layers keep prepared of them.
         activations: bytes beside at the peak.
@@ -244,7 +233,7 @@ class Option:
 
 
 class Simulation:
-    """The memory of one generation, stage by stage.
+    """The memory of one generation, workload by workload.
 
     Args:
         configs: the architecture.
@@ -255,17 +244,17 @@ class Simulation:
     def __init__(self, configs: Configs, settings: GenerationSettings, device: str | torch.device = "cuda"):
         self.configs, self.settings = configs, settings
         self._place = "cpu" if torch.device(device).type == "cpu" else "meta"
-        self._mode: AbstractContextManager[Any] = FakeTensorMode() if self._place == "cpu" else nullcontext()
+        self._mode: AbstractContextManager[Any] = FakeTensorMode() if self._place == "cpu" else KnownShapes()
         self._networks: dict[tuple[str, torch.dtype], tuple[nn.Module, int]] = {}
-        self._stages: dict[tuple[str, int | None], Stage] = {}
+        self._footprints: dict[tuple[str, int | None], Footprint] = {}
 
     @property
     def weights(self) -> dict[str, int]:
         """Bytes of each network at rest."""
         return {name: self._network(name, self.settings.torch_dtype)[1] for name in NETWORKS}
 
-    def stage(self, name: str, chunk: int | None = None) -> Stage:
-        """One stage; ``chunk`` is for the decodes, by default what ``decode_chunk_size=None`` gives."""
+    def footprint(self, name: str, chunk: int | None = None) -> Footprint:
+        """One workload's; ``chunk`` is for the decodes, by default what ``decode_chunk_size=None`` gives."""
         dtype, frames = self.settings.torch_dtype, self.settings.num_frames or 1
         if name == "vae_encode":
             dtype = self.configs.vae.encoder_dtype(dtype)
@@ -273,34 +262,38 @@ class Simulation:
             chunk = min(chunk or (2 if name == "decode_exact" else frames), frames)
         else:
             chunk = None
-        if (name, chunk) not in self._stages:
-            network, weights = self._network(STAGES[name], dtype)
-            call = stage_calls(self.configs, self.settings)[name]
-            activations = self._run(lambda new: call(network, new, chunk), dtype).peak
-            self._stages[name, chunk] = Stage(name, chunk, weights, activations)
-        return self._stages[name, chunk]
+        if (name, chunk) not in self._footprints:
+            network, weights = self._network(WORKLOADS[name], dtype)
+            call = workload_calls(self.configs, self.settings)[name]
+            live = LiveStorages()
+            self._run(lambda new: call(network, new, chunk), dtype, live)
+            self._footprints[name, chunk] = Footprint(name, chunk, weights, live.peak)
+        return self._footprints[name, chunk]
 
     def flops(self, name: str, chunk: int | None = None) -> int:
-        """Multiplications and additions of a stage's products, convolutions and attention."""
-        network, _ = self._network(STAGES[name], self.settings.torch_dtype)
-        call = stage_calls(self.configs, self.settings)[name]
-        with FlopCounterMode(display=False) as counter:
-            self._run(lambda new: call(network, new, chunk), self.settings.torch_dtype)
+        """Multiplications and additions of a workload's products, convolutions and attention, on the plain network."""
+        dtype = self.settings.torch_dtype
+        network, call = (
+            plain(self._network(WORKLOADS[name], dtype)[0]),
+            workload_calls(self.configs, self.settings)[name],
+        )
+        counter = FlopCounterMode(display=False)
+        self._run(lambda new: call(network, new, chunk), dtype, counter)
         return counter.get_total_flops()
 
-    def peak(self, stage: Stage, offload: bool) -> int:
-        """Bytes on the device in a stage: with the other networks' weights unless they are offloaded."""
-        network = STAGES[stage.name]
+    def peak(self, footprint: Footprint, offload: bool) -> int:
+        """Bytes on the device in a workload: with the other networks' weights unless they are offloaded."""
+        network = WORKLOADS[footprint.name]
         others = 0 if offload else sum(size for name, size in self.weights.items() if name != network)
-        return stage.peak + others
+        return footprint.peak + others
 
     def option(self, cfg: str, offload: bool, decode: str, budget: float) -> Option:
         """The largest decode chunk within a budget in bytes, if any."""
         names = ("image_encoder", "vae_encode", f"unet_{cfg}")
-        peak = max(self.peak(self.stage(name), offload) for name in names)
+        peak = max(self.peak(self.footprint(name), offload) for name in names)
 
         def decode_peak(chunk: int) -> int:
-            return self.peak(self.stage(f"decode_{decode}", chunk), offload)
+            return self.peak(self.footprint(f"decode_{decode}", chunk), offload)
 
         # Memory grows with the chunk, so that as many sizes fit as the largest one that does.
         chunk = bisect.bisect_right(range(1, (self.settings.num_frames or 1) + 1), budget, key=decode_peak)
@@ -312,13 +305,13 @@ class Simulation:
         ways = itertools.product(("exact", "parity"), (False, True), ("batched", "sequential"))
         return [self.option(cfg, offload, decode, budget) for decode, offload, cfg in ways]
 
-    def _run(self, function: Callable[[New], Any], dtype: torch.dtype) -> LiveStorages:
-        """Call a function with a maker of empty tensors, and count."""
+    def _run(self, function: Callable[[Maker], Any], dtype: torch.dtype, counter: AbstractContextManager[Any]) -> None:
+        """Call a function with a maker of empty tensors, while a mode counts."""
         new = functools.partial(torch.empty, dtype=dtype, device=self._place)
         fused = nullcontext() if self._place == "cpu" or dtype == torch.float64 else _FusedAttention()
-        with self._mode, fused, torch.no_grad(), LiveStorages() as live:
+        # Entered last it is called first: before what knows a result and calls no operator for it.
+        with self._mode, fused, torch.no_grad(), counter:
             function(new)
-        return live
 
     def _network(self, name: str, dtype: torch.dtype) -> tuple[Any, int]:
         """A network without data, and the bytes that it and what its layers prepare of their weights would take."""
@@ -329,14 +322,22 @@ class Simulation:
             with self._mode:
                 state = {key: torch.empty(shape, dtype=dtype, device=self._place) for key, shape in shapes.items()}
             network.load_state_dict(state, assign=True)
-            network.eval().requires_grad_(False)
+            use_kernels(network.eval().requires_grad_(False))
             side = 8 * self.configs.vae.scale_factor
             small = self.settings.replace(height=side, width=side, num_frames=2, num_videos_per_prompt=1)
-            calls = [call for key, call in stage_calls(self.configs, small).items() if STAGES[key] == name]
-            prepared = self._run(lambda new: [call(network, new, 1) for call in calls] and None, dtype).live
+            calls = [call for key, call in workload_calls(self.configs, small).items() if WORKLOADS[key] == name]
+            prepared = LiveStorages()
+            for call in calls:
+                self._run(lambda new, call=call: call(network, new, 1), dtype, prepared)  # type: ignore[misc]
             own = sum(value.nbytes for value in state.values())
-            self._networks[name, dtype] = network, own + prepared
+            self._networks[name, dtype] = network, own + prepared.live
         return self._networks[name, dtype]
+
+
+@functools.lru_cache(maxsize=4)
+def simulate(configs: Configs, settings: GenerationSettings, device: str) -> Simulation:
+    """A ``Simulation`` that is kept, so that a sweep simulates once."""
+    return Simulation(configs, settings, device)
 
 
 def free_bytes(device: str | torch.device) -> int:
@@ -354,111 +355,7 @@ def free_bytes(device: str | torch.device) -> int:
 
 def largest_chunk(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> int:
     """The largest exact decode chunk whose activations fit what is free on a device now; at least 1."""
-    simulation = _simulation(configs, settings.replace(seed=0), torch.device(device).type)
+    simulation = simulate(configs, settings.replace(seed=0), torch.device(device).type)
     chunks, budget = range(1, (settings.num_frames or 1) + 1), _USABLE * free_bytes(device)
-    fit = bisect.bisect_right(chunks, budget, key=lambda chunk: simulation.stage("decode_exact", chunk).activations)
+    fit = bisect.bisect_right(chunks, budget, key=lambda chunk: simulation.footprint("decode_exact", chunk).activations)
     return max(1, fit)
-
-
-@functools.lru_cache(maxsize=4)
-def _simulation(configs: Configs, settings: GenerationSettings, device: str) -> Simulation:
-    """Kept, so that a sweep simulates once."""
-    return Simulation(configs, settings, device)
-
-
-# --- the command ---
-
-
-@click.command()
-@click.option(
-    "--model",
-    default="svd-xt",
-    show_default=True,
-    help=f"Whose architecture: {', '.join(ARCHITECTURES)}, embedded, a folder, or a name on the hub.",
-)
-@click.option("--device", default="cuda", show_default=True, help="Where it would run; it need not be here.")
-@click.option(
-    "--budget-gib",
-    type=click.FloatRange(0, min_open=True),
-    help="Say what fits this much device memory, a CUDA context (about half a GiB) not counted.",
-)
-@JSON
-@settings_options
-def memory(model: str, device: str, budget_gib: float | None, json_path: str | None, given: dict[str, Any]) -> None:
-    """Tell the peak memory of every stage of a generation, without weights and without a GPU.
-
-    With a budget: which ways to run it fit, each with its largest decode chunk, and exit code 1 when none does.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    settings = GenerationSettings(**given)
-    check_folder(json_path)
-    check_device(device)
-    configs = load_configs(model)
-    settings = resolve_size(settings, configs.unet, configs.vae)
-    simulation = Simulation(configs, settings, device)
-    chunk = settings.decode_chunk_size
-    stages = [simulation.stage(name, chunk if isinstance(chunk, int) else None) for name in STAGES]
-
-    console = Console()
-    size = f"{settings.num_frames} frames of {settings.width}x{settings.height}, {settings.dtype}"
-    table = Table("stage", title=f"{model}: {size}; GiB", title_justify="left")
-    for column in ("chunk", "weights", "activations", "peak", "beside all weights"):
-        table.add_column(column, justify="right")
-    for stage in stages:
-        sizes = (stage.weights, stage.activations, stage.peak, simulation.peak(stage, offload=False))
-        table.add_row(stage.name, str(stage.chunk or ""), *(f"{size / GIB:.2f}" for size in sizes))
-    console.print(table)
-    result: dict[str, Any] = {
-        "model": model,
-        "device": device,
-        "settings": settings.model_dump(),
-        "weights_gib": {name: size / GIB for name, size in simulation.weights.items()},
-        "stages": [
-            {
-                "name": s.name,
-                "decode_chunk_size": s.chunk,
-                "weights_gib": s.weights / GIB,
-                "activations_gib": s.activations / GIB,
-                "peak_gib": s.peak / GIB,
-                "peak_beside_all_weights_gib": simulation.peak(s, offload=False) / GIB,
-            }
-            for s in stages
-        ],
-    }
-    best = None
-    if budget_gib is not None:
-        options = simulation.options(budget_gib * GIB)
-        best = next((o for o in options if o.fits), None)
-        table = Table("guidance", "offload", "decode", title=f"within {budget_gib:g} GiB", title_justify="left")
-        for column in ("largest chunk", "peak GiB", "fits"):
-            table.add_column(column, justify="right")
-        for o in options:
-            cells = (o.cfg, "yes" if o.offload else "no", o.decode, str(o.decode_chunk_size or "none"))
-            table.add_row(*cells, f"{o.peak / GIB:.2f}", "yes" if o.fits else "no")
-        console.print(table)
-        if best:
-            offload = ", component offload" if best.offload else ""
-            click.echo(
-                f"fits: {best.cfg} guidance{offload}, {best.decode} decode in chunks of {best.decode_chunk_size}: "
-                f"{best.peak / GIB:.2f} GiB of {budget_gib:g}, weights included"
-            )
-        else:
-            least = min(o.peak for o in options)
-            click.echo(f"nothing fits {budget_gib:g} GiB: the least is {least / GIB:.2f} GiB")
-        result |= {
-            "budget_gib": budget_gib,
-            "fits": best is not None,
-            "decode_chunk_size": best and best.decode_chunk_size,
-            "best": best and _option_dict(best),
-            "options": [_option_dict(o) for o in options],
-        }
-    if json_path:
-        write_json(json_path, result)
-    sys.exit(1 if budget_gib is not None and best is None else 0)
-
-
-def _option_dict(option: Option) -> dict[str, Any]:
-    fields = asdict(option)
-    return {**fields, "peak_gib": fields.pop("peak") / GIB}

@@ -1,14 +1,18 @@
 """Stable Video Diffusion, one image to a clip: the whole story, top to bottom.
 
 ``prepare`` turns the user's image and seed into ``Inputs``; ``denoise`` and ``decode`` are deterministic from there.
+Each step of them is a stage (``svdlab.svd.stages``).
 Source: diffusers ``pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py``.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.bugs import Rules
 from svdlab.svd import images
-from svdlab.svd import sampler as scheduler
-from svdlab.svd.checkpoint import EMBEDDED, Components, Configs, channels_last, load_components, resolve_size
+from svdlab.svd.checkpoint import EMBEDDED, Components, channels_last, load_components, resolve_size
+from svdlab.svd.config import Configs
+from svdlab.svd.modules import own_modules
 from svdlab.svd.settings import GenerationSettings
-from svdlab.svd.stages import predict_noise
+from svdlab.svd.stages import STAGE, Change, Stages
 
 if TYPE_CHECKING:
     from svdlab.svd.video import Clip
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 Probe = Callable[[str, Tensor], None]
 Callback = Callable[["SVDPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+NETWORKS = ("image_encoder", "vae", "unet")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Inputs:
     Attributes:
         source: the images as given, (B, 3, H0, W0) in [0, 1]; None when their sizes differ.
         image: resized for the VAE, (B, 3, H, W) in [-1, 1], before noise augmentation.
-        clip_pixels: resized and normalised for CLIP, (B, 3, S, S).
+        clip_pixels: resized and normalised for CLIP, (B, 3, P, P).
         noise: unit Gaussian for the noise augmentation, (B, 3, H, W).
         latents: unit Gaussian, (B * videos, F, 4, h, w).
     """
@@ -58,7 +63,7 @@ class SVDOutput:
     frames: Any
 
 
-class SVDPipeline:
+class SVDPipeline(Stages):
     """Stable Video Diffusion with the call signature of diffusers' ``StableVideoDiffusionPipeline``.
 
     Example:
@@ -66,12 +71,11 @@ class SVDPipeline:
         >>> frames = pipe(image, height=64, width=64, num_frames=8).frames[0]
     """
 
-    def __init__(self, components: Components, rules: Rules | None = None):
-        self.components = components
+    def __init__(self, components: Components):
         self.unet, self.vae, self.image_encoder = components.unet, components.vae, components.image_encoder
         self.scheduler, self.feature_extractor = components.scheduler, components.feature_extractor
-        self.rules = rules or Rules()
-        self._offload_device: torch.device | None = None
+        self._replaced: dict[str, Callable[..., Any]] = {}
+        self._wrapped: list[tuple[str, Callable[..., Any]]] = []
 
     @classmethod
     def from_pretrained(
@@ -83,30 +87,87 @@ class SVDPipeline:
         device: torch.device | str = "cpu",
         variant: str | None = None,
         revision: str | None = None,
-        rules: Rules | None = None,
     ) -> SVDPipeline:
         """Load a checkpoint in diffusers' format from the hub, a folder, or the package ("embedded").
 
         Args:
             dtype: of the weights, float32 by default; ``torch_dtype`` is diffusers' older name for it.
             variant: ``"fp16"`` for half-precision files.
-            rules: the parity fixes in force; all of them by default.
 
         Raises:
-            SvdlabError: see ``weights.load_components``.
+            SvdlabError: see ``checkpoint.load_components``.
         """
         dtype = dtype or torch_dtype or torch.float32
-        return cls(load_components(repo_or_folder, dtype, device, variant, revision), rules)
-
-    def with_rules(self, rules: Rules) -> SVDPipeline:
-        """The same weights under other rules."""
-        other = SVDPipeline(self.components, rules)
-        other._offload_device = self._offload_device
-        return other
+        return cls(load_components(repo_or_folder, dtype, device, variant, revision))
 
     def with_bugs(self, *names: str) -> SVDPipeline:
-        """The same weights with bugs of the catalogue injected."""
-        return self.with_rules(Rules.with_bugs(*names))
+        """The same weights with bugs of the catalogue injected; this pipeline stays as it is.
+
+        The catalogue (``svdlab.parity.bugs``) is found by its entry point: this module knows nothing of what can be
+        wrong with it.
+
+        Raises:
+            SvdlabError: a name that is not in the catalogue, or bugs that exclude each other.
+        """
+        (catalogue,) = entry_points(group="svdlab.bugs")
+        return self.with_changes(*catalogue.load()(*names))
+
+    def with_stage(self, **functions: Callable[..., Any]) -> SVDPipeline:
+        """The same weights with a function in a stage's place; this pipeline stays as it is.
+
+        Example:
+            >>> wrong = pipe.with_stage(time_ids=lambda settings: torch.tensor([[settings.fps, 127, 0.02]]))
+
+        Args:
+            functions: by the name of a stage, see ``stages.STAGES``; called with the stage's arguments.
+
+        Raises:
+            SvdlabError: a name that is not a stage's.
+        """
+        for name in functions:
+            if name not in STAGE:
+                raise SvdlabError(f"stage: got {name!r}, allowed: {', '.join(STAGE)}")
+        return self._variant(replaced=functions)
+
+    def with_changes(self, *changes: Change) -> SVDPipeline:
+        """The same weights with stages wrapped and modules edited; this pipeline stays as it is.
+
+        Args:
+            changes: the first one lies innermost.
+        """
+        other = self._variant(wrapped=[pair for change in changes for pair in change.wrap.items()])
+        for name in {name for change in changes for name in change.edit}:
+            network = own_modules(getattr(other, name))
+            for change in changes:
+                if name in change.edit:
+                    change.edit[name](network)
+            setattr(other, name, network)
+        return other
+
+    def with_own_modules(self) -> SVDPipeline:
+        """The same weights in module objects of its own, for hooks that must not reach another user of this one."""
+        other = self._variant()
+        for name in NETWORKS:
+            setattr(other, name, own_modules(getattr(other, name)))
+        return other
+
+    def _variant(
+        self, replaced: dict[str, Callable[..., Any]] | None = None, wrapped: Sequence[tuple[str, Any]] = ()
+    ) -> SVDPipeline:
+        """A copy with other stages, as attributes of the copy; the wrappers see its networks."""
+        other = copy.copy(self)
+        other._replaced, other._wrapped = {**self._replaced, **(replaced or {})}, [*self._wrapped, *wrapped]
+        for name in STAGE:
+            vars(other).pop(name, None)
+        vars(other).update(other._replaced)
+        for name, wrapper in other._wrapped:
+            vars(other)[name] = partial(wrapper, other, getattr(other, name))
+        return other
+
+    @property
+    def components(self) -> Components:
+        """Everything that the pipeline is made of."""
+        return Components(self.unet, self.vae, self.image_encoder, self.scheduler, self.feature_extractor)
 
     def to(self, *args: Any, **kwargs: Any) -> SVDPipeline:
         """Move and cast all three networks as ``nn.Module.to`` does; returns itself."""
@@ -141,16 +202,6 @@ class SVDPipeline:
     def configs(self) -> Configs:
         """The architecture of the three networks."""
         return Configs(self.unet.config, self.vae.config, self.image_encoder.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the UNet's weights."""
-        return self.unet.conv_in.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks run."""
-        return self._offload_device or self.unet.conv_in.weight.device
 
     def __call__(
         self,
@@ -227,7 +278,7 @@ class SVDPipeline:
         inputs = self.prepare(image, settings, generator, latents)
         result = self.denoise(inputs, settings, probe=probe, callback=callback_on_step_end, progress=progress)
         if output_type != "latent":
-            result = images.postprocess(self.decode(result, settings, probe=probe), output_type)
+            result = images.postprocess(self._decode(result, settings, probe), output_type)
         return SVDOutput(result) if return_dict else (result,)
 
     def generate(self, image: Any, settings: GenerationSettings, progress: bool = True) -> list[Clip]:
@@ -266,7 +317,9 @@ class SVDPipeline:
         settings = self.resolve(settings)
         height, width, factor = settings.height, settings.width, self.vae.config.scale_factor
         assert height and width and settings.num_frames
-        sources, pixels = images.read_images(image, height, width)
+        given = images.as_list(image)
+        sources = [images.to_tensor(one) for one in given]
+        pixels = torch.cat([self.resize_image(one, settings) for one in given])
         batch = len(sources)
         videos, channels = batch * settings.num_videos_per_prompt, self.unet.config.out_channels
         shape = (videos, settings.num_frames, channels, height // factor, width // factor)
@@ -281,11 +334,6 @@ class SVDPipeline:
         same_size = len({s.shape for s in sources}) == 1
         return Inputs(torch.cat(sources) if same_size else None, pixels, clip_pixels, noise, latents)
 
-    def clip_pixels(self, source: Tensor) -> Tensor:
-        """What the CLIP tower sees of images as given: (B, 3, H0, W0) in [0, 1] -> (B, 3, S, S), normalised."""
-        resized = self.rules.clip_resize(source * 2 - 1, self.image_encoder.config.image_size)
-        return self.rules.clip_normalise((resized + 1) / 2, self.feature_extractor.mean, self.feature_extractor.std)
-
     def run(
         self,
         inputs: Inputs,
@@ -295,9 +343,9 @@ class SVDPipeline:
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Denoise and decode: frames (B, F, 3, H, W) before clamping, in about [-1, 1]."""
+        """Denoise and decode: frames (V, F, 3, H, W) before clamping, in about [-1, 1]."""
         latents = self.denoise(inputs, settings, probe=probe, callback=callback, progress=progress)
-        return self.decode(latents, settings, probe=probe)
+        return self._decode(latents, settings, probe)
 
     @torch.no_grad()
     def denoise(
@@ -309,105 +357,68 @@ class SVDPipeline:
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """From inputs to clean latents (B, F, 4, h, w)."""
-        settings, rules, see = self.resolve(settings), self.rules, probe or _ignore
-        to: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        """From inputs to clean latents (V, F, 4, h, w): the stages from the embedding of the image to the last step.
+
+        Args:
+            inputs: of ``prepare``, or replayed from a trace.
+            settings: see ``GenerationSettings``.
+            probe: called with the name and value of every tensor of a trace.
+            callback: diffusers' ``callback_on_step_end``.
+            progress: show a bar over steps.
+        """
+        settings, record = self.resolve(settings), probe or _ignore
+        device, dtype = self.device, self.dtype
         for name in ("source", "image", "clip_pixels", "noise", "latents"):
             if (value := getattr(inputs, name)) is not None:
-                see(f"input.{name}", value)
-        videos, num_frames = settings.num_videos_per_prompt, settings.num_frames
-        assert num_frames
-        with rules.in_force(self.unet, self.vae):
-            # What the clip is of: a CLIP token for the cross-attention, latents beside every frame's noise.
-            with self._on_device(self.image_encoder):
-                image_embeddings = self.image_encoder(inputs.clip_pixels.to(**to)).repeat_interleave(videos, 0)
-            see("image_embeddings", image_embeddings)
-            with self._on_device(self.vae):
-                image_latents = self._encode(inputs, settings).to(**to).repeat_interleave(videos, 0)
-            see("image_latents", image_latents)
+                record(f"input.{name}", value)
 
-            # How it moves: frames per second, motion bucket, noise augmentation.
-            ids = rules.time_ids(rules.fps_id(settings.fps), settings.motion_bucket_id, settings.noise_aug_strength)
-            added_time_ids = torch.tensor([ids], **to).repeat(len(image_latents), 1)
-            see("added_time_ids", added_time_ids)
+        # What the video shows: a CLIP token for the cross-attention, latents that every frame is given.
+        with self._on_device(self.image_encoder):
+            image_embeddings = self.image_embedding(inputs.clip_pixels.to(device, dtype), settings)
+        record("image_embeddings", image_embeddings)
+        with self._on_device(self.vae):
+            image_latents = self.image_latents(inputs.image.to(device), inputs.noise.to(device), settings)
+        record("image_latents", image_latents)
+        videos = len(image_latents)
 
-            # The noise levels to visit, and the guidance at every step and frame.
-            if settings.sigmas is None:
-                sigmas = rules.sigmas(self.scheduler, settings.num_inference_steps)
-            else:
-                sigmas = scheduler.custom_sigmas(settings.sigmas)
-            sigmas = sigmas.to(self.device)
-            timesteps = rules.timesteps(sigmas)
-            see("sigmas", sigmas)
-            see("timesteps", timesteps)
-            low, high = settings.min_guidance_scale, settings.max_guidance_scale
-            guidance = rules.guidance_scale(low, high, num_frames, len(timesteps)).to(**to)
-            see("guidance_scale", guidance[0].expand(len(image_latents), -1))
-            guided = bool(guidance.max() > 1)
+        # How it moves: frames per second, motion bucket, noise augmentation.
+        added_time_ids = torch.as_tensor(self.time_ids(settings)).to(device, dtype).expand(videos, -1)
+        record("added_time_ids", added_time_ids)
 
-            # Conditional and, with guidance, unconditional half: everything no step changes, computed once.
-            image_latents = image_latents[:, None].repeat(1, num_frames, 1, 1, 1)
-            if guided:
-                image_latents = torch.cat([rules.uncond_latents(image_latents), image_latents])
-                image_embeddings = torch.cat([rules.uncond_embeddings(image_embeddings), image_embeddings])
-                added_time_ids = added_time_ids.repeat(2, 1)
-        with rules.in_force(self.unet, self.vae), self._on_device(self.unet):
-            conditioning = self.unet.condition(image_embeddings, added_time_ids, num_frames)
+        # The noise levels to visit, and the guidance of every frame.
+        sigmas = self.sigmas(settings).to(device)
+        record("sigmas", sigmas)
+        timesteps = self.timesteps(sigmas)
+        record("timesteps", timesteps)
+        guidance_scale = self.guidance_ramp(settings).to(device, dtype).expand(len(timesteps), -1)
+        record("guidance_scale", guidance_scale[0].expand(videos, -1))
+        guided = bool(guidance_scale.max() > 1)
 
-            latents = inputs.latents.to(**to) * rules.init_noise_sigma(self.scheduler, sigmas)
+        with self._on_device(self.unet):
+            conditioning = self.condition(image_embeddings, added_time_ids, settings, guided)
+            latents = self.initial_latents(inputs.latents.to(device, dtype), sigmas)
             for i, timestep in enumerate(tqdm(timesteps, disable=not progress, desc="denoise", unit="step")):
-                scaled = rules.model_input(latents, sigmas[i])
-                model_input = torch.cat([scaled.repeat(2 if guided else 1, 1, 1, 1, 1), image_latents], dim=2)
-                see(f"model_input.{i:03}", model_input)
-                prediction = predict_noise(
-                    self.unet, model_input, timestep, conditioning, settings.cfg if guided else "batched"
-                )
+                model_input = self.model_input(latents, image_latents, sigmas[i], guided)
+                record(f"model_input.{i:03}", model_input)
+                noise_pred = self.predict_noise(model_input, timestep, conditioning, settings)
                 if guided:
-                    uncond, cond = prediction.chunk(2)
-                    see(f"noise_pred_uncond.{i:03}", uncond)
-                    see(f"noise_pred_cond.{i:03}", cond)
-                    prediction = rules.guide(uncond, cond, guidance[i].view(1, -1, 1, 1, 1))
-                see(f"noise_pred.{i:03}", prediction)
-                # The Euler step runs in float32 whatever the dtype, as in diffusers.
-                wide = latents.to(torch.float32)
-                prediction = prediction.to(torch.promote_types(self.dtype, torch.float32))
-                denoised = rules.denoised(prediction, wide, sigmas[i])
-                latents = scheduler.euler_step(denoised, wide, sigmas[i], sigmas[i + 1]).to(self.dtype)
+                    noise_pred_uncond, noise_pred_cond = noise_pred.chunk(2)
+                    record(f"noise_pred_uncond.{i:03}", noise_pred_uncond)
+                    record(f"noise_pred_cond.{i:03}", noise_pred_cond)
+                    noise_pred = self.guide(noise_pred_uncond, noise_pred_cond, guidance_scale[i])
+                record(f"noise_pred.{i:03}", noise_pred)
+                latents = self.euler_step(noise_pred, latents, sigmas[i], sigmas[i + 1]).to(dtype)
                 if callback is not None:
                     latents = (callback(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
-                see(f"latents.{i:03}", latents)
+                record(f"latents.{i:03}", latents)
         return latents
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, settings: GenerationSettings, *, probe: Probe | None = None) -> Tensor:
-        """From clean latents (B, F, 4, h, w) to frames (B, F, 3, H, W) before clamping, in float32 or wider."""
-        latents = self.rules.to_decode(latents, self.vae.config.scaling_factor)
-        chunk, exact = settings.decode_chunk_size, settings.decode == "exact"
-        with self.rules.in_force(self.unet, self.vae), self._on_device(self.vae):
-            if chunk == "auto":
-                from svdlab.svd.memory import largest_chunk
-
-                chunk, exact = largest_chunk(self.configs, self.resolve(settings), self.device), True
-            frames = self.rules.decode(self.vae, latents, chunk, exact)
-        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    def _decode(self, latents: Tensor, settings: GenerationSettings, probe: Probe | None) -> Tensor:
+        with self._on_device(self.vae):
+            frames = self.decode(latents, self.resolve(settings))
         (probe or _ignore)("frames", frames)
         return frames
-
-    def _encode(self, inputs: Inputs, settings: GenerationSettings) -> Tensor:
-        """The conditioning image's latents (B, 4, h, w): augmented in pixel space, then encoded, then left alone."""
-        rules, vae = self.rules, self.vae
-        pixels = inputs.image.to(self.device)
-        pixels = rules.augment_pixels(pixels, inputs.noise.to(pixels), settings.noise_aug_strength)
-        dtype = vae.config.encoder_dtype(self.dtype)
-        try:
-            if dtype != self.dtype:
-                vae.to(dtype)
-            latents = rules.posterior(*vae.encode(pixels.to(dtype)))
-        finally:
-            if dtype != self.dtype:
-                vae.to(self.dtype)
-        latents = rules.image_latents(latents, vae.config.scaling_factor)
-        return rules.augment_latents(latents, settings.noise_aug_strength)
 
 
 def _ignore(name: str, value: Tensor) -> None:

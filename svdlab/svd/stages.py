@@ -1,12 +1,242 @@
-"""The stages of a generation that run a network, as functions of that network."""
+"""The stages of a generation: one small method each, in the order in which they run.
+
+``STAGES`` lists them with what they read and write, in the names of a trace (``docs/trace-format.md``). The methods'
+arguments and results carry the same names. ``SVDPipeline.with_stage`` puts another function in a stage's place, and
+``SVDPipeline.with_changes`` wraps one or edits the modules of a network.
+
+V videos, F frames, S steps; G is V, or 2V with classifier-free guidance (the unconditional half first); h, w latents.
+Sources are functions of diffusers' ``pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py`` where no
+other file is named.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
+from svdlab.svd import images
+from svdlab.svd.config import Configs
+from svdlab.svd.image_encoder import CLIPVision
+from svdlab.svd.modules import cast_copy
+from svdlab.svd.sampler import EulerScheduler, custom_sigmas, euler_step, karras_sigmas, scalings
+from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.unet import Conditioning, UNet
 from svdlab.svd.vae import VAE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from svdlab.svd.checkpoint import ImageNormalization
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: the pipeline's method.
+        reads, writes: tensors, by their names in a trace; those without a step's number are written once. Every stage
+            reads the settings. ``latents.init`` and ``conditioning`` are not recorded.
+        per_step: runs in every denoising step.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    per_step: bool = False
+
+
+STAGES = (
+    Stage("resize_image", ("input.source",), ("input.image",)),
+    Stage("clip_pixels", ("input.source",), ("input.clip_pixels",)),
+    Stage("image_embedding", ("input.clip_pixels",), ("image_embeddings",)),
+    Stage("image_latents", ("input.image", "input.noise"), ("image_latents",)),
+    Stage("time_ids", (), ("added_time_ids",)),
+    Stage("sigmas", (), ("sigmas",)),
+    Stage("timesteps", ("sigmas",), ("timesteps",)),
+    Stage("guidance_ramp", (), ("guidance_scale",)),
+    Stage("condition", ("image_embeddings", "added_time_ids"), ("conditioning",)),
+    Stage("initial_latents", ("input.latents", "sigmas"), ("latents.init",)),
+    Stage("model_input", ("latents.init", "latents", "sigmas", "image_latents"), ("model_input",), per_step=True),
+    Stage(
+        "predict_noise",
+        ("model_input", "timesteps", "conditioning"),
+        ("noise_pred_uncond", "noise_pred_cond"),
+        per_step=True,
+    ),
+    Stage("guide", ("noise_pred_uncond", "noise_pred_cond", "guidance_scale"), ("noise_pred",), per_step=True),
+    Stage("euler_step", ("noise_pred", "latents.init", "latents", "sigmas"), ("latents",), per_step=True),
+    Stage("decode", ("latents",), ("frames",)),
+)
+STAGE: Mapping[str, Stage] = {stage.name: stage for stage in STAGES}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A departure from the correct pipeline.
+
+    Attributes:
+        wrap: by stage, a function ``(pipe, stage, *arguments)`` that runs in its place; ``stage`` is what it wraps.
+        edit: by network ("unet", "vae" or "image_encoder"), a function that edits its modules. It is given modules of
+            its own, whose weights are shared.
+    """
+
+    wrap: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    edit: Mapping[str, Callable[[nn.Module], None]] = field(default_factory=dict)
+
+
+class Stages:
+    """The stages of ``SVDPipeline``."""
+
+    unet: UNet
+    vae: VAE
+    image_encoder: CLIPVision
+    scheduler: EulerScheduler
+    feature_extractor: ImageNormalization
+    _offload_device: torch.device | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet's weights."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run."""
+        return self._offload_device or self.unet.conv_in.weight.device
+
+    def resize_image(self, source: Image.Image | Tensor, settings: GenerationSettings) -> Tensor:
+        """Resize one image for the VAE: ``input.image`` (1, 3, H, W) in [-1, 1].
+
+        Source: ``image_processor.py:VaeImageProcessor.preprocess``.
+        """
+        assert settings.height and settings.width
+        return images.resize(source, settings.height, settings.width)
+
+    def clip_pixels(self, source: Tensor) -> Tensor:
+        """What CLIP sees of one image as given: (1, 3, H0, W0) in [0, 1] -> ``input.clip_pixels`` (1, 3, P, P).
+
+        Source: ``_encode_image``.
+        """
+        resized = images.resize_with_antialiasing(source * 2 - 1, self.image_encoder.config.image_size)
+        mean, std = self.feature_extractor.mean, self.feature_extractor.std
+        return images.normalize_for_clip((resized + 1) / 2, mean, std)
+
+    def image_embedding(self, clip_pixels: Tensor, settings: GenerationSettings) -> Tensor:
+        """``image_embeddings`` (V, 1, D), one token per video. Source: ``_encode_image``."""
+        return self.image_encoder(clip_pixels).repeat_interleave(settings.num_videos_per_prompt, 0)
+
+    def image_latents(self, image: Tensor, noise: Tensor, settings: GenerationSettings) -> Tensor:
+        """``image_latents`` (V, 4, h, w): noise augmentation on the PIXELS, then the posterior's mode.
+
+        Not multiplied by the scaling factor, and not touched after the encode. Source: ``__call__``, 4, and
+        ``_encode_vae_image``.
+        """
+        pixels = image + settings.noise_aug_strength * noise
+        vae, dtype = self.vae, self.vae.config.encoder_dtype(self.dtype)
+        if dtype != self.dtype:
+            vae = cast_copy(vae, dtype)
+        mode, _ = vae.encode(pixels.to(dtype))
+        return mode.to(self.dtype).repeat_interleave(settings.num_videos_per_prompt, 0)
+
+    def time_ids(self, settings: GenerationSettings) -> Tensor:
+        """``added_time_ids`` (1, 3): SVD was trained on fps - 1. Source: ``__call__``, 2, ``_get_add_time_ids``."""
+        return torch.tensor([[settings.fps - 1, settings.motion_bucket_id, settings.noise_aug_strength]])
+
+    def sigmas(self, settings: GenerationSettings) -> Tensor:
+        """``sigmas`` (S + 1,) in float32: Karras's with rho 7, then 0. Source: ``_convert_to_karras``."""
+        if settings.sigmas is not None:
+            return custom_sigmas(settings.sigmas)
+        return karras_sigmas(settings.num_steps, self.scheduler.sigma_min, self.scheduler.sigma_max)
+
+    def timesteps(self, sigmas: Tensor) -> Tensor:
+        """``timesteps`` (S,): 0.25 ln(sigma). Source: ``scheduling_euler_discrete.py:set_timesteps``."""
+        return scalings(sigmas[:-1]).c_noise
+
+    def guidance_ramp(self, settings: GenerationSettings) -> Tensor:
+        """``guidance_scale`` (F,): a ramp over frames, the same in every step. Source: ``__call__``, 8."""
+        assert settings.num_frames
+        return torch.linspace(settings.min_guidance_scale, settings.max_guidance_scale, settings.num_frames)
+
+    def condition(
+        self, image_embeddings: Tensor, added_time_ids: Tensor, settings: GenerationSettings, guided: bool
+    ) -> Conditioning:
+        """What the UNet needs of the conditioning, once per generation; zeros for the unconditional half's embedding.
+
+        Source: ``_encode_image``.
+        """
+        assert settings.num_frames
+        if guided:
+            image_embeddings = torch.cat([torch.zeros_like(image_embeddings), image_embeddings])
+            added_time_ids = added_time_ids.repeat(2, 1)
+        return self.unet.condition(image_embeddings, added_time_ids, settings.num_frames)
+
+    def initial_latents(self, latents: Tensor, sigmas: Tensor) -> Tensor:
+        """Unit noise (V, F, 4, h, w) times sqrt(sigma_max^2 + 1).
+
+        Source: ``prepare_latents``, ``scheduling_euler_discrete.py:init_noise_sigma``.
+        """
+        return latents * self.scheduler.init_noise_sigma(sigmas)
+
+    def model_input(self, latents: Tensor, image_latents: Tensor, sigma: Tensor, guided: bool) -> Tensor:
+        """``model_input`` (G, F, 8, h, w): c_in * latents and the image latents, concatenated along channels.
+
+        The unconditional half has zeros for the image latents. Source: ``__call__``, 9, ``_encode_vae_image``.
+        """
+        scaled = scalings(sigma).c_in * latents
+        conditional = image_latents[:, None].expand_as(scaled)
+        if not guided:
+            return torch.cat([scaled, conditional], dim=2)
+        halves = torch.zeros_like(conditional), conditional
+        return torch.cat([torch.cat([scaled, half], dim=2) for half in halves])
+
+    def predict_noise(
+        self, model_input: Tensor, timestep: Tensor, conditioning: Conditioning, settings: GenerationSettings
+    ) -> Tensor:
+        """``noise_pred_uncond`` and ``noise_pred_cond`` as one tensor (G, F, 4, h, w); without guidance ``noise_pred``.
+
+        Source: ``__call__``, 9.
+        """
+        return predict_noise(self.unet, model_input, timestep, conditioning, settings.cfg)
+
+    def guide(self, noise_pred_uncond: Tensor, noise_pred_cond: Tensor, guidance_scale: Tensor) -> Tensor:
+        """``noise_pred`` (V, F, 4, h, w) by classifier-free guidance with a scale (F,) for every frame.
+
+        Source: Ho and Salimans 2022, arXiv 2207.12598; ``__call__``, 9.
+        """
+        return noise_pred_uncond + guidance_scale.view(-1, 1, 1, 1) * (noise_pred_cond - noise_pred_uncond)
+
+    def euler_step(self, noise_pred: Tensor, latents: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+        """``latents`` (V, F, 4, h, w) at the next noise level, in float32 or wider whatever the networks run in.
+
+        Source: ``scheduling_euler_discrete.py:step``.
+        """
+        prediction, latents = wide(noise_pred), wide(latents)
+        s = scalings(sigma)
+        denoised = s.c_skip * latents + s.c_out * prediction
+        return euler_step(denoised, latents, sigma, next_sigma)
+
+    def decode(self, latents: Tensor, settings: GenerationSettings) -> Tensor:
+        """``frames`` (V, F, 3, H, W) before clamping, in about [-1, 1], in float32 or wider.
+
+        The latents ARE divided by the scaling factor. Source: ``decode_latents``.
+        """
+        chunk, exact = settings.decode_chunk_size, settings.decode == "exact"
+        if chunk == "auto":
+            from svdlab.svd.memory import largest_chunk
+
+            configs = Configs(self.unet.config, self.vae.config, self.image_encoder.config)
+            chunk, exact = largest_chunk(configs, settings, self.device), True
+        return wide(decode_latents(self.vae, 1 / self.vae.config.scaling_factor * latents, chunk, exact))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def predict_noise(
@@ -14,11 +244,9 @@ def predict_noise(
 ) -> Tensor:
     """The v-prediction (G, F, 4, h, w) of both guidance halves, in one forward pass or, for less memory, in two.
 
-    Source: ``pipeline_stable_video_diffusion.py:__call__``, 9.
-
     Args:
         unet: the network.
-        model_input: (G, F, 8, h, w); G is the number of videos, twice that with guidance (unconditional half first).
+        model_input: (G, F, 8, h, w).
         timestep: 0.25 * ln(sigma).
         conditioning: of ``unet.condition``, with the same batch.
         cfg: "batched", or "sequential": one pass per half, the same result for half the activation memory.
@@ -30,11 +258,15 @@ def predict_noise(
 
 
 def decode_latents(vae: VAE, latents: Tensor, chunk: int | None, exact: bool) -> Tensor:
-    """Frames (B, F, 3, H, W) of scaled-back latents, one video after the other so that no two are ever blended.
+    """Frames (V, F, 3, H, W) of latents (V, F, 4, h, w), one video after the other: no two are ever blended.
 
-    ``exact``: what decoding all frames at once gives, ``chunk`` frames in memory (default 2). Else what diffusers
-    gives for that chunk size (``decode_latents``): each chunk is a clip of its own. No chunk size means all at once
-    in both, and is computed exactly.
+    Args:
+        vae: the network.
+        latents: divided by the scaling factor.
+        chunk: frames at a time.
+        exact: what decoding all frames at once gives, with ``chunk`` frames in memory (default 2). Otherwise what
+            diffusers gives for that chunk size (``decode_latents``): each chunk is decoded as a video of its own. No
+            chunk size means all at once in both, and is computed exactly.
     """
     videos = [v[None] for v in latents]
     if exact or chunk is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
 from svdlab.svd import layout
-from svdlab.svd.config import check_groups, per_level
+from svdlab.svd.config import PLAIN_BLOCKS, UNetConfig, per_level
 from svdlab.svd.layers import (
     Conv2d,
     Downsample,
@@ -24,51 +24,6 @@ from svdlab.svd.layers import (
     sinusoids,
 )
 
-PLAIN_BLOCKS = ("DownBlockSpatioTemporal", "UpBlockSpatioTemporal")
-ATTENTION_BLOCKS = ("CrossAttnDownBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """``unet/config.json``, with the names and defaults of diffusers' ``UNetSpatioTemporalConditionModel``.
-
-    Options given as one value hold for every level; ``transformer_layers_per_block`` may nest one more level, one
-    depth a resnet.
-    """
-
-    sample_size: int | None = None
-    in_channels: int = 8
-    out_channels: int = 4
-    down_block_types: tuple[str, ...] = (ATTENTION_BLOCKS[0],) * 3 + (PLAIN_BLOCKS[0],)
-    up_block_types: tuple[str, ...] = (PLAIN_BLOCKS[1],) + (ATTENTION_BLOCKS[1],) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    addition_time_embed_dim: int = 256
-    projection_class_embeddings_input_dim: int = 768
-    layers_per_block: int | tuple[int, ...] = 2
-    cross_attention_dim: int | tuple[int, ...] = 1024
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
-    num_attention_heads: int | tuple[int, ...] = (5, 10, 20, 20)
-    num_frames: int = 25
-
-    def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-        check_groups("block_out_channels", self.block_out_channels)
-        for name, known in (("down_block_types", 0), ("up_block_types", 1)):
-            for block in per_level(name, getattr(self, name), levels):
-                if block not in (allowed := (PLAIN_BLOCKS[known], ATTENTION_BLOCKS[known])):
-                    raise SvdlabError(f"{name}: {block!r} is not implemented; allowed: {', '.join(allowed)}")
-        heads = per_level("num_attention_heads", self.num_attention_heads, levels)
-        for width, count in zip(self.block_out_channels, heads, strict=True):
-            if width % count:
-                raise SvdlabError(f"num_attention_heads: {count} does not divide block_out_channels' {width}")
-        for name in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
-            per_level(name, getattr(self, name), levels)
-        if self.projection_class_embeddings_input_dim != 3 * self.addition_time_embed_dim:
-            raise SvdlabError(
-                f"projection_class_embeddings_input_dim: got {self.projection_class_embeddings_input_dim}, allowed: "
-                f"{3 * self.addition_time_embed_dim} (three added time ids of addition_time_embed_dim each)"
-            )
-
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -76,7 +31,7 @@ class Conditioning:
 
     Attributes:
         added_time_embedding: (B, E), the embedded fps - 1, motion bucket and noise augmentation strength.
-        transformers: one entry a transformer, in the order in which the UNet runs them.
+        transformers: one entry per transformer, in the order in which the UNet runs them.
     """
 
     added_time_embedding: Tensor
@@ -242,7 +197,7 @@ class UNet(nn.Module):
         """One denoising step's network pass.
 
         Args:
-            sample: (B, F, in_channels, h, w), scaled noisy latents beside image latents.
+            sample: (B, F, in_channels, h, w), scaled noisy latents and image latents concatenated along channels.
             timestep: a scalar or (B,), 0.25 * ln(sigma).
             conditioning: from ``condition`` with the same batch and frame count.
 
@@ -263,5 +218,5 @@ class UNet(nn.Module):
         x = self.mid_block(x, emb, transformers)
         for up_block in self.up_blocks:
             x = up_block(x, skips, emb, transformers)
-        x = self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return layout.to_channels_first(x)

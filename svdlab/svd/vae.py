@@ -1,66 +1,28 @@
-"""The VAE: an image encoder, and a temporal decoder that gives the same frames for any chunk size."""
+"""The VAE: an image encoder, and a temporal decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlab.errors import SvdlabError
 from svdlab.svd import layout
-from svdlab.svd.config import check_groups
+from svdlab.svd.config import VAEConfig
 from svdlab.svd.layers import (
-    Attention,
     Conv2d,
     Downsample,
     FrameGroupNorm,
     ResnetBlock,
+    SpatialSelfAttention,
     SpatioTemporalResBlock,
     TemporalConv,
     Upsample,
-    at_a_time,
 )
 
 
-@dataclass(frozen=True)
-class VAEConfig:
-    """``vae/config.json``, with the names and defaults of diffusers' ``AutoencoderKLTemporalDecoder``."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    sample_size: int = 32
-    scaling_factor: float = 0.18215
-    force_upcast: bool = True
-
-    def __post_init__(self) -> None:
-        check_groups("block_out_channels", self.block_out_channels)
-        if len(self.down_block_types) != len(self.block_out_channels):
-            raise SvdlabError(
-                f"down_block_types has {len(self.down_block_types)} entries, block_out_channels has "
-                f"{len(self.block_out_channels)}: they must agree"
-            )
-        for block in self.down_block_types:
-            if block != "DownEncoderBlock2D":
-                raise SvdlabError(f"down_block_types: {block!r} is not implemented; allowed: DownEncoderBlock2D")
-
-    @property
-    def scale_factor(self) -> int:
-        """Pixels per latent, along height and along width."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def encoder_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What the encoder runs in: the published one overflows in float16, and ``force_upcast`` says so."""
-        return torch.float32 if dtype == torch.float16 and self.force_upcast else dtype
-
-
-class AttentionBlock(Attention):
+class AttentionBlock(SpatialSelfAttention):
     """One-head self-attention among a frame's pixels, with its norm and residual: (B, F, H, W, C) -> the same."""
 
     def __init__(self, channels: int):
@@ -68,7 +30,7 @@ class AttentionBlock(Attention):
         self.group_norm = FrameGroupNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.over_space(self.group_norm(x)).add_(x)
+        return x + super().forward(self.group_norm(x))
 
 
 class EncoderBlock(nn.Module):
@@ -121,7 +83,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -172,50 +134,10 @@ class TemporalDecoder(nn.Module):
             yield from block.upsamplers  # type: ignore[misc]
 
     def forward(self, z: Tensor) -> Tensor:
-        """All frames at once. Trains, too."""
         x = self.conv_in(z)
         for module in self.modules_in_order():
             x = module(x)
-        return self.time_conv_out(self._to_pixels(x))
-
-    def in_chunks(self, z: Tensor, chunk: int) -> Tensor:
-        """What ``forward`` gives, with activations of ``chunk`` frames wherever a layer does not look across frames.
-
-        The layers that do are run by ``TemporalResnetBlock.add_to``. Inference only.
-        """
-        x, per_frame = z.clone(), [self.conv_in]  # what follows works in place
-        for module in self.modules_in_order():
-            if isinstance(module, SpatioTemporalResBlock):
-                x = _map_frames([*per_frame, module.spatial_res_block], x, chunk)
-                share = module.time_mixer.temporal_share()
-                for video in x:
-                    module.temporal_res_block.add_to(video, share)
-                per_frame = []
-            else:
-                per_frame.append(module)  # type: ignore[arg-type]
-        return self.time_conv_out(_map_frames([*per_frame, self._to_pixels], x, chunk))
-
-    def _to_pixels(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
-
-
-def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: int) -> Tensor:
-    """Apply functions that treat every frame alone to (B, F, ...), ``chunk`` frames at a time or more small ones.
-
-    Where they keep a frame's shape, the result takes the place of ``x``.
-    """
-    step = at_a_time(x, x[0, 0].numel(), at_least=chunk)
-    frames = x.flatten(0, 1)
-    result = None
-    for start in range(0, len(frames), step):
-        y = frames[None, start : start + step]
-        for function in functions:
-            y = function(y)
-        if result is None:
-            result = frames if y.shape[2:] == frames.shape[1:] else y.new_empty(len(frames), *y.shape[2:])
-        result[start : start + step] = y[0]
-    assert result is not None
-    return result.unflatten(0, x.shape[:2])
+        return self.time_conv_out(self.conv_out(F.silu(self.conv_norm_out(x))))
 
 
 class VAE(nn.Module):
@@ -238,16 +160,14 @@ class VAE(nn.Module):
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
-        """Frames of whole clips, each decoded as one video: the result does not depend on ``chunk``.
+        """Frames of whole videos, each decoded as one: the result does not depend on ``chunk``.
 
         Args:
             latents: (B, F, latent, h, w), divided by the scaling factor.
-            chunk: frames to hold at a time in the layers that treat frames alone; None or F and more: all.
+            chunk: how many frames to hold at a time, for the memory: ``kernels.decode`` makes use of it. The plain
+                network holds all of them.
 
         Returns:
             (B, F, 3, H, W) in about [-1, 1].
         """
-        z = layout.from_channels_first(latents)
-        if chunk is None or chunk >= latents.shape[1]:
-            return layout.to_channels_first(self.decoder(z))
-        return layout.to_channels_first(self.decoder.in_chunks(z, chunk))
+        return layout.to_channels_first(self.decoder(layout.from_channels_first(latents)))

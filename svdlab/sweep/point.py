@@ -188,7 +188,7 @@ def compute_point(source: Source, point: Point, on_step: OnStep | None = None) -
             return Outcome(identity)
         lab = _lab(source, point.settings.dtype)
         try:
-            files = _make(lab, source, point, on_step)
+            files = make_point(lab, source, point, on_step)
         except Cancelled:
             raise
         except Exception as error:
@@ -243,7 +243,12 @@ def _lab(source: Source, dtype: str) -> Lab:
     return lab
 
 
-def _make(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -> dict[str, bytes]:
+def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -> dict[str, bytes]:
+    """The files of a point's folder, by name.
+
+    Raises:
+        SvdlabError: frames that are not finite.
+    """
     import torch
 
     from svdlab.parity.lab import motion_per_frame

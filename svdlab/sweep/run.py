@@ -165,8 +165,7 @@ def resume_sweep(
 ) -> Sweep:
     """Resume a sweep: what is finished stays, what failed is tried again.
 
-    With another version of svdlab, or another model under the same name, all points are new; see
-    ``Sweep.unplanned_points``.
+    With other code, or another model under the same name, all points are new; see ``Sweep.unplanned_points``.
 
     Raises:
         SvdlabError: no sweep, a model that does not load.

@@ -1,0 +1,80 @@
+"""``svdlab bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from svdlab.bench.cases import CASES, Bench, Plan
+from svdlab.bench.tables import tables
+from svdlab.cli.options import DEVICE, JSON, MODEL, check_device, settings_options
+from svdlab.errors import SvdlabError
+from svdlab.files import atomic_path, check_folder, write_json
+from svdlab.svd.settings import GenerationSettings
+
+
+@click.command()
+@click.option(
+    "--case", "cases", type=click.Choice(CASES), multiple=True, help="Which; default: all that fit the device."
+)
+@click.option(
+    "--pairs", type=click.IntRange(1), help="Timed runs of each implementation. [default: 3 on CPUs, else 10]"
+)
+@click.option("--compile", is_flag=True, help="Time both under torch.compile, too (of svdlab's decode nothing).")
+@click.option("--quick", is_flag=True, help="Tiny networks and sizes: tries the command in a minute, measures nothing.")
+@click.option("--plot", "plot_path", metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+@MODEL
+@DEVICE
+@JSON
+@settings_options
+def bench(
+    cases: Sequence[str],
+    pairs: int | None,
+    compile: bool,
+    quick: bool,
+    plot_path: str | None,
+    model: str,
+    device: str,
+    json_path: str | None,
+    given: dict[str, Any],
+) -> None:
+    """Time svdlab against diffusers, in turns in one process, and tell how far both are from the machine's limit.
+
+    Each case has a process of its own. The networks are of full size with random weights; "generation" runs --model.
+    Without --dtype: float32 and bfloat16 on CPUs, float16 on CUDA. "full-generation" runs by default on CUDA alone:
+    14 frames of 1024x576 in 25 steps. On two quiet CPU cores expect half an hour and 16 GiB; height, width and number
+    of frames change the sizes.
+    """
+    import torch
+    from rich.console import Console
+
+    GenerationSettings(**given)
+    check_device(device)
+    for path in (json_path, plot_path):
+        check_folder(path)
+    if plot_path and not plot_path.endswith((".png", ".svg", ".pdf")):
+        raise SvdlabError(f"--plot: got {plot_path!r}, allowed: .png, .svg, .pdf")
+    if given.get("decode_chunk_size") == "auto":
+        raise SvdlabError("decode_chunk_size: got 'auto', allowed here: integer >= 1 (the same work on every machine)")
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise SvdlabError(f"--device: got {device!r}, allowed here: cpu, cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SvdlabError(f"--device: got {device!r}, but torch sees no CUDA device here")
+    plan = Plan.quick() if quick else Plan.for_device(kind)
+    runner = Bench(plan, model, device, pairs=pairs or plan.pairs, compile=compile, given=given)
+    dtypes = [given["dtype"]] if "dtype" in given else ["float16"] if kind == "cuda" else ["float32", "bfloat16"]
+    found = {"quick": quick, **runner.run_all(cases or plan.cases, dtypes, own_process=not quick)}
+    console = Console()
+    console.width = max(console.width, 150)
+    for table in tables(found):
+        console.print(table)
+    if json_path:
+        write_json(json_path, found)
+    if plot_path:
+        from svdlab.notebook.figures import plot_bench
+
+        with atomic_path(plot_path) as temporary:
+            plot_bench(found).savefig(temporary, dpi=144)

@@ -1,0 +1,231 @@
+"""Which fast kernels this process uses: each is tried on this machine before it is trusted.
+
+A kernel is a faster way to compute what a plain layer computes. The first time that one is asked for in a dtype on a
+kind of device, it runs on a few numbers and is compared with the plain layer in float64. One that raises (oneDNN's
+bfloat16 products do on CPUs without AVX-512) or disagrees is not used, and the plain layer runs instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from svdlab.errors import SvdlabError
+from svdlab.svd.modules import own_modules
+
+# Names with commas between them, or "all": kernels that are not to be used.
+OFF = "SVDLAB_KERNELS_OFF"
+# How much farther from the float64 result than the plain layer a kernel may be, as for every tensor of a parity trace.
+TOLERANCE = 4.0
+CPU_FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Network = TypeVar("Network", bound=nn.Module)
+# A module of plain layers, and what to call it with.
+Trial = tuple[nn.Module, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fast way.
+
+    Attributes:
+        name: for people, and for ``SVDLAB_KERNELS_OFF``.
+        summary: what it does, one line.
+        dtypes: in which it is worth it.
+        trial: makes a module of plain layers and its arguments, small, in float32 on the CPU.
+        accelerators: whether it also serves devices other than CPUs.
+    """
+
+    name: str
+    summary: str
+    dtypes: tuple[torch.dtype, ...]
+    trial: Callable[[], Trial]
+    accelerators: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a kernel is used in a dtype on a kind of device, and why (not)."""
+
+    used: bool
+    why: str
+
+
+class WeightCache:
+    """What a fast layer makes of its weight, made anew whenever that is another one or was changed in place.
+
+    Modules that share their parameters share it, too. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[Tensor] | None = None
+        # The storage is held, so that its address cannot come to mean another weight.
+        self._storage: Any = None
+        self._version = -1
+
+    def get(self, weight: Tensor, make: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """What ``make`` gives for ``weight``, kept."""
+        storage, made = weight.untyped_storage(), self._made
+        if made is None or self._version != weight._version or self._storage._cdata != storage._cdata:
+            made = make(weight)
+            self._made, self._storage, self._version = made, storage, weight._version
+        return made
+
+    def __deepcopy__(self, memo: Any) -> WeightCache:
+        return WeightCache()
+
+    def __reduce__(self) -> Any:
+        return WeightCache, ()
+
+
+KERNELS: dict[str, Kernel] = {}
+# The class that takes a plain layer's place.
+FAST: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel to those that ``svdlab kernels`` lists."""
+    KERNELS[kernel.name] = kernel
+    return kernel
+
+
+Fast = TypeVar("Fast", bound=type[nn.Module])
+
+
+def replaces(plain: type[nn.Module]) -> Callable[[Fast], Fast]:
+    """Declare that a class computes what ``plain`` computes, on the same attributes."""
+
+    def declare(fast: Fast) -> Fast:
+        FAST[plain] = fast
+        return fast
+
+    return declare
+
+
+def use_kernels(network: Network) -> Network:
+    """Swap the fast layers in, in place; what a checkpoint is loaded for inference through.
+
+    Weights, names and hooks stay. A fast layer falls back to the plain one wherever ``usable`` says no: while autograd
+    records, under ``torch.compile``, and for what does not run on this machine.
+    """
+    for module in network.modules():
+        if fast := FAST.get(type(module)):
+            module.__class__ = fast
+            module.cache = WeightCache()  # type: ignore[assignment]
+    return network
+
+
+def plain(network: Network) -> Network:
+    """A copy of a network with the plain layers, on the same weights: what one trains, compiles or reads."""
+    other, slow = own_modules(network), {fast: plain for plain, fast in FAST.items()}
+    for module in other.modules():
+        module.__class__ = slow.get(type(module), type(module))
+    return other
+
+
+_verdicts: dict[tuple[str, str, torch.dtype], Verdict] = {}
+_trying: set[tuple[str, str, torch.dtype]] = set()
+# A thread that asks for what another one is trying waits; the trial itself asks again, and goes on.
+_lock = threading.RLock()
+
+
+def usable(kernel: Kernel, x: Tensor) -> bool:
+    """Whether to take the fast way for ``x``: in inference, outside of ``torch.compile``, where it agreed."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return verdict(kernel, x.device.type, x.dtype).used
+
+
+def verdict(kernel: Kernel, device: str, dtype: torch.dtype) -> Verdict:
+    """Whether a kernel is used; tried on this machine once per process, kind of device and dtype.
+
+    Args:
+        kernel: which.
+        device: "cpu", "cuda", ...; "meta" stands for an accelerator that is simulated, where nothing can be tried.
+        dtype: of the activations.
+    """
+    key = (kernel.name, device, dtype)
+    if (known := _verdicts.get(key)) is not None:
+        return known
+    with _lock:
+        if key in _trying:
+            return Verdict(True, "on trial")
+        if key not in _verdicts:
+            _trying.add(key)
+            try:
+                _verdicts[key] = _judge(kernel, device, dtype)
+            finally:
+                _trying.remove(key)
+        return _verdicts[key]
+
+
+def _judge(kernel: Kernel, device: str, dtype: torch.dtype) -> Verdict:
+    if kernel.name in refused():
+        return Verdict(False, f"switched off by {OFF}")
+    if device != "cpu" and not kernel.accelerators:
+        return Verdict(False, "for CPUs")
+    if dtype not in kernel.dtypes:
+        return Verdict(False, f"not for {str(dtype).removeprefix('torch.')}")
+    if device == "meta":
+        return Verdict(True, "simulated, not tried")
+    # Memory is simulated in modes whose tensors have no data; and nobody's random draws may change.
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            ratio = noise_ratio(*kernel.trial(), torch.device(device), dtype)
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            return Verdict(False, f"does not run here: {str(error).splitlines()[0]}")
+    if not ratio <= TOLERANCE:
+        return Verdict(False, f"disagrees with the plain layer: noise ratio {ratio:.3g}")
+    return Verdict(True, f"agrees with the plain layer: noise ratio {ratio:.2g}")
+
+
+def noise_ratio(layer: nn.Module, inputs: tuple[Tensor, ...], device: torch.device | str, dtype: torch.dtype) -> float:
+    """The fast layer's distance from the plain one's float64 result, over the plain one's own in ``dtype``.
+
+    Args:
+        layer: plain; its weights are drawn here.
+        inputs: of its forward.
+        device, dtype: where and in what both run.
+    """
+    for parameter in layer.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    layer = layer.to(device, dtype).requires_grad_(False)
+    inputs = tuple(t.to(device, dtype) for t in inputs)
+    result, expected = use_kernels(own_modules(layer))(*inputs), layer(*inputs)
+    truth = layer.to(torch.float64)(*(t.double() for t in inputs))
+    size, eps = truth.norm(), torch.finfo(dtype).eps
+    # Where the truth is rounded as coarsely as the result, it cannot tell a few roundings apart.
+    floor = max(float((expected - truth).norm() / size), 100 * eps if dtype == torch.float64 else eps)
+    return float((result - truth).norm() / size) / floor
+
+
+@functools.cache
+def refused() -> frozenset[str]:
+    """The kernels that ``SVDLAB_KERNELS_OFF`` names.
+
+    Raises:
+        SvdlabError: a name that is not a kernel's.
+    """
+    names = [name.strip() for name in os.environ.get(OFF, "").split(",") if name.strip()]
+    if names == ["all"]:
+        return frozenset(KERNELS)
+    for name in names:
+        if name not in KERNELS:
+            raise SvdlabError(f"{OFF}: got {name!r}, allowed: all, or some of {', '.join(KERNELS)}")
+    return frozenset(names)
+
+
+def forget() -> None:
+    """Try everything anew, and read ``SVDLAB_KERNELS_OFF`` again: for tests."""
+    _verdicts.clear()
+    refused.cache_clear()

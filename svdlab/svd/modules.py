@@ -1,0 +1,34 @@
+"""Networks that share their weights and nothing else: what edits one, the other does not notice."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def own_modules(network: Module) -> Module:
+    """The same parameters and buffers in module objects of their own.
+
+    Hooks and attributes that are set on the result, also in another thread, do not reach ``network``. Hooks that are
+    there already come along.
+    """
+    other = type(network).__new__(type(network))
+    # A module's parameters, buffers, children and hooks are all held in dictionaries.
+    other.__dict__ = {name: v.copy() if isinstance(v, dict) else v for name, v in vars(network).items()}
+    for name, child in network._modules.items():
+        other._modules[name] = None if child is None else own_modules(child)
+    return other
+
+
+def cast_copy(network: Module, dtype: torch.dtype) -> Module:
+    """``own_modules`` with the weights in another dtype; those of ``network`` stay as they are."""
+    other = own_modules(network)
+    for module in other.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+    return other
