@@ -116,6 +116,7 @@ def test_a_false_negative_is_marked() -> None:
     assert quiet == ["quiet", "frames", "1e+04", "1.0e-05", "misses it", "catches it"]
     assert none == ["<none>", "none", "1", "1.0e-01", "catches it", "misses it"]
     assert html.count("background") == 2, "the two that are missed"
+    assert "Of 2 bugs MSE &lt; 1e-3 misses 1, the noise ratio 1." in html
 
 
 def test_a_chunk_changes_diffusers_and_not_the_exact_decode(lab: Lab, case: Case) -> None:
