@@ -1,4 +1,4 @@
-"""Small clips taken apart as large ones are, which no small test would reach."""
+"""Small videos taken apart as large ones are, which no small test would reach."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from svdlab.svd import layers, vae
+from svdlab.svd.kernels import decode, pieces
 
 
 @contextmanager
 def in_pieces(numbers: int) -> Iterator[None]:
-    """Take clips apart as GPUs do, in chunks, and those into pieces of so many numbers."""
-    chunks = patch.object(vae, "at_a_time", lambda x, size, at_least: at_least)
-    with chunks, patch.dict(layers.AT_A_TIME, cpu=numbers):
+    """Take videos apart as GPUs do, in chunks, and those into pieces of so many numbers."""
+    chunks = patch.object(decode, "piece_length", lambda x, size, at_least=0: at_least or max(1, numbers // size))
+    with chunks, patch.dict(pieces.NUMBERS, cpu=numbers):
         yield

@@ -45,10 +45,7 @@ def made(model: Path | str = "embedded", compile: bool = False, **given: Any) ->
 
 def outputs(runner: Bench, case: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
     """What each implementation computes in a case."""
-    if "generation" in case:
-        _, _, calls = runner._generation(case, dtype)
-    else:
-        _, calls = runner._stage(case, runner.settings(case, dtype))
+    _, _, calls = runner.work(case, dtype)
     results = {}
     for name, call in calls.items():
         value = call()
@@ -79,9 +76,9 @@ def test_the_generation_is_that_of_the_checkpoint(tiny: Path) -> None:
 def test_the_weights_are_shared() -> None:
     runner = made()
     for name in ("unet", "vae", "image_encoder"):
-        own, twin = runner._network(name, "float32")
-        assert runner._network(name, "float32")[0] is own
-        theirs = twin.state_dict()
+        own, reference = runner.networks(name, "float32")
+        assert runner.networks(name, "float32")[0] is own
+        theirs = reference.state_dict()
         assert all(value.data_ptr() == theirs[key].data_ptr() for key, value in own.state_dict().items())
 
 
@@ -108,7 +105,7 @@ def test_ratios_are_paired() -> None:
 def test_a_compiled_vae_leaves_the_other_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module: torch.nn.Sequential(module))
     runner = made(compile=True)
-    _, vae = runner._network("vae", "float32")
+    _, vae = runner.networks("vae", "float32")
     before = vae.decoder
     assert compiled_vae(vae).decoder is not before and vae.decoder is before
 
@@ -144,14 +141,14 @@ def test_flops_are_those_of_the_products() -> None:
 
 def test_the_exponent_of_a_power_law() -> None:
     x = [1.0, 2.0, 5.0]
-    assert exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
+    assert power_law_exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
 
 
 # --- the command ---
 
 
 def run(*arguments: str) -> Any:
-    result = CliRunner().invoke(benchmark.bench, list(arguments))
+    result = CliRunner().invoke(bench, list(arguments))
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -171,16 +168,17 @@ def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None
     assert [row["axis"] for row in written["growth"]] == ["frames", "pixels"]
     assert all(math.isfinite(row["svdlab_exponent"]) for row in written["growth"])
     assert written["matrix_peak_gflops"]["float32"] > 0 and written["quick"]
+    assert f"instruction_set {written['machine']['instruction_set']}" in result.output
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_case_has_a_process_of_its_own() -> None:
     """And what it finds comes back, errors too."""
-    assert benchmark.apart(os.getpid) != os.getpid()
-    result = benchmark.apart(made().run, "clip", "float32")
+    assert in_own_process(os.getpid) != os.getpid()
+    result = in_own_process(made().run, "clip", "float32")
     assert result.name == "clip" and len(result.ratios(DIFFUSERS)) == 2
     with pytest.raises(SvdlabError, match="nowhere"):
-        benchmark.apart(made("nowhere").run, "generation", "float32")
+        in_own_process(made("nowhere").run, "generation", "float32")
 
 
 @pytest.mark.parametrize(
@@ -203,15 +201,22 @@ def test_bad_input(arguments: list[str], message: str, monkeypatch: pytest.Monke
 
 def test_a_gpu_gets_the_published_size_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed to know what would run on one."""
-    asked: list[tuple[str, str, dict[str, Any]]] = []
+    asked: list[tuple[Plan, list[str], list[str], bool]] = []
+    found = {"machine": {}, "matrix_peak_gflops": {}, "cases": [], "growth": []}
+
+    def run_all(self: Bench, cases: Any, dtypes: Any, quick: bool) -> dict[str, Any]:
+        asked.append((self.plan, list(cases), list(dtypes), quick))
+        return found
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(benchmark, "matrix_peak", lambda *_: 1e12)
-    result = CaseResult("x", "float16", SIZE, 10**12, dict.fromkeys((SVDLAB, DIFFUSERS), Timing((1.0,), 1)))
-    monkeypatch.setattr(Bench, "run", lambda self, case, dtype: (asked.append((case, dtype, self.sizes)), result)[1])
-    monkeypatch.setattr(Bench, "grow", lambda *_: [])
-    monkeypatch.setattr(benchmark, "apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(Bench, "run_all", run_all)
     assert run("--device", "cuda").exit_code == 0
-    assert {case for case, _, _ in asked} == {"unet", "decode", "clip", "generation", "full-generation"}
-    assert {dtype for _, dtype, _ in asked} == {"float16"}
-    assert asked[-1][2]["full-generation"] == {"height": 576, "width": 1024, "num_frames": 14}
+    ((plan, cases, dtypes, quick),) = asked
+    assert cases == ["unet", "growth", "decode", "clip", "generation", "full-generation"]
+    assert dtypes == ["float16"] and not quick
+    assert plan.sizes["full-generation"] == {"height": 576, "width": 1024, "num_frames": 14}
+
+
+def test_the_machine_is_named() -> None:
+    about = machine("cpu")
+    assert about["model"] and about["instruction_set"] == torch.backends.cpu.get_cpu_capability()

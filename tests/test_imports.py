@@ -47,7 +47,7 @@ def test_an_import_is_light(script: str, allowed: str) -> None:
     assert imported(script) <= set(allowed.split())
 
 
-@pytest.mark.parametrize("command", ["", "generate", "parity", "trace", "compare", "diagnose", "sweep", "train-tiny"])
+@pytest.mark.parametrize("command", ["", "generate", "parity", "trace", "diagnose", "report", "sweep", "train-tiny"])
 def test_help_waits_for_no_torch(command: str) -> None:
     script = (
         f"import sys, contextlib, io; sys.argv = ['svdlab', *{command.split()}, '--help']\n"

@@ -200,9 +200,10 @@ def test_ramps_at_which_diffusers_fails(
 
 
 def test_a_falling_ramp_is_the_mirror_of_a_rising_one(pipe: SVDPipeline) -> None:
-    rising = pipe.rules.guidance_scale(1.0, 3.0, 5, 2)
-    assert torch.equal(pipe.rules.guidance_scale(3.0, 1.0, 5, 2), rising.flip(1))
-    assert rising[0].tolist() == [1.0, 1.5, 2.0, 2.5, 3.0] and torch.equal(rising[0], rising[1])
+    settings = GenerationSettings(num_frames=5)
+    rising = pipe.guidance_ramp(settings)
+    falling = pipe.guidance_ramp(settings.replace(min_guidance_scale=3.0, max_guidance_scale=1.0))
+    assert torch.equal(falling, rising.flip(0)) and rising.tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
 
 
 def test_a_large_tensor_is_resized_for_clip(pipe: SVDPipeline, photo: Image.Image) -> None:

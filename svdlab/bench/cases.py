@@ -123,22 +123,22 @@ class Bench:
         self.pairs, self.compile, self.given, self.progress = pairs, compile, dict(given), progress
         self._kept: tuple[tuple[str, str], tuple[Any, Any]] | None = None
 
-    def run_all(self, cases: Sequence[str], dtypes: Sequence[str], own_process: bool) -> dict[str, Any]:
+    def run_all(self, cases: Sequence[str], dtypes: Sequence[str], quick: bool = False) -> dict[str, Any]:
         """Time cases in every dtype: the JSON of ``svdlab bench``.
 
         Args:
             cases: names in ``CASES``.
             dtypes: names of torch's dtypes.
-            own_process: whether each case has a process of its own.
+            quick: do without a process of its own for each case, and measure the limit briefly.
         """
-        call: Callable[..., Any] = in_own_process if own_process else lambda function, *args: function(*args)
+        call: Callable[..., Any] = (lambda function, *args: function(*args)) if quick else in_own_process
         results: list[CaseResult] = []
         growth: list[dict[str, Any]] = []
         peaks = dict.fromkeys(dtypes, 0.0)
         for dtype in dtypes:
             for case in sorted(cases, key=CASES.index):
                 # The best of several moments: a busy one says nothing about the limit.
-                peaks[dtype] = max(peaks[dtype], gemm_throughput(getattr(torch, dtype), self.device, not own_process))
+                peaks[dtype] = max(peaks[dtype], gemm_throughput(getattr(torch, dtype), self.device, quick))
                 if case == "growth":
                     growth += call(self.grow, dtype)
                 else:
@@ -159,12 +159,7 @@ class Bench:
 
     def run(self, case: str, dtype: str) -> CaseResult:
         """Time one case, other than "growth", in one dtype."""
-        if case in ("generation", "full-generation"):
-            settings, flops, calls = self._generation(case, dtype)
-        else:
-            settings = self.settings(case, dtype)
-            workload, calls = self._workload(case, settings)
-            flops = Simulation(self.configs, settings, "cuda").flops(workload)
+        settings, flops, calls = self.work(case, dtype)
         size = {"height": settings.height or 0, "width": settings.width or 0, "num_frames": settings.num_frames or 0}
         if case == "clip":
             size = {"height": self.configs.image_encoder.image_size, "width": self.configs.image_encoder.image_size}
@@ -172,6 +167,19 @@ class Bench:
         if "generation" in case:
             size["num_inference_steps"] = settings.num_inference_steps
         return CaseResult(case, dtype, size, flops, self._time(case, dtype, calls))
+
+    def work(self, case: str, dtype: str, **changes: Any) -> tuple[GenerationSettings, int, Calls]:
+        """What is timed in a case other than "growth": its settings, svdlab's FLOP, every implementation's call.
+
+        Args:
+            case, dtype: which.
+            changes: settings that differ from the case's own.
+        """
+        if "generation" in case:
+            return self._generation(case, dtype)
+        settings = self.settings(case, dtype, **changes)
+        workload, calls = self._workload(case, settings)
+        return settings, Simulation(self.configs, settings, "cuda").flops(workload), calls
 
     def grow(self, dtype: str) -> list[dict[str, Any]]:
         """How the seconds of a UNet step grow with frames and with pixels: the exponents of a power law."""
@@ -181,9 +189,7 @@ class Bench:
         for axis, points in (("frames", [(f, middle[1]) for f in frames]), ("pixels", [(middle[0], s) for s in sides])):
             results = []
             for number, side in points:
-                settings = self.settings("unet", dtype, num_frames=number, height=side, width=side)
-                _, calls = self._workload("unet", settings)
-                flops = Simulation(self.configs, settings, "cuda").flops("unet_batched")
+                _, flops, calls = self.work("unet", dtype, num_frames=number, height=side, width=side)
                 timings = self._time(f"{number} frames of {side}x{side}", dtype, calls)
                 results.append((number if axis == "frames" else side * side, flops, timings))
             x = [r[0] for r in results]
@@ -201,7 +207,7 @@ class Bench:
         with bar, torch.no_grad():
             return alternate(calls, self.pairs, self.device, bar.update)
 
-    def _network(self, name: str, dtype: str) -> tuple[Any, Any]:
+    def networks(self, name: str, dtype: str) -> tuple[Any, Any]:
         """svdlab's and diffusers' network on the same random weights; one at a time, for a full-size one is large."""
         from svdlab.parity.reference import diffusers_network
 
@@ -219,11 +225,10 @@ class Bench:
     def _workload(self, case: str, settings: GenerationSettings) -> tuple[str, Calls]:
         """The workload that a case is, and one network's work in both implementations, on equal inputs."""
         name = {"unet": f"unet_{settings.cfg}", "decode": f"decode_{settings.decode}", "clip": "image_encoder"}[case]
-        own, reference = self._network(WORKLOADS[name], settings.dtype)
+        own, reference = self.networks(WORKLOADS[name], settings.dtype)
         with torch.no_grad():
-            own_call, reference_call = {"unet": self._unet, "decode": self._decode, "clip": self._clip}[case](
-                own, settings
-            )
+            work = {"unet": self._unet, "decode": self._decode, "clip": self._clip}[case](own, settings)
+        own_call, reference_call = work
         calls: Calls = {SVDLAB: lambda: own_call(own), DIFFUSERS: lambda: reference_call(reference)}
         if self.compile:
             compiled = compiled_vae(reference) if case == "decode" else torch.compile(reference)
@@ -271,7 +276,7 @@ class Bench:
             pipe = SVDPipeline.from_pretrained(self.model, dtype=settings.torch_dtype, device=self.device)
             references = {name: diffusers_network(name, getattr(pipe, name)) for name in NETWORKS}
         else:
-            pairs = {name: self._network(name, dtype) for name in NETWORKS}
+            pairs = {name: self.networks(name, dtype) for name in NETWORKS}
             scheduler = EulerScheduler.from_config(SVD_SCHEDULER)
             own = {name: pair[0] for name, pair in pairs.items()}
             pipe = SVDPipeline(Components(**own, scheduler=scheduler, feature_extractor=ImageNormalization()))

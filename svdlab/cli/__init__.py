@@ -13,31 +13,37 @@ import click
 
 from svdlab.errors import EXTRA_OF, SvdlabError, not_installed
 
-# Where a command is defined, so that asking for one does not import the others.
+# Where each command is defined and what it does in a few words: neither --help nor one command imports the others.
 _COMMANDS = {
-    "generate": "svdlab.cli.generate",
-    "parity": "svdlab.cli.parity",
-    "trace": "svdlab.cli.parity",
-    "compare": "svdlab.cli.parity",
-    "diagnose": "svdlab.cli.parity",
-    "report": "svdlab.cli.report",
-    "sweep": "svdlab.cli.sweep",
-    "sweep-compare": "svdlab.cli.sweep",
-    "memory": "svdlab.cli.memory",
-    "bench": "svdlab.cli.bench",
-    "train-tiny": "svdlab.cli.training",
-    "evaluate": "svdlab.cli.training",
+    "bench": ("svdlab.cli.bench", "time svdlab against diffusers"),
+    "compare": ("svdlab.cli.parity", "the verdict on two traces, and where they part"),
+    "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
+    "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),
+    "generate": ("svdlab.cli.generate", "one clip from one image"),
+    "kernels": ("svdlab.cli.kernels", "which fast kernels this machine runs, and why not the others"),
+    "memory": ("svdlab.cli.memory", "what a generation takes, without a GPU"),
+    "parity": ("svdlab.cli.parity", "svdlab against diffusers, measured by float64"),
+    "report": ("svdlab.cli.report", "run the notebooks into pages"),
+    "sweep": ("svdlab.cli.sweep", "a clip at every point of a grid"),
+    "sweep-compare": ("svdlab.cli.sweep", "two sweeps, point by point"),
+    "trace": ("svdlab.cli.parity", "every intermediate tensor in one file"),
+    "train-tiny": ("svdlab.cli.training", "train the embedded checkpoint"),
 }
 
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        return getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
+        module, _ = _COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -66,7 +66,7 @@ def bench(
     plan = Plan.quick() if quick else Plan.for_device(kind)
     runner = Bench(plan, model, device, pairs=pairs or plan.pairs, compile=compile, given=given)
     dtypes = [given["dtype"]] if "dtype" in given else ["float16"] if kind == "cuda" else ["float32", "bfloat16"]
-    found = {"quick": quick, **runner.run_all(cases or plan.cases, dtypes, own_process=not quick)}
+    found = {"quick": quick, **runner.run_all(cases or plan.cases, dtypes, quick)}
     console = Console()
     console.width = max(console.width, 150)
     for table in tables(found):

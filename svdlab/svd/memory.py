@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from svdlab.svd.checkpoint import Configs
+from svdlab.svd.config import Configs
 from svdlab.svd.kernels import plain, use_kernels
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, Maker, workload_calls

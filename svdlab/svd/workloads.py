@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from svdlab.svd import VAE, CLIPVision, UNet
-from svdlab.svd.checkpoint import Configs
+from svdlab.svd.config import Configs
 from svdlab.svd.settings import GenerationSettings
-from svdlab.svd.stages import decode_latents, predict_noise
+from svdlab.svd.stages import decode_latents, predict_noise, wide
 
 NETWORKS: dict[str, type[Any]] = {"image_encoder": CLIPVision, "vae": VAE, "unet": UNet}
 # Which network runs in which part of a generation, in order of execution; the last two pairs are alternatives.
@@ -87,8 +86,7 @@ def workload_calls(configs: Configs, settings: GenerationSettings) -> dict[str, 
 
     def decode(exact: bool) -> Call:
         def call(vae: VAE, new: Maker, chunk: int | None) -> Tensor:
-            decoded = decode_latents(vae, decoder_input(configs, settings, new), chunk, exact)
-            return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
+            return wide(decode_latents(vae, decoder_input(configs, settings, new), chunk, exact))
 
         return call
 

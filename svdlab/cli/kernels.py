@@ -1,0 +1,31 @@
+"""``svdlab kernels``: which fast kernels this machine runs, and why not the others."""
+
+from __future__ import annotations
+
+import click
+
+from svdlab.cli.options import DEVICE, JSON, check_device
+from svdlab.files import check_folder, write_json
+
+
+@click.command()
+@DEVICE
+@JSON
+def kernels(device: str, json_path: str | None) -> None:
+    """Tell which fast kernels this machine runs in each dtype, and why not the others.
+
+    Each is tried here on a few numbers and compared with the plain layer. SVDLAB_KERNELS_OFF=all, or names with commas
+    between them, switches kernels off; the plain layers run instead.
+    """
+    from rich.console import Console
+
+    from svdlab.svd.kernels import table
+    from svdlab.tables import Table
+
+    check_device(device)
+    check_folder(json_path)
+    rows = table(device)
+    cells = [[row["name"], row["dtype"], "yes" if row["used"] else "no", row["why"]] for row in rows]
+    Console().print(Table(("kernel", "dtype", "used", "why"), cells))
+    if json_path:
+        write_json(json_path, {"device": device, "kernels": rows})

@@ -1,0 +1,199 @@
+"""Every bug of the catalogue changes the output from its first probe on, and leaves no trace in the pipeline."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from svdlab.errors import SvdlabError
+from svdlab.parity.bugs import BUGS, check_bugs, first_probe
+from svdlab.svd import images
+from svdlab.svd.pipeline import Inputs, SVDPipeline
+from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import STAGE, STAGES, Change
+
+SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=3)
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny: Path) -> SVDPipeline:
+    return SVDPipeline.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="module")
+def clean(pipe: SVDPipeline, photo: Image.Image) -> Tensors:
+    return _run(pipe, photo)
+
+
+def _run(pipe: SVDPipeline, photo: Image.Image) -> Tensors:
+    recorded: Tensors = {}
+    inputs = pipe.prepare(photo, SETTINGS, torch.Generator().manual_seed(0))
+    pipe.run(inputs, SETTINGS, probe=lambda name, value: recorded.setdefault(name, value.clone()))
+    return recorded
+
+
+def _equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+VARIANTS = [(name, i) for name, bug in BUGS.items() for i in range(len(bug.variants))]
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_a_bug_shows_from_its_first_probe_to_the_frames(
+    pipe: SVDPipeline, photo: Image.Image, clean: Tensors, name: str, variant: int
+) -> None:
+    bug = BUGS[name]
+    recorded = _run(pipe.with_changes(bug.variants[variant]), photo)
+    different = [probe for probe in clean if not torch.equal(recorded[probe], clean[probe])]
+    assert different and different[-1] == "frames"
+    if variant == 0:
+        assert different[0] == bug.first_probe
+    assert _equal(_run(pipe, photo), clean), "the bug left something behind"
+
+
+def test_every_bug_says_where_it_comes_from() -> None:
+    assert all(bug.name == name and bug.cause and ":" in bug.diffusers for name, bug in BUGS.items())
+    assert all(stage in STAGE for bug in BUGS.values() for change in bug.variants for stage in change.wrap)
+
+
+def test_nothing_is_left_behind_when_a_run_fails(pipe: SVDPipeline, clean: Tensors, photo: Image.Image) -> None:
+    broken = pipe.with_bugs("alpha_swapped_unet", "sincos_order", "gelu_tanh", "alpha_swapped_vae")
+    inputs = broken.prepare(photo, SETTINGS, torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError):
+        broken.run(Inputs(None, inputs.image, inputs.clip_pixels, inputs.noise, inputs.latents[..., :2]), SETTINGS)
+    assert _equal(_run(pipe, photo), clean)
+
+
+def test_bugs_exclude_each_other_where_they_decide_the_same() -> None:
+    with pytest.raises(SvdlabError, match="timestep_unscaled and timestep_negated exclude each other"):
+        check_bugs("timestep_unscaled", "timestep_negated")
+    with pytest.raises(SvdlabError, match="bugs: got 'nothing', allowed: .*fps_not_decremented"):
+        check_bugs("nothing")
+    check_bugs("alpha_swapped_unet", "gelu_tanh")
+
+
+def test_the_order_in_which_bugs_are_named_does_not_matter(pipe: SVDPipeline, photo: Image.Image) -> None:
+    names = ("time_ids_reordered", "fps_not_decremented", "noise_aug_after_encode", "image_latents_scaled")
+    one, other = _run(pipe.with_bugs(*names), photo), _run(pipe.with_bugs(*reversed(names)), photo)
+    assert _equal(one, other)
+    assert one["added_time_ids"].tolist() == [[127.0, 7.0, pytest.approx(0.02)]]
+
+
+def test_bugs_add_up_whether_injected_at_once_or_one_by_one(pipe: SVDPipeline, photo: Image.Image) -> None:
+    """A wrapper of the first injection runs the networks that the second one has edited."""
+    at_once = pipe.with_bugs("image_latents_scaled", "alpha_swapped_unet", "image_latents_sampled")
+    one_by_one = pipe.with_bugs("image_latents_scaled").with_bugs("alpha_swapped_unet")
+    one_by_one = one_by_one.with_bugs("image_latents_sampled")
+    assert _equal(_run(at_once, photo), _run(one_by_one, photo))
+
+
+def test_two_threads_one_broken_and_one_not(pipe: SVDPipeline, photo: Image.Image, clean: Tensors) -> None:
+    """They share every weight, at the same time."""
+    broken = pipe.with_bugs("alpha_swapped_unet", "gelu_tanh", "group_norm_eps", "fps_not_decremented")
+    wrong = _run(broken, photo)
+    results: dict[str, list[Tensors]] = {"broken": [], "clean": []}
+
+    def work(name: str, of: SVDPipeline) -> None:
+        with torch.no_grad():  # grad mode belongs to a thread
+            for _ in range(3):
+                results[name].append(_run(of, photo))
+
+    threads = [
+        threading.Thread(target=work, args=("broken", broken)),
+        threading.Thread(target=work, args=("clean", pipe)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(_equal(found, clean) for found in results["clean"]) and len(results["clean"]) == 3
+    assert all(_equal(found, wrong) for found in results["broken"]) and len(results["broken"]) == 3
+    assert not _equal(wrong, clean)
+
+
+def test_half_precision_encodes_beside_another_thread(tiny: Path, photo: Image.Image) -> None:
+    """The encoder runs in float32; the VAE that another thread decodes with stays in float16."""
+    half = SVDPipeline.from_pretrained(tiny, dtype=torch.float16)
+    settings = SETTINGS.replace(dtype="float16")
+    dtypes: list[torch.dtype] = []
+    encode = half.vae.encoder.conv_in.register_forward_hook(
+        lambda *_: dtypes.append(half.vae.decoder.conv_in.weight.dtype)
+    )
+    half.generate(photo, settings, progress=False)
+    encode.remove()
+    assert dtypes == [torch.float16]
+
+
+# --- a stage replaced by a function ---
+
+
+def test_a_function_in_a_stage_s_place(pipe: SVDPipeline, photo: Image.Image, clean: Tensors) -> None:
+    def time_ids(settings: GenerationSettings) -> torch.Tensor:
+        return torch.tensor([[settings.fps - 2, settings.motion_bucket_id, settings.noise_aug_strength]])
+
+    recorded = _run(pipe.with_stage(time_ids=time_ids), photo)
+    assert recorded["added_time_ids"].tolist() == [[5.0, 127.0, pytest.approx(0.02)]]
+    assert not torch.equal(recorded["frames"], clean["frames"]) and _equal(_run(pipe, photo), clean)
+
+
+def test_the_fix_as_a_function_undoes_the_bug(pipe: SVDPipeline, photo: Image.Image, clean: Tensors) -> None:
+    broken = pipe.with_stage(timesteps=lambda sigmas: -sigmas[:-1].log())
+    assert _equal(_run(broken, photo), _run(pipe.with_bugs("timestep_negated"), photo))
+    assert _equal(_run(broken.with_stage(timesteps=lambda sigmas: 0.25 * sigmas[:-1].log()), photo), clean)
+
+
+def test_a_wrapper_is_given_the_pipeline_and_the_stage(pipe: SVDPipeline, photo: Image.Image) -> None:
+    def brighter(of: SVDPipeline, stage: object, latents: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
+        assert of.vae is pipe.vae
+        return stage(latents, settings) + 1  # type: ignore[operator]
+
+    recorded = _run(pipe.with_changes(Change(wrap={"decode": brighter})), photo)
+    torch.testing.assert_close(recorded["frames"], _run(pipe, photo)["frames"] + 1)
+
+
+def test_unknown_stages_are_refused(pipe: SVDPipeline) -> None:
+    with pytest.raises(SvdlabError, match="stage: got 'fps', allowed: resize_image, clip_pixels"):
+        pipe.with_stage(fps=lambda settings: None)
+
+
+def test_the_stages_are_the_pipeline_s_and_write_what_a_run_records(pipe: SVDPipeline, clean: Tensors) -> None:
+    written = [name for stage in STAGES for name in stage.writes]
+    recorded = list(dict.fromkeys(name.partition(".0")[0] for name in clean))
+    assert [n for n in written if n in recorded] == [n for n in recorded if n in written], "the order of execution"
+    assert set(recorded) - set(written) == {"input.source", "input.noise", "input.latents"}
+    assert all(callable(getattr(pipe, stage.name)) for stage in STAGES)
+    known = {"input.source", "input.noise", "input.latents"}
+    for stage in STAGES:
+        assert set(stage.reads) <= known | {"latents"}, f"{stage.name} reads what nothing before it writes"
+        known |= set(stage.writes)
+
+
+def test_where_a_stage_shows_first() -> None:
+    assert first_probe("initial_latents") == "model_input.000"
+    assert first_probe("condition") == "noise_pred_uncond.000"
+    assert first_probe("decode") == "frames"
+
+
+# --- the facts, in numbers ---
+
+
+def test_the_antialiasing_resize_equals_diffusers() -> None:
+    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+    for size in ((512, 600), (224, 224), (100, 300), (225, 1001)):
+        image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        expected = _resize_with_antialiasing(image, (224, 224))
+        torch.testing.assert_close(images.resize_with_antialiasing(image, 224), expected)
+
+
+def test_what_the_model_is_told(pipe: SVDPipeline) -> None:
+    """fps - 1 first, a quarter of ln(sigma), the ramp along frames."""
+    assert pipe.time_ids(SETTINGS).tolist() == [[6, 127, pytest.approx(0.02)]]
+    torch.testing.assert_close(pipe.timesteps(torch.tensor([700.0, 1.0, 0.0])), torch.tensor([1.637770, 0.0]))
+    assert pipe.guidance_ramp(SETTINGS).tolist() == [1.0, 2.0, 3.0]
