@@ -13,7 +13,7 @@ from pathlib import Path
 
 from svdlab.bench.cases import CASE_COLUMNS, GROWTH_COLUMNS, case_rows, growth_rows
 from svdlab.notebook.figures import plot_bench
-from svdlab.svd.checkpoint import ARCHITECTURES
+from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.memory import GIB, STAGES, Simulation
 from svdlab.svd.settings import GenerationSettings
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from svdlab.samples import sample_photo
-from svdlab.svd.checkpoint import write_random_checkpoint
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 
 torch.set_num_threads(1)
 

@@ -28,8 +28,9 @@ from svdlab.bench.timing import (
 from svdlab.cli.bench import bench
 from svdlab.errors import SvdlabError
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
-from svdlab.svd.checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+from svdlab.svd.checkpoint import Configs
 from svdlab.svd.memory import Simulation
+from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE
 
 TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIPVisionConfig(**TINY_CLIP))
 SIZE = {"height": 32, "width": 40, "num_frames": 3}

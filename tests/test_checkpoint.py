@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdlab.errors import SvdlabError
-from svdlab.svd.checkpoint import checkpoint_folder, load_components, write_random_checkpoint
+from svdlab.svd.checkpoint import checkpoint_folder, load_components
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

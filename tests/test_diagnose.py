@@ -20,8 +20,8 @@ from svdlab.parity.compare import compare
 from svdlab.parity.diagnose import CatalogueRow, catalogue, catalogue_table, diagnose, row_of
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.trace import Trace
-from svdlab.svd.checkpoint import write_random_checkpoint
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=64, width=64, num_frames=4, num_inference_steps=3, seed=5)

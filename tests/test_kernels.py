@@ -275,11 +275,11 @@ def test_the_plain_network_gets_the_same_verdicts(tmp_path: Path) -> None:
     """Every kernel switched off, in a process of its own: parity, the exact decode, the diagnosis."""
     script = """
 import torch
-from svdlab.parity.compare import compare, three_way
 from svdlab.parity.diagnose import diagnose
-from svdlab.parity.trace import capture
+from svdlab.parity import capture
+from svdlab.parity.three_way import three_way
 from svdlab.svd import kernels
-from svdlab.svd.checkpoint import write_random_checkpoint
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 from PIL import Image

@@ -16,10 +16,12 @@ from svdlab.cli.memory import memory
 from svdlab.errors import SvdlabError
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd import memory as memory_module
-from svdlab.svd.checkpoint import ARCHITECTURES, TINY_CLIP, TINY_UNET, TINY_VAE, Configs
+from svdlab.svd.architectures import ARCHITECTURES
+from svdlab.svd.checkpoint import Configs
 from svdlab.svd.kernels import use_kernels
 from svdlab.svd.memory import GIB, Simulation, measured_peak, simulate
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, workload_calls
 

@@ -16,8 +16,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from svdlab.errors import SvdlabError
 from svdlab.svd import VAE, CLIPVision, CLIPVisionConfig, UNet, UNetConfig, VAEConfig
-from svdlab.svd.checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 from svdlab.svd.kernels import pieces, use_kernels
+from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 
 
 def ratio(candidate: Tensor, reference: Tensor, truth: Tensor) -> float:

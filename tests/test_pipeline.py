@@ -14,8 +14,8 @@ from PIL import Image
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.three_way import three_way
-from svdlab.svd.checkpoint import write_random_checkpoint
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
 
 SMALL: dict[str, Any] = dict(height=32, width=40, num_frames=3, num_inference_steps=2, progress=False)

@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler
 
 from svdlab.errors import SvdlabError
 from svdlab.svd import sampler as own
-from svdlab.svd.checkpoint import SVD_SCHEDULER
+from svdlab.svd.architectures import SVD_SCHEDULER
 from svdlab.svd.sampler import EulerScheduler
 
 # The file that Stability published, with the options other samplers left in it.

@@ -136,7 +136,7 @@ def test_what_is_not_allowed_is_refused_before_anything_starts(
 def test_a_size_that_this_checkpoint_cannot_make_is_refused_before_anything_starts(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from svdlab.svd.checkpoint import TINY_VAE, write_random_checkpoint
+    from svdlab.svd.random_checkpoint import TINY_VAE, write_random_checkpoint
 
     deep = {"block_out_channels": (32,) * 5, "down_block_types": ("DownEncoderBlock2D",) * 5}
     model = write_random_checkpoint(tmp_path_factory.mktemp("deep"), vae={**TINY_VAE, **deep})
@@ -508,7 +508,7 @@ def test_another_version_makes_new_points_and_says_so(
 
 
 def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
-    from svdlab.svd.checkpoint import write_random_checkpoint
+    from svdlab.svd.random_checkpoint import write_random_checkpoint
 
     model = write_random_checkpoint(tmp_path / "model", seed=0)
     first = run_sweep(tmp_path / "out", grid({"fps": [7]}), SMALL, model=str(model), image=PICTURE)

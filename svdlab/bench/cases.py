@@ -27,22 +27,12 @@ from svdlab.bench.timing import (
 )
 from svdlab.samples import sample_picture
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
-from svdlab.svd.checkpoint import (
-    ARCHITECTURES,
-    SVD_SCHEDULER,
-    TINY_CLIP,
-    TINY_UNET,
-    TINY_VAE,
-    Components,
-    Configs,
-    ImageNormalization,
-    channels_last,
-    randomize_,
-    resolve_size,
-)
+from svdlab.svd.architectures import ARCHITECTURES, SVD_SCHEDULER
+from svdlab.svd.checkpoint import Components, Configs, ImageNormalization, channels_last, resolve_size
 from svdlab.svd.kernels import plain, use_kernels
 from svdlab.svd.memory import Simulation
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
 from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import decode_latents, predict_noise

@@ -11,7 +11,8 @@ import click
 
 from svdlab.cli.options import JSON, check_device, settings_options
 from svdlab.files import check_folder, write_json
-from svdlab.svd.checkpoint import ARCHITECTURES, load_configs, resolve_size
+from svdlab.svd.architectures import ARCHITECTURES
+from svdlab.svd.checkpoint import load_configs, resolve_size
 from svdlab.svd.memory import GIB, Footprint, Option, Simulation, simulate
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import WORKLOADS

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
+from svdlab.svd.architectures import ARCHITECTURES, SVD_SCHEDULER
 from svdlab.svd.config import CLIPVisionConfig, Configs, UNetConfig, VAEConfig, read_config
 from svdlab.svd.image_encoder import CLIPVision
 from svdlab.svd.kernels import use_kernels
@@ -284,117 +285,6 @@ def channels_last(module: nn.Module) -> nn.Module:
             last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
             parameter.data = parameter.data.contiguous(memory_format=last)
     return module
-
-
-# --- the published architecture: SVD and SVD-XT differ in the number of frames alone ---
-
-SVD_VAE = VAEConfig(
-    block_out_channels=(128, 256, 512, 512),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    layers_per_block=2,
-    sample_size=768,
-)
-# OpenCLIP's ViT-H/14.
-SVD_CLIP = CLIPVisionConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    projection_dim=1024,
-    num_hidden_layers=32,
-    num_attention_heads=16,
-    patch_size=14,
-    hidden_act="gelu",
-)
-ARCHITECTURES: Mapping[str, Configs] = {
-    "svd": Configs(UNetConfig(sample_size=96, num_frames=14), SVD_VAE, SVD_CLIP),
-    "svd-xt": Configs(UNetConfig(sample_size=96, num_frames=25), SVD_VAE, SVD_CLIP),
-}
-
-# --- a random checkpoint, for tests: in it every weight matters ---
-
-TINY_UNET: Mapping[str, Any] = dict(
-    sample_size=8,
-    block_out_channels=(32, 64),
-    down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    layers_per_block=1,
-    num_attention_heads=(2, 4),
-    cross_attention_dim=32,
-    addition_time_embed_dim=32,
-    projection_class_embeddings_input_dim=96,
-    num_frames=8,
-)
-TINY_VAE: Mapping[str, Any] = dict(
-    block_out_channels=(32, 32, 64, 64),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    layers_per_block=2,
-    sample_size=64,
-)
-TINY_CLIP: Mapping[str, Any] = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    projection_dim=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=224,
-    patch_size=32,
-    hidden_act="gelu",
-)
-SVD_SCHEDULER: Mapping[str, Any] = dict(
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    beta_start=0.00085,
-    interpolation_type="linear",
-    num_train_timesteps=1000,
-    prediction_type="v_prediction",
-    sigma_max=700.0,
-    sigma_min=0.002,
-    steps_offset=1,
-    timestep_spacing="leading",
-    timestep_type="continuous",
-    use_karras_sigmas=True,
-)
-
-
-def randomize_(module: nn.Module, seed: int) -> nn.Module:
-    """Draw weights such that every parameter matters: biases, norm scales and blend factors away from neutral."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(module.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1 and "embedding.weight" not in name:
-            noise *= parameter[0].numel() ** -0.5
-        elif name.endswith("mix_factor"):
-            noise *= 0.7
-        elif name.endswith("weight") and parameter.ndim == 1:
-            noise = 1 + 0.3 * noise
-        else:
-            noise *= 0.2
-        parameter.data = noise
-    return module
-
-
-def write_random_checkpoint(
-    folder: str | Path,
-    seed: int = 0,
-    unet: Mapping[str, Any] = {},  # noqa: B006 - read only
-    vae: Mapping[str, Any] = {},  # noqa: B006
-    image_encoder: Mapping[str, Any] = {},  # noqa: B006
-    scheduler: Mapping[str, Any] = {},  # noqa: B006
-) -> Path:
-    """Write a small checkpoint with random weights in diffusers' folder format.
-
-    Args:
-        folder: made if needed.
-        seed: of the weights.
-        unet: options over ``TINY_UNET``; likewise the other components.
-    """
-    models = (
-        UNet(UNetConfig(**{**TINY_UNET, **unet})),
-        VAE(VAEConfig(**{**TINY_VAE, **vae})),
-        CLIPVision(CLIPVisionConfig(**{**TINY_CLIP, **image_encoder})),
-    )
-    for i, model in enumerate(models):
-        randomize_(model, seed + i)
-    return write_checkpoint(folder, *models, scheduler=scheduler)
 
 
 def write_checkpoint(

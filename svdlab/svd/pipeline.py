@@ -109,8 +109,11 @@ class SVDPipeline(Stages):
         Raises:
             SvdlabError: a name that is not in the catalogue, or bugs that exclude each other.
         """
-        (catalogue,) = entry_points(group="svdlab.bugs")
-        return self.with_changes(*catalogue.load()(*names))
+        catalogue = tuple(entry_points(group="svdlab.bugs"))
+        if len(catalogue) != 1:
+            found = ", ".join(entry.value for entry in catalogue) or "none"
+            raise SvdlabError(f"bugs: catalogues installed: {found}, allowed: one; install svdlab again")
+        return self.with_changes(*catalogue[0].load()(*names))
 
     def with_stage(self, **functions: Callable[..., Any]) -> SVDPipeline:
         """The same weights with a function in a stage's place; this pipeline stays as it is.

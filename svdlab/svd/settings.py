@@ -86,7 +86,7 @@ class GenerationSettings(BaseModel):
     cfg: Literal["batched", "sequential"] = Field(
         "batched", description="guidance in one forward pass, or in two for half the activation memory"
     )
-    num_videos_per_prompt: int = Field(1, ge=1, description="clips an image")
+    num_videos_per_prompt: int = Field(1, ge=1, description="videos per image")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random generator")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
         "float32", description="of weights and activations"
