@@ -124,6 +124,16 @@ class Notebook:
         plot, clips = (self.page.locator(f".widget-html {tag}").get_attribute("src") for tag in ("img", "video"))
         return plot, clips
 
+    def opacities(self) -> tuple[float, float]:
+        """How opaque the browser draws the plot and the clips."""
+        plot, clips = (
+            self.page.locator(".widget-html", has=self.page.locator(tag)).first.evaluate(
+                "element => Number(getComputedStyle(element).opacity)"
+            )
+            for tag in ("img", "video")
+        )
+        return plot, clips
+
     def wait_shown(self, *words: str) -> None:
         """Until all of a case is there whose settings, or whose bug, are those words, and nothing is computed."""
         self.page.wait_for_function(

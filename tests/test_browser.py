@@ -16,8 +16,9 @@ import nbformat
 import pytest
 from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
 
+from svdlab.notebook.tables import ratio_text
 from svdlab.parity.compare import Comparison
-from svdlab.parity.lab import Lab, ratio_text
+from svdlab.parity.lab import Lab
 from svdlab.report.run import run_report
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.video import Clip
@@ -86,13 +87,16 @@ def test_the_frame_rate(browser: Any, server: str, lab: Lab) -> None:
 
     # As many steps as there are take long enough to be stopped in the middle.
     notebook.press("num inference steps", "End")
-    notebook.wait_for("(diffusers|svdlab).*, step")
+    notebook.wait_for("diffusers in float64, step")
+    assert notebook.opacities() == (0.4, 1.0), "the plot is stale until there is a noise floor, the clips are new"
     notebook.page.get_by_role("button", name="Stop").press("Enter")
     notebook.wait_for("stopped")
+    assert notebook.opacities() == (0.4, 1.0), "a stopped run leaves the plot of another case"
     notebook.press("num inference steps", "Home")
     notebook.wait_shown("num inference steps 1", "fps 9")
     short = lab.case(start.replace(fps=9, num_inference_steps=1), "fps_not_decremented")
     assert notebook.number() == said(short.off), "a stopped run leaves nothing behind"
+    assert notebook.opacities() == (1.0, 1.0)
     assert notebook.verdict().startswith("yes")
 
 
@@ -138,7 +142,7 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
         nbformat.v4.new_code_cell(
             "import numpy as np\nfrom svdlab.svd.video import Clip\nClip(np.zeros((3, 16, 16, 3), np.uint8), fps)"
         ),
-        nbformat.v4.new_code_cell("from svdlab.report.run import record\nrecord('so', True, ratio=1.0)"),
+        nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
     ]
     made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
     nbformat.write(made, tmp_path / "one.ipynb")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from pathlib import Path
 
 import pytest
 
+from svdlab.parity.bugs import BUGS
 from svdlab.report.run import run_report
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -50,13 +50,10 @@ def test_a_fix_is_told_in_full(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]
     story = "".join(cells[0]["source"])
     assert "$$" in story and "**diffusers**" in story and ".py:" in story, "the formula, and where diffusers has it"
-    bugs = re.findall(r"^    bugs=\[(.*)\],$", "\n".join(sources(cells)), re.MULTILINE)
-    assert bugs and all(f"`{bug}`" in story for bug in re.findall(r'"(\w+)"', bugs[0])), (
-        "every bug of the sliders is told"
-    )
-    sliders = re.findall(r"^    sliders=\[(.*)\],$", "\n".join(sources(cells)), re.MULTILINE)
-    assert {"fps", "min_guidance_scale", "max_guidance_scale"} <= set(re.findall(r'"(\w+)"', sliders[0]))
-
-
-def sources(cells: list[dict[str, object]]) -> list[str]:
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]  # type: ignore[arg-type]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    (explorer,) = (call for call in calls if getattr(call.func, "id", "") == "Explorer")
+    given = {keyword.arg: keyword.value for keyword in explorer.keywords}
+    bugs, sliders = (ast.literal_eval(given[name]) for name in ("bugs", "sliders"))
+    assert bugs and all(bug in BUGS and f"`{bug}`" in story for bug in bugs), "every bug of the sliders is told"
+    assert {"fps", "min_guidance_scale", "max_guidance_scale"} <= set(sliders)

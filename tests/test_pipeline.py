@@ -261,6 +261,14 @@ def test_batched_and_sequential_guidance_agree(pipe: SVDPipeline, photo: Image.I
     assert (results["batched"] - results["sequential"]).abs().max() < 1e-5 * scale
 
 
+def test_without_guidance_sequential_is_one_pass(pipe: SVDPipeline, photo: Image.Image) -> None:
+    plain = GenerationSettings(
+        height=32, width=32, num_frames=2, num_inference_steps=1, min_guidance_scale=1.0, max_guidance_scale=1.0
+    )
+    one, two = (pipe.generate(photo, plain.replace(cfg=cfg), progress=False) for cfg in ("batched", "sequential"))
+    assert (one[0].frames == two[0].frames).all()
+
+
 def test_a_seed_repeats_a_generation(pipe: SVDPipeline, photo: Image.Image) -> None:
     settings = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=2, seed=11)
     first, again = (pipe.generate(photo, settings, progress=False)[0].frames for _ in range(2))

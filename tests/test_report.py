@@ -9,16 +9,23 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from html import escape
 from pathlib import Path
 
 import nbformat
 import pytest
 from click.testing import CliRunner
+from html_tables import rows
 
+from svdlab.cli.report import report
 from svdlab.errors import SvdlabError
-from svdlab.report.run import NotebookResult, changes, index_page, moved, record, report, run_report, take_formulas
+from svdlab.report import record
+from svdlab.report.exporter import mathml
+from svdlab.report.pages import index_page
+from svdlab.report.results import NotebookResult, changes, moved
+from svdlab.report.run import run_report
 
-PASSES = "from svdlab.report.run import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
+PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
 
 def notebook(path: Path, *cells: str) -> Path:
@@ -80,20 +87,30 @@ def test_pages_lead_to_each_other(tmp_path: Path) -> None:
     assert page.count('<a href="a.html" rel="prev">') == page.count('<a href="c.html" rel="next">') == 2
     assert "<title>Is &lt;i&gt; safe?</title>" in page
     assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>4</mn></mrow></mfrac>" in page, "a formula is in one piece"
-    assert page.count("<math") == 2 and "$y$" in page and "svdlab-formula" not in page
+    assert page.count("<math") == 2 and "<code>$y$</code>" in page, "a formula in code is code"
     middle = '<a href="b%20%3Ci%3E.html">Is &lt;i&gt; safe?</a>'
     assert middle in (tmp_path / "out/index.html").read_text()
     assert 'rel="prev"' not in (tmp_path / "out/a.html").read_text()
 
 
-def test_formulas_are_taken_and_code_is_not() -> None:
-    formulas: list[str] = []
-    for code in ("costs `$a$` or ```\n$b$\n```", "5 $ and 6 $ are no formula"):
-        assert take_formulas(code, formulas) == code and not formulas
-    assert take_formulas("$$x\n= 1$$ and $y$", formulas).count("formula") == len(formulas) == 2
-    take_formulas(r"$\text{time\_ids}_i$", formulas)
-    assert "<mtext>time_ids</mtext>" in formulas.pop()
-    assert 'display="block"' in formulas[0] and 'display="inline"' in formulas[1]
+def test_a_formula_that_cannot_be_converted_is_shown_as_it_is_written(tmp_path: Path) -> None:
+    assert "<mtext>time_ids</mtext>" in mathml(r"\text{time\_ids}_i", "inline")
+    for broken in (r"\left( x < 1", "{", "x^"):
+        assert mathml(broken, "block") == f"<code>{escape(broken)}</code>"
+    book = notebook(tmp_path / "one.ipynb", PASSES)
+    made = nbformat.read(book, as_version=4)
+    made.cells.insert(0, nbformat.v4.new_markdown_cell("# One\n\n$\\left( x < 1$ and $y$"))
+    nbformat.write(made, book)
+    (result,) = run_report([book], tmp_path / "out", {})
+    page = (tmp_path / "out/one.html").read_text()
+    assert result.status == "passed" and r"<code>\left( x &lt; 1</code>" in page and page.count("<math") == 1
+
+
+def test_record_is_light() -> None:
+    program = "import sys; from svdlab.report import record; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["papermill", "nbconvert", "click", "torch", "matplotlib", "jinja2"]
+    run = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(("cell", "code"), [(PASSES, 0), (PASSES.replace("True", "False"), 1), ("1 / 0", 1)])
@@ -129,8 +146,10 @@ def test_record_shows_itself() -> None:
     fix = {"bug": "<b>", "ratio_on": 1.2, "ratio_off": 7e4, "first_divergence": "frames", "frames_mse": 2e-5}
     bundle = record("a <b>", False, fixes=[fix], ratio=9.87654)._repr_mimebundle_()
     assert bundle["text/plain"] == "NO: a <b>: ratio 9.88"
-    assert "a &lt;b&gt;" in bundle["text/html"] and "<td>&lt;b&gt;</td>" in bundle["text/html"]
-    assert "7e+04" in bundle["text/html"] and "lets it through" in bundle["text/html"]
+    assert "a &lt;b&gt;" in bundle["text/html"]
+    numbers, heads, row = rows(bundle["text/html"])
+    assert numbers == ["ratio", "9.88"] and heads[0] == "injected bug"
+    assert row == ["<b>", "frames", "7e+04", "1.2", "2e-05", "misses it"]
 
 
 def about(**parameters: object) -> dict[str, object]:
@@ -146,7 +165,9 @@ def test_the_index_names_what_made_it() -> None:
     result = NotebookResult("x", "passed", 1.0, [], "", "x.html", "X", {"steps": "<4>"})
     page = index_page([result], about(model="<b>mine</b>", fps=9))
     assert sys.version.split()[0] in page and 'href="x.html"' in page and "2026-01-02" in page
-    assert "&lt;b&gt;mine" in page and "<td>9</td>" in page and "<td>&lt;4&gt;</td>" in page
+    shown = rows(page)
+    assert ["model", "<b>mine</b>"] in shown and ["fps", "9"] in shown and ["steps", "<4>"] in shown
+    assert "<b>mine" not in page
 
 
 def test_the_index_has_a_row_for_every_bug() -> None:
@@ -155,8 +176,10 @@ def test_the_index_has_a_row_for_every_bug() -> None:
         for bug, on, mse in (("quiet", 1.2, 1e-5), ("loud", 99.0, 0.1))
     ]
     page = index_page([NotebookResult("x", "passed", 1.0, [{**verdict("v", True), "fixes": fixes}])], about())
-    quiet, loud = re.findall(r"<td>(?:quiet|loud)</td>.*?</tr>", page, re.DOTALL)
-    assert "lets it through" in quiet and "#00664f" in quiet and "catches it" in loud and "#a32a00" in loud
+    _, quiet, loud = rows(page)[:3]
+    assert quiet == ["x", "quiet", "frames", "7e+04", "1.2", "1e-05", "misses it"]
+    assert loud == ["", "loud", "frames", "7e+04", "99", "0.1", "catches it"], "a notebook is named once"
+    assert page.count('<td style="text-align:right;color:#a32a00">99</td>') == 1, "a fix that does not hold is red"
 
 
 def test_junit_names_what_failed(tmp_path: Path) -> None:
@@ -223,7 +246,8 @@ def test_numbers_that_moved_since_the_previous_report() -> None:
     assert moved([result(1.2342, "frames")], before) == [], "as far as it is shown"
     now = [result(1.31, "latents.000")]
     assert moved(now, before) == [("a", "ratio", "1.23", "1.31"), ("a", "b: first divergence", "frames", "latents.000")]
-    assert "numbers that moved: 2" in index_page(now, about(), before)
+    page = index_page(now, about(), before)
+    assert "numbers that moved: 2" in page and ["a", "ratio", "1.23", "1.31"] in rows(page)
 
 
 def test_a_regression_exits_with_one(tmp_path: Path) -> None:
@@ -246,13 +270,13 @@ def test_a_previous_report_that_is_none(tmp_path: Path, text: str) -> None:
     assert "--previous" in str(CliRunner().invoke(report, arguments).exception)
 
 
-def test_a_broken_rule_turns_the_right_notebook_red(tmp_path: Path) -> None:
+def test_a_broken_stage_turns_the_right_notebook_red(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     shutil.copytree(root / "svdlab", tmp_path / "svdlab", ignore=shutil.ignore_patterns("__pycache__"))
-    rules = tmp_path / "svdlab/rules.py"
-    right = "return fps - 1"
-    assert rules.read_text().count(right) == 1
-    rules.write_text(rules.read_text().replace(right, "return fps"))
+    stages = tmp_path / "svdlab/svd/stages.py"
+    right = "settings.fps - 1"
+    assert stages.read_text().count(right) == 1
+    stages.write_text(stages.read_text().replace(right, "settings.fps"))
     (tmp_path / "notebooks").mkdir()
     for name in ("01_fps_conditioning", "02_timestep_scaling"):
         shutil.copy(root / f"notebooks/{name}.ipynb", tmp_path / "notebooks")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from pathlib import Path
 
 import pytest
+from html_tables import rows
 from PIL import Image
 from torch import nn
 
 from svdlab.errors import SvdlabError
-from svdlab.notebook import explorer as widgets
-from svdlab.notebook.explorer import Diagnoser, Explorer, Panel, Worker, control, is_live
+from svdlab.notebook.controls import control, help_of, is_live
+from svdlab.notebook.diagnoser import Diagnoser
+from svdlab.notebook.explorer import Explorer, ExplorerPanel
+from svdlab.notebook.panel import Panel
+from svdlab.notebook.tables import ratio_text
+from svdlab.notebook.worker import Worker
 from svdlab.parity import capture
-from svdlab.parity.bugs import Rules
-from svdlab.parity.lab import Lab, ratio_text
+from svdlab.parity.lab import Cancelled, Lab
 from svdlab.parity.three_way import three_way
 from svdlab.svd.settings import GenerationSettings
 
@@ -36,8 +39,8 @@ def explorer(lab: Lab) -> Explorer:
 
 
 @pytest.fixture
-def panel(explorer: Explorer) -> Panel:
-    made = Panel(explorer)
+def panel(explorer: Explorer) -> ExplorerPanel:
+    made = ExplorerPanel(explorer)
     made.worker.delay = 0.0
     return made
 
@@ -47,7 +50,7 @@ def test_a_control_is_made_from_its_setting() -> None:
     assert (fps.min, fps.max, fps.step, fps.value) == (1, 30, 1, 7)
     assert (guidance.min, guidance.max, guidance.step) == (0, 10, 0.1)
     assert cfg.options == ("batched", "sequential")
-    assert "fed fps - 1" in fps.tooltip and "1/s" in widgets.help_of("fps")
+    assert "fed fps - 1" in fps.tooltip and "1/s" in help_of("fps")
     assert control("fps", 60).max == 60
     assert control("decode_chunk_size", 2, high=8).max == 8
     for name in ("sigmas", "speed"):
@@ -92,7 +95,28 @@ def test_the_worker_survives_a_stop_and_waits_for_the_hand_to_rest() -> None:
     assert done == [4, 5]
 
 
-def test_the_number_is_what_the_package_computes(panel: Panel, lab: Lab, tiny: Path) -> None:
+def test_whatever_ends_a_run_is_said() -> None:
+    panel = Panel(delay=0.0)
+
+    def refused(stop: threading.Event) -> str:
+        raise SvdlabError("fps: got <0>")
+
+    def cancelled(stop: threading.Event) -> str:
+        raise Cancelled
+
+    def broken(stop: threading.Event) -> str:
+        raise RuntimeError("<boom>")
+
+    for work, said in ((lambda stop: "2 < 3", "2 &lt; 3"), (refused, "got &lt;0&gt;"), (cancelled, "stopped")):
+        panel.submit(work)
+        panel.worker.join()
+        assert said in panel.status.value and "Traceback" not in panel.status.value
+    panel.submit(broken)
+    panel.worker.join()
+    assert "&lt;boom&gt;" in panel.status.value and "Traceback" in panel.status.value and panel.stop.disabled
+
+
+def test_the_number_is_what_the_package_computes(panel: ExplorerPanel, lab: Lab, tiny: Path) -> None:
     panel.show()
     panel.worker.join()
     before = (panel.number.value, panel.plot.value, panel.clips.value)
@@ -109,7 +133,7 @@ def test_the_number_is_what_the_package_computes(panel: Panel, lab: Lab, tiny: P
     assert "fix off" in panel.clips.value
 
 
-def test_what_was_computed_is_kept(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_computed_is_kept(panel: ExplorerPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     panel.show()
     panel.worker.join()
     monkeypatch.setattr("svdlab.parity.lab.capture", None)
@@ -119,34 +143,41 @@ def test_what_was_computed_is_kept(panel: Panel, monkeypatch: pytest.MonkeyPatch
     assert "done" in panel.status.value, panel.status.value
 
 
-def test_stop_leaves_at_once_and_breaks_nothing(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+def stale(panel: ExplorerPanel) -> tuple[bool, bool]:
+    """Whether the plot and the clips are dimmed; ``test_browser`` asks the browser."""
+    return tuple("svdlab-stale" in widget._dom_classes for widget in (panel.plot, panel.clips))  # type: ignore[return-value]
+
+
+def test_stop_leaves_at_once_and_breaks_nothing(panel: ExplorerPanel) -> None:
     said: list[str] = []
-    say = panel._say
 
-    def stop_in_the_middle(html: str) -> None:
-        said.append(html)
-        if "float64, step 1" in html:
+    def stop_in_the_middle(change: dict[str, str]) -> None:
+        said.append(change["new"])
+        if "float64, step 1" in change["new"]:
             panel.stop.click()
-        say(html)
 
-    monkeypatch.setattr(panel, "_say", stop_in_the_middle)
+    panel.compute()
+    panel.worker.join()
+    assert stale(panel) == (False, False)
+    panel.status.observe(stop_in_the_middle, "value")
     panel.controls["fps"].value = 11
     panel.worker.join()
-    assert said[-1] == "stopped" and not any("step 2" in s for s in said if "float64" in s)
-    assert panel.number.value == "" or "being measured" in panel.number.value
+    assert "stopped" in said[-1] and not any("step 2" in s for s in said if "float64" in s)
+    assert "being measured" in panel.number.value
+    assert stale(panel) == (True, False), "the plot is that of an earlier case, the clips are what the caption says"
     assert not nn.modules.module._global_forward_pre_hooks
     assert "fps 11," in panel.caption.value, "what is shown is what was computed"
-    monkeypatch.undo()
+    panel.status.unobserve_all()
     panel.controls["fps"].value = 13
     panel.stop.click()
     panel.worker.join()
     assert "fps 11," in panel.caption.value, "and not where the slider stands"
     panel.compute()
     panel.worker.join()
-    assert ", parity" in panel.number.value and panel.stop.disabled
+    assert ", parity" in panel.number.value and panel.stop.disabled and stale(panel) == (False, False)
 
 
-def test_an_error_is_shown_in_the_widget(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_shown_in_the_widget(panel: ExplorerPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     panel.controls["min_guidance_scale"].value = 3.0
     panel.controls["max_guidance_scale"].value = 1.0
     panel.worker.join()
@@ -157,7 +188,7 @@ def test_an_error_is_shown_in_the_widget(panel: Panel, monkeypatch: pytest.Monke
     assert "TypeError" in panel.status.value and "Traceback" in panel.status.value
 
 
-def test_a_large_checkpoint_waits_for_run(panel: Panel) -> None:
+def test_a_large_checkpoint_waits_for_run(panel: ExplorerPanel) -> None:
     panel.explorer.live = False
     panel.controls["fps"].value = 12
     assert "press Run" in panel.status.value and panel.case is None
@@ -169,8 +200,8 @@ def test_a_large_checkpoint_waits_for_run(panel: Panel) -> None:
 def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, lab: Lab) -> None:
     assert not is_live()
     page = explorer._repr_mimebundle_()["text/html"]
-    rows = re.findall(r"<tr><td>(\d+)</td>", page)
-    assert rows == ["3", "20"], "the grid"
+    _, *grid = rows(page)
+    assert [row[0] for row in grid] == ["3", "20"]
     for settings in (explorer.start, *(explorer.start.replace(fps=fps) for fps in (3, 20))):
         case = lab.case(settings, BUG)
         assert ratio_text(case.on) in page and ratio_text(case.off) in page
@@ -182,9 +213,9 @@ def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, la
     assert fix["ratio_on"] <= answer["worst_ratio_fix_on"] <= 4 < fix["ratio_off"]
 
 
-def test_only_the_broken_fix_is_blamed(explorer: Explorer, lab: Lab) -> None:
-    other = Lab(str(lab._folder), image=lab.image)
-    other.pipe = other.pipe.with_rules(Rules.with_bugs(BUG))
+def test_only_the_broken_fix_is_blamed(explorer: Explorer, lab: Lab, tiny: Path) -> None:
+    other = Lab(str(tiny), image=lab.image)
+    other.pipe = other.pipe.with_bugs(BUG)
     blamed, spared = (Explorer(other, explorer.start, [bug], ["fps"]).answer() for bug in (BUG, "timestep_unscaled"))
     assert not blamed["passed"]
     assert spared["passed"] and spared["diverges_elsewhere"] == "added_time_ids"
@@ -214,7 +245,7 @@ def test_a_reader_finds_the_bug_in_their_own_file(lab: Lab, tmp_path: Path) -> N
     assert f"wrote {panel.target.value}" in panel.status.value
     port = str(tmp_path / "port.safetensors")
     reference = lab.reference(settings)
-    buggy = lab.pipe.with_rules(Rules.with_bugs(BUG))
+    buggy = lab.pipe.with_bugs(BUG)
     capture(buggy, replay=reference, preprocess=True, until="noise_pred.000", path=port)
     for name, said in ((str(tmp_path / "none"), "none"), (port, "done")):
         panel.source.value = name

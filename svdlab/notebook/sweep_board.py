@@ -143,8 +143,8 @@ class SweepPanel(Panel):
         super().__init__(delay=0.0)
         self.explorer = explorer
         self.sweep: Sweep | None = None
-        self._cells: dict[str, ipywidgets.Button] = {}
-        self._styles: dict[str, ipywidgets.HTML] = {}
+        self.cells: dict[str, ipywidgets.Button] = {}
+        self.styles: dict[str, ipywidgets.HTML] = {}
         named = [*explorer.axes.items(), *[(_NONE, [])] * _AXES][: max(_AXES, len(explorer.axes))]
         self.rows = [self._row(i + 1, name, values) for i, (name, values) in enumerate(named)]
         wide = {"layout": {"width": "40em"}, "style": {"description_width": "6em"}}
@@ -290,13 +290,13 @@ class SweepPanel(Panel):
         others = [widget for name, widget in self.others.items() if name not in (view.x, view.y)]
         self.axes.children = [self.x, self.y, *others] if len(self.others) > 1 else []
         (x_name, columns), (y_name, rows) = view.heads(view.x), view.heads(view.y)
-        self._cells, self._styles = {}, {}
+        self.cells, self.styles = {}, {}
         corner = "<br>".join(escape(f"{name} {arrow}") for name, arrow in ((x_name, "→"), (y_name, "↓")) if name)
         lines = [ipywidgets.HBox([_head(corner, "16em"), *(_head(escape(c)) for c in columns)])]
         for head, identities in zip(rows, view.square(), strict=True):
             cells = [self._cell(view, identity) for identity in identities]
             lines.append(ipywidgets.HBox([_head(escape(head), "16em"), *cells], layout={"align_items": "center"}))
-        hidden = ipywidgets.Box(list(self._styles.values()), layout={"display": "none"})
+        hidden = ipywidgets.Box(list(self.styles.values()), layout={"display": "none"})
         self._draw_cells()
         self.grid.children = [*lines, hidden]
 
@@ -310,7 +310,7 @@ class SweepPanel(Panel):
         button.disabled = True
         button.add_class(f"svdlab-{identity}")
         button.on_click(lambda _: self.choose(identity))
-        self._cells[identity], self._styles[identity] = button, ipywidgets.HTML()
+        self.cells[identity], self.styles[identity] = button, ipywidgets.HTML()
         return button
 
     def _draw_cells(self) -> None:
@@ -318,13 +318,13 @@ class SweepPanel(Panel):
         sweep = self.sweep
         if sweep is None:
             return
-        for identity, button in self._cells.items():
+        for identity, button in self.cells.items():
             if not button.disabled:
                 continue
             if sweep.finished(identity):
                 picture = f"url({thumbnail_url(sweep, identity)}) center/contain no-repeat"
                 look = f"background:{picture} !important;image-rendering:pixelated;font-size:0"
-                self._styles[identity].value = f"<style>.svdlab-{identity}{{{look}}}</style>"
+                self.styles[identity].value = f"<style>.svdlab-{identity}{{{look}}}</style>"
             elif sweep.failed(identity):
                 button.description = f"failed: {button.tooltip}"
             else:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import threading
 import time
@@ -28,6 +29,7 @@ from svdlab.svd.memory import measured_peak
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import predict_noise
+from svdlab.svd.workloads import unet_inputs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -175,17 +177,16 @@ class Lab:
         Returns:
             The median of seconds, and the largest sum of activations in MiB.
         """
-        settings, unet = self.pipe.resolve(settings), self.pipe.unet
-        frames, factor = settings.num_frames or 1, self.pipe.vae.config.scale_factor
-        size = (settings.height or 0) // factor, (settings.width or 0) // factor
-        to: dict[str, Any] = {"device": self._device, "dtype": self.dtype}
-        sample = torch.randn(2, frames, unet.config.in_channels, *size, **to)
+        # The scale costs nothing, so long as there is guidance.
+        settings = self.pipe.resolve(settings.replace(min_guidance_scale=1.0, max_guidance_scale=3.0))
+        unet = self.pipe.unet
+        new = functools.partial(torch.randn, device=self._device, dtype=self.dtype)
         with torch.no_grad(), self._lock:
-            token = torch.randn(2, 1, self.pipe.image_encoder.config.projection_dim, **to)
-            conditioning = unet.condition(token, torch.ones(2, 3, **to), frames)
+            sample, timestep, embeddings, ids = unet_inputs(self.pipe.configs, settings, new)
+            conditioning = unet.condition(embeddings, ids, sample.shape[1])
 
             def step() -> None:
-                predict_noise(unet, sample, torch.ones((), **to), conditioning, cfg=settings.cfg)
+                predict_noise(unet, sample, timestep, conditioning, cfg=settings.cfg)
                 if self._device.startswith("cuda"):
                     torch.cuda.synchronize(self._device)
 
