@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
+from svdlab.parity.probes import SHAPES
 from svdlab.svd.images import normalize_for_clip
 from svdlab.svd.layers import GEGLU, AlphaBlender, TimestepEmbedding
 from svdlab.svd.sampler import custom_sigmas, euler_step
@@ -53,14 +54,11 @@ class Bug:
         return first_probe(self.stage)
 
 
-_UNRECORDED = ("latents.init", "conditioning")
-
-
 def first_probe(stage: str) -> str:
     """The first recorded tensor that a stage can change, for step 0."""
     at = STAGE[stage]
     for name in at.writes:
-        if name not in _UNRECORDED:
+        if name in SHAPES:
             return f"{name}.000" if at.per_step else name
     return next(first_probe(later.name) for later in STAGES if set(at.writes) & set(later.reads))
 

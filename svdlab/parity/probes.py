@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import STAGES
 
 # Probes with their shapes. B images given, V videos (B times the videos per image), F frames, H x W pixels, h x w
 # latents of L channels, S steps, D embedding width, P CLIP pixels; G is V, or 2V with guidance (the unconditional half
@@ -41,24 +42,22 @@ STEP = {
 FRAMES = {"frames": ("V", "F", 3, "H", "W")}
 SHAPES: Mapping[str, tuple[int | str, ...]] = {**INPUTS, **CONDITIONING, **STEP, **FRAMES}
 
-# The one place of execution order: probes, and where the taps of each network come in. What the UNet computes
-# once for all steps comes before the first of them.
-_PHASES = (
-    tuple(INPUTS),
-    (
-        "taps of image_encoder",
-        "image_embeddings",
-        "taps of vae.encoder",
-        "image_latents",
-        "added_time_ids",
-        "sigmas",
-        "timesteps",
-        "guidance_scale",
-        "taps of unet",
-    ),
-    ("model_input", "taps of unet at a step", "noise_pred_uncond", "noise_pred_cond", "noise_pred", "latents"),
-    ("taps of vae.decoder", "frames"),
-)
+
+def _order(probes: Mapping[str, object], per_step: bool = False) -> tuple[str, ...]:
+    """Probes as the pipeline's stages write them, and before them the taps of the network that the stage runs."""
+    names: list[str] = []
+    for stage in STAGES:
+        # What the UNet computes once for all steps is no probe itself.
+        writes = [
+            name for name in stage.writes if name in probes or (name == "conditioning" and probes is CONDITIONING)
+        ]
+        if writes and stage.network:
+            names.append(f"taps of {stage.network}{' at a step' * per_step}")
+        names += writes
+    return tuple(names)
+
+
+_PHASES = (tuple(INPUTS), _order(CONDITIONING), _order(STEP, per_step=True), _order(FRAMES))
 _FREE_PHASES = (0, 1)  # a port may order its inputs, and its conditioning, as it likes
 _PLACE = {name: (phase, index) for phase, names in enumerate(_PHASES) for index, name in enumerate(names)}
 _STEP_PROBE = re.compile(rf"({'|'.join(STEP)})\.(\d{{3,}})")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,36 +41,39 @@ class Stage:
         name: the pipeline's method.
         reads, writes: tensors, by their names in a trace; those without a step's number are written once. Every stage
             reads the settings. ``latents.init`` and ``conditioning`` are not recorded.
+        network: which network, or which half of the VAE, it runs, if any.
         per_step: runs in every denoising step.
     """
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    network: Literal["", "image_encoder", "vae.encoder", "vae.decoder", "unet"] = ""
     per_step: bool = False
 
 
 STAGES = (
     Stage("resize_image", ("input.source",), ("input.image",)),
     Stage("clip_pixels", ("input.source",), ("input.clip_pixels",)),
-    Stage("image_embedding", ("input.clip_pixels",), ("image_embeddings",)),
-    Stage("image_latents", ("input.image", "input.noise"), ("image_latents",)),
+    Stage("image_embedding", ("input.clip_pixels",), ("image_embeddings",), "image_encoder"),
+    Stage("image_latents", ("input.image", "input.noise"), ("image_latents",), "vae.encoder"),
     Stage("time_ids", (), ("added_time_ids",)),
     Stage("sigmas", (), ("sigmas",)),
     Stage("timesteps", ("sigmas",), ("timesteps",)),
     Stage("guidance_ramp", (), ("guidance_scale",)),
-    Stage("condition", ("image_embeddings", "added_time_ids"), ("conditioning",)),
+    Stage("condition", ("image_embeddings", "added_time_ids"), ("conditioning",), "unet"),
     Stage("initial_latents", ("input.latents", "sigmas"), ("latents.init",)),
     Stage("model_input", ("latents.init", "latents", "sigmas", "image_latents"), ("model_input",), per_step=True),
     Stage(
         "predict_noise",
         ("model_input", "timesteps", "conditioning"),
         ("noise_pred_uncond", "noise_pred_cond"),
+        "unet",
         per_step=True,
     ),
     Stage("guide", ("noise_pred_uncond", "noise_pred_cond", "guidance_scale"), ("noise_pred",), per_step=True),
     Stage("euler_step", ("noise_pred", "latents.init", "latents", "sigmas"), ("latents",), per_step=True),
-    Stage("decode", ("latents",), ("frames",)),
+    Stage("decode", ("latents",), ("frames",), "vae.decoder"),
 )
 STAGE: Mapping[str, Stage] = {stage.name: stage for stage in STAGES}
 
