@@ -128,6 +128,9 @@ class KnownShapes(TorchDispatchMode):
             results = [args[r] if isinstance(r, int) else torch.empty_strided(**r, device="meta") for r in recipes]
             return tuple(results) if many else results[0]
         result = func(*args, **kwargs)
+        if func is _PLAIN and args[0].is_contiguous(memory_format=torch.channels_last):
+            # What accelerators' kernels give for such images; the shapes that torch works out say otherwise.
+            result = result.contiguous(memory_format=torch.channels_last)
         many = isinstance(result, tuple)
         if recipes := _recipes(result if many else (result,), args, kwargs):
             self._known[key] = many, recipes

@@ -137,8 +137,11 @@ class PiecewiseTransformer(SpatioTemporalTransformer):
     def forward(self, x: Tensor, conditioning: TransformerConditioning) -> Tensor:
         if not usable(IN_PLACE, x):
             return super().forward(x, conditioning)
-        h = by_frames(lambda frames: self.proj_in(self.norm(frames)), x)
-        return self.proj_out(self.blocks(h, conditioning)).add_(x)
+        # Passed on without a name, so that it is let go of once the first block has read it.
+        return self.proj_out(self.blocks(by_frames(self._projected, x), conditioning)).add_(x)
+
+    def _projected(self, frames: Tensor) -> Tensor:
+        return self.proj_in(self.norm(frames))
 
 
 class _Blocks(torch.nn.Module):
