@@ -65,6 +65,9 @@ class LiveStorages(TorchDispatchMode):
         for storage in _storages((args, kwargs)):
             self._known.add(storage)
         result = func(*args, **(kwargs or {}))
+        if func is _PLAIN and result.is_meta and args[0].is_contiguous(memory_format=torch.channels_last):
+            # As accelerators' kernels give it for such images; the meta device does not.
+            result = result.contiguous(memory_format=torch.channels_last)
         for storage in _storages(result):
             if storage not in self._known:
                 self._known.add(storage)
@@ -128,9 +131,6 @@ class KnownShapes(TorchDispatchMode):
             results = [args[r] if isinstance(r, int) else torch.empty_strided(**r, device="meta") for r in recipes]
             return tuple(results) if many else results[0]
         result = func(*args, **kwargs)
-        if func is _PLAIN and args[0].is_contiguous(memory_format=torch.channels_last):
-            # What accelerators' kernels give for such images; the shapes that torch works out say otherwise.
-            result = result.contiguous(memory_format=torch.channels_last)
         many = isinstance(result, tuple)
         if recipes := _recipes(result if many else (result,), args, kwargs):
             self._known[key] = many, recipes
