@@ -14,7 +14,7 @@ test: .venv/.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy svdlab
 	$(BIN)/lint-imports --no-cache
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not cuda and not weights"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda and not weights"
 
 # The README's pictures, from a report that is made first.
 pictures: report
