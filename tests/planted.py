@@ -1,7 +1,7 @@
 """Bugs planted in diffusers itself: candidates that owe nothing to svdlab's own rules.
 
 ``planted(pipe, "fps_not_decremented", ...)`` patches a loaded ``StableVideoDiffusionPipeline``, its scheduler and its
-networks, and puts everything back. ``PLANTS`` holds the catalogue of the design, ``UNKNOWN`` bugs outside of it.
+networks, and puts everything back. ``PLANTS`` holds the catalogue, ``UNKNOWN`` bugs outside of it.
 Each entry says at which probe it shows first.
 """
 

@@ -118,16 +118,15 @@ def test_two_threads_one_broken_and_one_not(pipe: SVDPipeline, photo: Image.Imag
 
 
 def test_half_precision_encodes_beside_another_thread(tiny: Path, photo: Image.Image) -> None:
-    """The encoder runs in float32; the VAE that another thread decodes with stays in float16."""
+    """The encoder runs in float32; the VAE that another thread decodes with stays in float16, and nothing is kept."""
     half = SVDPipeline.from_pretrained(tiny, dtype=torch.float16)
-    settings = SETTINGS.replace(dtype="float16")
-    dtypes: list[torch.dtype] = []
-    encode = half.vae.encoder.conv_in.register_forward_hook(
-        lambda *_: dtypes.append(half.vae.decoder.conv_in.weight.dtype)
+    dtypes: list[tuple[torch.dtype, torch.dtype]] = []
+    half.vae.encoder.conv_in.register_forward_hook(
+        lambda module, *_: dtypes.append((module.weight.dtype, half.vae.encoder.conv_in.weight.dtype))
     )
-    half.generate(photo, settings, progress=False)
-    encode.remove()
-    assert dtypes == [torch.float16]
+    half.generate(photo, SETTINGS.replace(dtype="float16"), progress=False)
+    assert dtypes == [(torch.float32, torch.float16)]
+    assert all(layer.cache.empty for layer in half.vae.modules() if hasattr(layer, "cache"))
 
 
 # --- a stage replaced by a function ---
@@ -146,6 +145,26 @@ def test_the_fix_as_a_function_undoes_the_bug(pipe: SVDPipeline, photo: Image.Im
     broken = pipe.with_stage(timesteps=lambda sigmas: -sigmas[:-1].log())
     assert _equal(_run(broken, photo), _run(pipe.with_bugs("timestep_negated"), photo))
     assert _equal(_run(broken.with_stage(timesteps=lambda sigmas: 0.25 * sigmas[:-1].log()), photo), clean)
+
+
+def test_a_function_replaces_an_injected_bug(pipe: SVDPipeline, photo: Image.Image, clean: Tensors) -> None:
+    """What a reader of a notebook does: the fix, written in a cell, on a port that has the bug and another one."""
+
+    def fixed(settings: GenerationSettings) -> torch.Tensor:
+        return torch.tensor([[settings.fps - 1, settings.motion_bucket_id, settings.noise_aug_strength]])
+
+    broken = pipe.with_bugs("fps_not_decremented", "time_ids_reordered")
+    assert _equal(_run(broken.with_stage(time_ids=fixed), photo), clean)
+    both = pipe.with_bugs("fps_not_decremented", "timestep_negated").with_stage(time_ids=fixed)
+    assert _equal(_run(both, photo), _run(pipe.with_bugs("timestep_negated"), photo))
+
+
+def test_stages_keep_no_graph(pipe: SVDPipeline) -> None:
+    """Called by hand, outside of ``no_grad``: the fast kernels run, in chunks where asked."""
+    latents = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        assert torch.equal(pipe.decode(latents, SETTINGS), pipe.decode(latents.requires_grad_(), SETTINGS).detach())
+        assert not pipe.decode(latents, SETTINGS).requires_grad
 
 
 def test_a_wrapper_is_given_the_pipeline_and_the_stage(pipe: SVDPipeline, photo: Image.Image) -> None:

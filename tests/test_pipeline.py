@@ -144,7 +144,7 @@ def test_return_tuple_and_callback(pipe: SVDPipeline, photo: Image.Image) -> Non
     assert [step for step, _ in seen] == [0, 1] and not latents.any()
 
 
-def test_one_generator_a_video_and_custom_latents(pipe: SVDPipeline, reference: Any, photo: Image.Image) -> None:
+def test_one_generator_per_video_and_custom_latents(pipe: SVDPipeline, reference: Any, photo: Image.Image) -> None:
     options = {**{k: v for k, v in SMALL.items() if k != "progress"}, "output_type": "pt"}
     images = [photo, photo.rotate(90)]
     images = [i.resize((64, 64)) for i in images]
@@ -302,7 +302,7 @@ def test_native_size() -> None:
         (dict(output_type="gif"), "output_type: got 'gif', allowed: pil, np, pt, latent"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback_on_step_end_tensor_inputs: got"),
         (dict(latents=torch.zeros(1, 2, 4, 4, 5)), r"latents: got shape \(1, 2, 4, 4, 5\), allowed: \(1, 3, 4, 4, 5\)"),
-        (dict(generator=[torch.Generator()] * 3), "generator: got a list of 3, allowed: one, or one a video"),
+        (dict(generator=[torch.Generator()] * 3), "generator: got a list of 3, allowed: one, or one per video"),
     ],
 )
 def test_bad_arguments(pipe: SVDPipeline, photo: Image.Image, change: dict[str, Any], message: str) -> None:

@@ -311,9 +311,9 @@ class _Search:
         if doubtful:
             self.judge(changes, ratios, doubtful)
         wrong = next((name for name, ratio in ratios.items() if not ratio <= THRESHOLD), None)
-        seen = {n: r for n, r in ratios.items() if r <= THRESHOLD} or {"": 0.0}
-        worst = max(seen, key=lambda n: seen[n])
-        return _State(bugs, changes, wrong, seen[worst], worst)
+        right = {n: r for n, r in ratios.items() if r <= THRESHOLD} or {"": 0.0}
+        worst = max(right, key=lambda n: right[n])
+        return _State(bugs, changes, wrong, right[worst], worst)
 
     def judge(self, changes: Sequence[Change], ratios: dict[str, float], doubtful: Mapping[str, Tensor]) -> None:
         """Widen the floors of doubtful probes to what rounding does in this very replay, measured in float64."""

@@ -28,6 +28,8 @@ def cast_copy(network: Module, dtype: torch.dtype) -> Module:
     """``own_modules`` with the weights in another dtype; those of ``network`` stay as they are."""
     other = own_modules(network)
     for module in other.modules():
+        if "cache" in vars(module):  # of a kernel: what it holds is of the other weights
+            module.cache = type(module.cache)()
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)

@@ -114,6 +114,8 @@ class SVDPipeline(Stages):
     def with_stage(self, **functions: Callable[..., Any]) -> SVDPipeline:
         """The same weights with a function in a stage's place; this pipeline stays as it is.
 
+        The function replaces all that stands there, an injected bug included.
+
         Example:
             >>> wrong = pipe.with_stage(time_ids=lambda settings: torch.tensor([[settings.fps, 127, 0.02]]))
 
@@ -154,8 +156,9 @@ class SVDPipeline(Stages):
         self, replaced: dict[str, Callable[..., Any]] | None = None, wrapped: Sequence[tuple[str, Any]] = ()
     ) -> SVDPipeline:
         """A copy with other stages, as attributes of the copy; the wrappers see its networks."""
-        other = copy.copy(self)
-        other._replaced, other._wrapped = {**self._replaced, **(replaced or {})}, [*self._wrapped, *wrapped]
+        other, replaced = copy.copy(self), replaced or {}
+        other._replaced = {**self._replaced, **replaced}
+        other._wrapped = [*(pair for pair in self._wrapped if pair[0] not in replaced), *wrapped]
         for name in STAGE:
             vars(other).pop(name, None)
         vars(other).update(other._replaced)
@@ -240,7 +243,7 @@ class SVDPipeline(Stages):
             min_guidance_scale, max_guidance_scale: at the first and at the last frame; the ramp may fall.
             decode_chunk_size: None decodes as if all at once, in chunks of 2; "auto" gives the same in the largest
                 chunks that fit the free memory; n gives diffusers' result for that n.
-            generator: one, or one a video.
+            generator: one, or one per video.
             latents: unit Gaussian (B * videos, F, 4, h, w) in any dtype, on any device.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); may return new latents.
@@ -325,7 +328,7 @@ class SVDPipeline(Stages):
         if latents is not None and tuple(latents.shape) != shape:
             raise SvdlabError(f"latents: got shape {tuple(latents.shape)}, allowed: {shape}")
         if isinstance(generator, Sequence) and len(generator) not in (1, shape[0]):
-            raise SvdlabError(f"generator: got a list of {len(generator)}, allowed: one, or one a video ({shape[0]})")
+            raise SvdlabError(f"generator: got a list of {len(generator)}, allowed: one, or one per video ({shape[0]})")
         clip_pixels = torch.cat([self.clip_pixels(s) for s in sources])
         noise = images.randn(pixels.shape, generator, self.device, pixels.dtype)
         if latents is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from svdlab.svd import images
 from svdlab.svd.config import Configs
 from svdlab.svd.image_encoder import CLIPVision
-from svdlab.svd.modules import cast_copy
+from svdlab.svd.modules import cast_copy, own_modules
 from svdlab.svd.sampler import EulerScheduler, custom_sigmas, euler_step, karras_sigmas, scalings
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.unet import Conditioning, UNet
@@ -129,10 +129,12 @@ class Stages:
         mean, std = self.feature_extractor.mean, self.feature_extractor.std
         return images.normalize_for_clip((resized + 1) / 2, mean, std)
 
+    @torch.no_grad()
     def image_embedding(self, clip_pixels: Tensor, settings: GenerationSettings) -> Tensor:
         """``image_embeddings`` (V, 1, D), one token per video. Source: ``_encode_image``."""
         return self.image_encoder(clip_pixels).repeat_interleave(settings.num_videos_per_prompt, 0)
 
+    @torch.no_grad()
     def image_latents(self, image: Tensor, noise: Tensor, settings: GenerationSettings) -> Tensor:
         """``image_latents`` (V, 4, h, w): noise augmentation on the PIXELS, then the posterior's mode.
 
@@ -142,7 +144,8 @@ class Stages:
         pixels = image + settings.noise_aug_strength * noise
         vae, dtype = self.vae, self.vae.config.encoder_dtype(self.dtype)
         if dtype != self.dtype:
-            vae = cast_copy(vae, dtype)
+            vae = own_modules(vae)
+            vae.encoder, vae.quant_conv = cast_copy(vae.encoder, dtype), cast_copy(vae.quant_conv, dtype)
         mode, _ = vae.encode(pixels.to(dtype))
         return mode.to(self.dtype).repeat_interleave(settings.num_videos_per_prompt, 0)
 
@@ -165,6 +168,7 @@ class Stages:
         assert settings.num_frames
         return torch.linspace(settings.min_guidance_scale, settings.max_guidance_scale, settings.num_frames)
 
+    @torch.no_grad()
     def condition(
         self, image_embeddings: Tensor, added_time_ids: Tensor, settings: GenerationSettings, guided: bool
     ) -> Conditioning:
@@ -197,6 +201,7 @@ class Stages:
         halves = torch.zeros_like(conditional), conditional
         return torch.cat([torch.cat([scaled, half], dim=2) for half in halves])
 
+    @torch.no_grad()
     def predict_noise(
         self, model_input: Tensor, timestep: Tensor, conditioning: Conditioning, settings: GenerationSettings
     ) -> Tensor:
@@ -223,6 +228,7 @@ class Stages:
         denoised = s.c_skip * latents + s.c_out * prediction
         return euler_step(denoised, latents, sigma, next_sigma)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, settings: GenerationSettings) -> Tensor:
         """``frames`` (V, F, 3, H, W) before clamping, in about [-1, 1], in float32 or wider.
 

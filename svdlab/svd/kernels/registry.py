@@ -72,6 +72,11 @@ class WeightCache:
         self._storage: Any = None
         self._version = -1
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is held."""
+        return self._made is None
+
     def get(self, weight: Tensor, make: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """What ``make`` gives for ``weight``, kept."""
         storage, made = weight.untyped_storage(), self._made
@@ -182,8 +187,8 @@ def _judge(kernel: Kernel, device: str, dtype: torch.dtype) -> Verdict:
         torch.manual_seed(0)
         try:
             ratio = noise_ratio(*kernel.trial(), torch.device(device), dtype)
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            return Verdict(False, f"does not run here: {str(error).splitlines()[0]}")
+        except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+            return Verdict(False, f"does not run here: {(str(error) or type(error).__name__).splitlines()[0]}")
     if not ratio <= TOLERANCE:
         return Verdict(False, f"disagrees with the plain layer: noise ratio {ratio:.3g}")
     return Verdict(True, f"agrees with the plain layer: noise ratio {ratio:.2g}")
@@ -201,8 +206,9 @@ def noise_ratio(layer: nn.Module, inputs: tuple[Tensor, ...], device: torch.devi
         parameter.data += 0.2 * torch.randn(parameter.shape)
     layer = layer.to(device, dtype).requires_grad_(False)
     inputs = tuple(t.to(device, dtype) for t in inputs)
-    result, expected = use_kernels(own_modules(layer))(*inputs), layer(*inputs)
-    truth = layer.to(torch.float64)(*(t.double() for t in inputs))
+    result, expected = (y(*inputs).cpu().double() for y in (use_kernels(own_modules(layer)), layer))
+    # On the CPU: not every device has float64.
+    truth = layer.to("cpu", torch.float64)(*(t.cpu().double() for t in inputs))
     size, eps = truth.norm(), torch.finfo(dtype).eps
     # Where the truth is rounded as coarsely as the result, it cannot tell a few roundings apart.
     floor = max(float((expected - truth).norm() / size), 100 * eps if dtype == torch.float64 else eps)
