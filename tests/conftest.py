@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from svdlab.samples import sample_photo
+from svdlab.svd.kernels import OFF, registry
 from svdlab.svd.random_checkpoint import write_random_checkpoint
 
 torch.set_num_threads(1)
@@ -19,6 +21,19 @@ torch.set_num_threads(1)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def kernels_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests of what kernels do: on, also where the suite runs with ``SVDLAB_KERNELS_OFF=all``."""
+    if OFF not in os.environ:
+        yield
+        return
+    with monkeypatch.context() as patch:
+        patch.delenv(OFF)
+        registry.forget()
+        yield
+    registry.forget()
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,11 @@ def used(name: str, dtype: torch.dtype) -> bool:
     return verdict(KERNELS[name], "cpu", dtype).used
 
 
+pytestmark = pytest.mark.usefixtures("kernels_on")
+
+
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
+def fresh(kernels_on: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Verdicts as in a new process, before and after."""
     registry.forget()
     yield monkeypatch

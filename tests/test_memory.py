@@ -29,6 +29,7 @@ from svdlab.svd.workloads import NETWORKS, WORKLOADS, workload_calls
 CLIP = CLIPVisionConfig(**{**TINY_CLIP, "patch_size": 14, "hidden_size": 128, "intermediate_size": 512})
 TINY = Configs(UNetConfig(**TINY_UNET), VAEConfig(**TINY_VAE), CLIP)
 SMALL = GenerationSettings(height=48, width=72, num_frames=5)
+pytestmark = pytest.mark.usefixtures("kernels_on")
 
 
 def simulated(settings: GenerationSettings, configs: Configs = TINY, device: str = "cpu") -> Simulation:

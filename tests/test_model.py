@@ -116,6 +116,7 @@ def test_unet_at_full_size() -> None:
     assert ratio(own(sample, timestep, own.condition(token, ids, 2)), expected, truth) <= 4
 
 
+@pytest.mark.usefixtures("kernels_on")
 @pytest.mark.parametrize("numbers", [1, 3000, 6000])
 def test_a_few_frames_at_a_time_give_the_same(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations of real sizes are worked on in pieces, which no small test would reach."""

@@ -122,6 +122,7 @@ def decoded(pipe: SVDPipeline, free: float, monkeypatch: pytest.MonkeyPatch, **c
     return frames, seen[0]
 
 
+@pytest.mark.usefixtures("kernels_on")
 def test_the_chunk_grows_with_what_is_free_and_the_result_does_not_change(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,13 +252,17 @@ def test_the_default_decode_is_exact(pipe: SVDPipeline) -> None:
 def test_batched_and_sequential_guidance_agree(pipe: SVDPipeline, photo: Image.Image) -> None:
     calls: list[int] = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    results = {}
-    for cfg in ("batched", "sequential"):
-        results[cfg] = pipe(photo, generator=seeded(), output_type="latent", cfg=cfg, **SMALL).frames
+    recorded: dict[str, dict[str, torch.Tensor]] = {"batched": {}, "sequential": {}}
+    for cfg, probes in recorded.items():
+        pipe(photo, generator=seeded(), output_type="latent", cfg=cfg, probe=probes.__setitem__, **SMALL)
     handle.remove()
     assert calls == [2, 2, 1, 1, 1, 1]
-    scale = results["batched"].abs().max()
-    assert (results["batched"] - results["sequential"]).abs().max() < 1e-5 * scale
+    rounding = 0.0
+    for name, batched in recorded["batched"].items():
+        if name == "latents.000":  # a sum with noise times sigma_max, whose last place is left in all that follows
+            rounding = torch.finfo(torch.float32).eps * 700
+        difference = (batched - recorded["sequential"][name]).abs().max()
+        assert difference <= 1e-5 * batched.abs().max() + rounding, name
 
 
 def test_without_guidance_sequential_is_one_pass(pipe: SVDPipeline, photo: Image.Image) -> None:

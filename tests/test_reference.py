@@ -198,6 +198,7 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     assert len(ours.taps) > 200
 
 
+@pytest.mark.usefixtures("kernels_on")
 def test_taps_join_what_is_computed_a_few_frames_at_a_time(tiny: Path, photo: Any) -> None:
     pipe = SVDPipeline.from_pretrained(tiny)
     settings = SETTINGS.replace(num_inference_steps=1, num_videos_per_prompt=2)

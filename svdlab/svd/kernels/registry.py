@@ -67,23 +67,21 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self._made: list[Tensor] | None = None
         # The storage is held, so that its address cannot come to mean another weight.
-        self._storage: Any = None
-        self._version = -1
+        self._held: tuple[Any, int, list[Tensor]] | None = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing is held."""
-        return self._made is None
+        return self._held is None
 
     def get(self, weight: Tensor, make: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """What ``make`` gives for ``weight``, kept."""
-        storage, made = weight.untyped_storage(), self._made
-        if made is None or self._version != weight._version or self._storage._cdata != storage._cdata:
-            made = make(weight)
-            self._made, self._storage, self._version = made, storage, weight._version
-        return made
+        storage, held = weight.untyped_storage(), self._held
+        if held is None or held[0]._cdata != storage._cdata or held[1] != weight._version:
+            # One assignment, for a thread that reads meanwhile.
+            held = self._held = storage, weight._version, make(weight)
+        return held[2]
 
     def __deepcopy__(self, memo: Any) -> WeightCache:
         return WeightCache()
