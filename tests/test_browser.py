@@ -34,7 +34,10 @@ def _missing() -> str:
 
 
 REQUIRED = os.environ.get("SVDLAB_REQUIRE_BROWSER") == "1"
-pytestmark = pytest.mark.skipif(bool(_missing()) and not REQUIRED, reason=_missing() or "it is there")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(_missing()) and not REQUIRED, reason=_missing() or "it is there"),
+]
 
 
 @pytest.fixture(scope="module")

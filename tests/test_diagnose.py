@@ -92,6 +92,7 @@ def _pairs(count: int) -> list[tuple[str, str]]:
     return random.Random(2).sample(pairs, count)
 
 
+@pytest.mark.slow
 def test_thirty_pairs(bench: Bench) -> None:
     missed = []
     for pair in _pairs(30):
@@ -114,6 +115,7 @@ CLEAN: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_no_false_alarm_in_twenty_clean_runs(tiny: Path, photo: Any) -> None:
     dtypes = itertools.cycle(["float32", "bfloat16", "float16"])
     runs = list(zip(range(20), itertools.cycle(CLEAN), dtypes))  # noqa: B905 - two of them never end
@@ -145,6 +147,7 @@ def tapped(tiny: Path, photo: Any) -> Bench:
     return Bench(tiny, photo, SETTINGS, taps=("unet.*",))
 
 
+@pytest.mark.slow
 def test_another_checkpoint(tmp_path: Path, photo: Any) -> None:
     """Other weights, another VAE, other settings: every bug again."""
     vae = dict(block_out_channels=(64, 32), down_block_types=("DownEncoderBlock2D",) * 2)

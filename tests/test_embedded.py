@@ -83,6 +83,7 @@ def test_the_first_frame_is_the_image(usual: np.ndarray) -> None:
     assert np.median(psnr) > 23
 
 
+@pytest.mark.slow
 def test_motion_follows_the_conditions(pipe: SVDPipeline, usual: np.ndarray) -> None:
     at_7 = forward(usual)
     assert (forward(clips(pipe, fps=28)) < 0.5 * at_7).all()

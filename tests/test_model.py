@@ -96,6 +96,7 @@ def test_unet_in_half_precision(dtype: torch.dtype, fast: bool) -> None:
     assert ratio(result, expected, truth) <= 4
 
 
+@pytest.mark.slow
 def test_unet_at_full_size() -> None:
     """The published architecture, 1.52 billion parameters. The two models share their weights' memory."""
     with torch.device("meta"):

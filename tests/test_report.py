@@ -270,6 +270,7 @@ def test_a_previous_report_that_is_none(tmp_path: Path, text: str) -> None:
     assert "--previous" in str(CliRunner().invoke(report, arguments).exception)
 
 
+@pytest.mark.slow
 def test_a_broken_stage_turns_the_right_notebook_red(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     shutil.copytree(root / "svdlab", tmp_path / "svdlab", ignore=shutil.ignore_patterns("__pycache__"))

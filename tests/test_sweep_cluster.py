@@ -82,6 +82,7 @@ def test_two_local_workers_give_the_same_bits(alone: Sweep, tiny: Path, tmp_path
     assert set(sweep.table()["threads"]) == {1}
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_point(tiny: Path, tmp_path: Path) -> None:
     said, killed = tmp_path / "said", list[tuple[str, int]]()
     changes = grid({"fps": [7, 14, 21, 28], "seed": list(range(6))})
