@@ -395,6 +395,8 @@ class SVDPipeline(Stages):
         guidance_scale = self.guidance_ramp(settings).to(device, dtype).expand(len(timesteps), -1)
         record("guidance_scale", guidance_scale[0].expand(videos, -1))
         guided = bool(guidance_scale.max() > 1)
+        if not guided:  # one half, one pass
+            settings = settings.replace(cfg="batched")
 
         with self._on_device(self.unet):
             conditioning = self.condition(image_embeddings, added_time_ids, settings, guided)

@@ -260,7 +260,7 @@ def predict_noise(
         conditioning: of ``unet.condition``, with the same batch.
         cfg: "batched", or "sequential": one pass per half, the same result for half the activation memory.
     """
-    if cfg == "batched" or len(model_input) == 1:  # one video without guidance has one half
+    if cfg == "batched":
         return unet(model_input, timestep, conditioning)
     halves = zip(model_input.chunk(2), conditioning.halves(), strict=True)
     return torch.cat([unet(x, timestep, c) for x, c in halves])
