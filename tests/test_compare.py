@@ -25,6 +25,7 @@ from svdlab.parity.three_way import three_way
 from svdlab.parity.trace import Trace
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2, seed=3)
@@ -34,6 +35,7 @@ class Run:
     """A reference, its truth, and the pipelines that made them."""
 
     def __init__(self, tiny: Path, photo: Any) -> None:
+        self.folder = tiny
         self.pipe = load_diffusers(tiny)
         self.reference = capture_diffusers(self.pipe, photo, SETTINGS, taps=["*"])
         wide = load_diffusers(tiny, torch.float64, weights_dtype=torch.float32)
@@ -56,7 +58,7 @@ def altered(trace: Trace, settings: GenerationSettings | None = None, **changes:
     """The trace in memory with tensors replaced (None: left out); ``__`` stands for a dot."""
     new = {k.replace("__", "."): v for k, v in changes.items()}
     held = {k: new.get(k, trace[k]) for k in (*trace, *(n for n in new if n not in trace)) if new.get(k, 0) is not None}
-    return Trace(held, settings or trace.settings, "altered", dtype=trace.dtype)
+    return Trace(held, settings or trace.settings, trace.implementation, dtype=trace.dtype)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +253,57 @@ def test_bad_traces_are_one_line(run: Run) -> None:
         compare(run.reference, run.svdlab, run.reference)
     bad = altered(run.reference, frames=run.reference["frames"] * float("nan"))
     with pytest.raises(
-        SvdlabError, match=r"^altered float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
+        SvdlabError, match=r"^diffusers float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
     ):
         compare(run.reference, bad, run.truth)
     two = {"added_time_ids": torch.ones(2, 3)}
     with pytest.raises(SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"):
         compare(run.reference, Trace(two, SETTINGS, "port"))
+
+
+def off(trace: Trace) -> Trace:
+    """Every tensor but the inputs five percent off."""
+    return altered(trace, **{n: trace[n] * 1.05 for n in trace.probes if not n.startswith("input.")})
+
+
+def test_exchanged_arguments_are_refused(run: Run) -> None:
+    """A wrong candidate in the reference's place would widen every floor to its own divergence."""
+    wrong = off(run.reference)
+    assert compare(run.reference, wrong, run.truth).verdict == "divergence"
+    with pytest.raises(SvdlabError, match=r"image_embeddings is 0.05 away .* reference and candidate exchanged"):
+        compare(wrong, run.reference, run.truth)
+    with pytest.raises(SvdlabError, match="implementation 'diffusers', allowed: 'svdlab'"):
+        compare(run.svdlab, run.reference, run.truth)
+    assert compare(wrong, run.reference).verdict == "divergence"
+
+
+def test_a_truth_of_another_seed_is_refused(run: Run, photo: Any) -> None:
+    wide = load_diffusers(run.folder, torch.float64, weights_dtype=torch.float32)
+    other = capture_diffusers(wide, photo, SETTINGS.replace(seed=4))
+    for reference in (run.reference, altered(run.reference, input__noise=None)):
+        with pytest.raises(SvdlabError, match=r"input\.(noise|latents) is not that of .*--inputs"):
+            compare(reference, off(run.reference), other)
+    reference, other = (altered(t, input__noise=None, input__latents=None) for t in (run.reference, other))
+    with pytest.raises(SvdlabError, match="allowed: at most"):
+        compare(reference, off(reference), other)
+
+
+def test_a_truth_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    wide = load_diffusers(write_random_checkpoint(tmp_path, seed=9), torch.float64, weights_dtype=torch.float32)
+    with pytest.raises(SvdlabError, match="another checkpoint"):
+        compare(run.reference, off(run.reference), capture_diffusers(wide, replay=run.reference))
+
+
+def test_a_rerun_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    pipe = load_diffusers(write_random_checkpoint(tmp_path, seed=9))
+    with pytest.raises(SvdlabError, match="another checkpoint"):
+        compare(run.reference, off(run.reference), perturbed=capture_diffusers(pipe, replay=run.reference, perturb=0))
+
+
+def test_values_whose_squares_overflow_are_no_parity(run: Run) -> None:
+    huge = altered(run.reference, latents__001=run.reference["latents.001"].double() * 1e200)
+    with pytest.raises(SvdlabError, match=r"latents\.001: values too large"):
+        compare(run.reference, huge, run.truth)
 
 
 def test_without_a_truth_the_floor_says_what_it_is(run: Run) -> None:

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.probes import CONDITIONING, INPUTS, execution_key, is_tap, probe_of
+from svdlab.parity.probes import CONDITIONING, INPUTS, execution_key, is_tap, probe_of, short
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.svd.images import to_unit
 from svdlab.tables import Cell, Column, Style, Table
@@ -35,6 +35,9 @@ THRESHOLD = 4.0
 # The usual threshold elsewhere, on the mean squared error of the frames.
 MSE_BAR = 1e-3
 BLOCK = 2**22
+# A measured floor above this many times ``bound`` is no rounding. The worst that is: 72 in float32, two steps of a flat
+# image without noise augmentation, whose group norms divide by almost nothing; 3 in the half dtypes, twelve steps.
+IMPLAUSIBLE = {"float64": 160.0, "float32": 160.0, "float16": 8.0, "bfloat16": 8.0}
 
 # Two bare files: what rounding does behind a network, in units of the dtype's eps (see ``bound``).
 NETWORK_GROWTH = {"float64": 512.0, "float32": 512.0, "float16": 8.0, "bfloat16": 8.0}
@@ -340,12 +343,14 @@ def compare(
 
     Raises:
         SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a
-            truth that is not wider than the reference.
+            truth that is not wider than the reference, that did not replay its inputs, that another
+            implementation made, or whose distance from it no rounding explains.
     """
     check_settings(reference, candidate)
     for other in (truth, perturbed):
         if other is not None:
             check_settings(reference, other)
+            _check_same_run(reference, other)
     if truth is not None and truth.dtype != "float64":
         wider = torch.finfo(DTYPES[truth.dtype]).eps < torch.finfo(DTYPES[reference.dtype]).eps
         if not wider:
@@ -375,6 +380,42 @@ def compare(
             k: v for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth)) if v is not None
         },
     )
+
+
+def _check_same_run(reference: Trace, other: Trace) -> None:
+    """What measures the floor is the reference's own generation: the same code on the same random draws.
+
+    Raises:
+        SvdlabError: naming the file and what differs.
+    """
+    if other.implementation != reference.implementation:
+        raise SvdlabError(
+            f"{other.label}: implementation {short(other.implementation)}, allowed: "
+            f"{short(reference.implementation)}, that of {reference.label}, whose floor it measures"
+        )
+    for name in ("input.noise", "input.latents"):
+        if name not in reference or name not in other or other.shape(name) != reference.shape(name):
+            continue  # a wrong shape is refused where tensors are compared
+        r, o = reference[name].double(), other[name].double()
+        if not float((o - r).norm()) <= THRESHOLD * resolution(reference.dtype) * float(r.norm()):
+            raise SvdlabError(
+                f"{other.label}: {name} is not that of {reference.label}, allowed: a run that replays its inputs "
+                "('svdlab trace --inputs')"
+            )
+
+
+def _check_plausible(name: str, floor: float, reference: Trace, other: Trace) -> None:
+    """Refuse a floor that no rounding explains: whoever diverges by as much would be at parity.
+
+    Raises:
+        SvdlabError: naming the file, the probe, the floor and what is allowed.
+    """
+    highest = IMPLAUSIBLE[reference.dtype] * bound(name, reference.dtype)
+    if not floor <= highest:
+        raise SvdlabError(
+            f"{other.label}: {name} is {floor:.2g} away from {reference.label}, allowed: at most {highest:.2g}, what "
+            f"{reference.dtype} rounding can do; another checkpoint, or reference and candidate exchanged?"
+        )
 
 
 def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | None, floor_from: Floor) -> ProbeResult:
@@ -413,12 +454,16 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
         if name == "frames":
             clamped += float((to_unit(cb) - to_unit(rb)).square().sum())
     size, far, own, squared, rr, cc, rc = sums.tolist()
+    if not sums.isfinite().all():
+        raise SvdlabError(f"{name}: values too large to compare, allowed: squares that sum below 1e308")
     zero = size == 0.0
     scale = math.sqrt(r.numel()) if zero else math.sqrt(size)
     # The CLIP resize loses digits in its sampling positions, which no perturbation of its input shows.
     bounded = floor_from == "bound" or (floor_from == "perturbed" and name == "input.clip_pixels")
     lowest = bound(name, reference.dtype) if bounded else resolution(reference.dtype)
     floor = max(math.sqrt(own) / scale, lowest)
+    if second is not None and not is_tap(name):
+        _check_plausible(name, floor, reference, second)
     divergence = math.sqrt(far) / scale
     return ProbeResult(
         name=name,
