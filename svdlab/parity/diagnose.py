@@ -1,45 +1,35 @@
-"""Which known bug explains a candidate's trace: svdlab replays the inputs with bugs put in.
+"""Every bug in a candidate's trace: each stage judged from the candidate's own tensors, each wrong one named alone.
 
-A set of bugs is an explanation only if its replay matches the candidate within the noise floor at every probe that
-the candidate has. The search is greedy: one bug for the first divergence, then, where a later divergence is left,
-another for that one; where no single bug explains a divergence, pairs of the bugs that show there. A replay stops at
-the first probe that it gets wrong, so bugs of the conditioning cost no UNet pass. What nothing explains is unknown.
+In this order: the chain's verdict (``compare``); every stage's, and with taps every module's, from the candidate's own
+tensors (``stages``, ``modules``); for each wrong stage the bugs of the catalogue that make it right (``naming``); and a
+replay of the whole chain with all of them, whose result is reported whatever it is.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from html import escape
-from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import islice, product
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from svdlab.parity.bugs import BUGS, sample_posterior
+from svdlab.parity.bugs import BUGS
 from svdlab.parity.candidate import capture
 from svdlab.parity.compare import THRESHOLD, Comparison, compare
-from svdlab.parity.probes import execution_key
-from svdlab.parity.replay import replay_inputs
+from svdlab.parity.modules import ModuleJudge, network_of, next_taps
+from svdlab.parity.naming import Bugs, Found, Named, Namer, name_modules
+from svdlab.parity.probes import INPUTS, execution_key
+from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
 from svdlab.parity.trace import Trace
-from svdlab.parity.writer import CaptureComplete
-from svdlab.svd.pipeline import Inputs, SVDPipeline
-from svdlab.svd.stages import Change
+from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.stages import STAGE, STAGES
 
-if TYPE_CHECKING:
-    pass
-
-# Between THRESHOLD and this ratio a mismatch may still be rounding that the bug itself amplifies, and a float64 replay
-# decides; unless the tensors differ by this share of their norm, which no rounding explains.
-_DOUBTFUL, _ANOTHER = 1000.0, 0.2
-# Bounds of the tests for a unit Gaussian, in standard errors of the mean and of the variance, and for one value.
-_SIGMAS, _LARGEST = 5.0, 6.0
+# How many combinations of equal sets are listed.
+_LISTED = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Explanation:
 
     Attributes:
         bugs: names in the catalogue.
-        ratio: the largest distance left between their replay and the candidate, over the noise floor (at most 4).
+        ratio: the largest that any stage is left with, over its floor (at most 4).
         probe: where that is.
     """
 
@@ -63,44 +53,126 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class StageVerdict:
+    """What the candidate's own tensors say of one stage.
+
+    Attributes:
+        stage: its name.
+        status: "right", "wrong", or "not_covered": the trace does not hold what it writes, or nothing behind it.
+        ratio: the largest of its tensors, over its own floor; None where it is not covered.
+        probe: the tensor that has it.
+        judged_with: stages from which it cannot be told apart here, as no tensor between them is in the trace.
+        bugs: sets of bugs that make it right; more than one: nothing in this trace tells them apart. With ``modules``
+            left, those that make the other wrong modules right.
+        modules: taps of wrong modules that no bug makes right, in the order in which they run.
+        next_taps: taps that divide what is left unexplained.
+    """
+
+    stage: str
+    status: Literal["right", "wrong", "not_covered"]
+    ratio: float | None = None
+    probe: str | None = None
+    judged_with: tuple[str, ...] = ()
+    bugs: tuple[tuple[str, ...], ...] = ()
+    modules: tuple[str, ...] = ()
+    next_taps: tuple[str, ...] = ()
+
+    @property
+    def explained(self) -> bool:
+        """Whether bugs of the catalogue account for all that is wrong in it."""
+        return self.status == "wrong" and bool(self.bugs) and not self.modules and not self.next_taps
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What ``diagnose`` found.
 
     Attributes:
-        verdict: "parity" (nothing to explain), "explained" or "unknown".
-        comparison: of reference and candidate.
-        explanations: best first. More than one: no probe of this candidate tells them apart at its dtype and settings.
-        closest: for "unknown", the bugs that explain the first divergences, and the probe that they leave unexplained.
+        verdict: "parity" (every stage right, and the chain), "explained" (bugs account for everything), "partly" (for
+            some wrong stages or modules), or "unknown".
+        comparison: of reference and candidate, over the whole chain.
+        stages: one verdict per stage, in the order in which they run.
+        explanations: where it is "explained", best first. More than one: nothing in this trace tells them apart.
+        confirmed_ratio: the largest ratio that the replay of the whole chain with all named bugs leaves, where stages
+            that are not explained are given the candidate's results; None without a named bug.
+        confirmed_at: where that is.
+        inputs: random draws, and the image, in which the candidate differs from the reference.
         tried: the sets of bugs that were replayed.
     """
 
-    verdict: Literal["parity", "explained", "unknown"]
+    verdict: Literal["parity", "explained", "partly", "unknown"]
     comparison: Comparison
+    stages: list[StageVerdict] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
-    closest: tuple[tuple[str, ...], str] | None = None
+    confirmed_ratio: float | None = None
+    confirmed_at: str | None = None
+    inputs: list[str] = field(default_factory=list)
     tried: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
+    def bugs(self) -> list[str]:
+        """Every bug that is named: in every one of the equal sets of some stage."""
+        named = {bug for s in self.stages if s.bugs for bug in set.intersection(*(set(b) for b in s.bugs))}
+        if self.explanations:
+            named |= set.intersection(*(set(e.bugs) for e in self.explanations))
+        return [name for name in BUGS if name in named]
+
+    @property
+    def wrong(self) -> list[StageVerdict]:
+        """The wrong stages."""
+        return [stage for stage in self.stages if stage.status == "wrong"]
+
+    @property
+    def coverage(self) -> str:
+        """How many stages the trace lets judge, in words."""
+        left = [stage.stage for stage in self.stages if stage.status == "not_covered"]
+        text = f"{len(self.stages) - len(left)} of {len(self.stages)} stages judged"
+        return f"{text}, not {', '.join(left)}" if left else text
+
+    @property
     def first_divergence(self) -> str | None:
-        """The first probe at which the candidate leaves the reference."""
+        """The first probe at which the candidate as a whole leaves the reference."""
         return self.comparison.first_divergence
 
     @property
     def first_module(self) -> str | None:
-        """The first inner module that does, where both traces have taps."""
-        return self.comparison.first_module
+        """The first wrong module, judged from the taps before it, that no bug explains."""
+        return next((stage.modules[0] for stage in self.stages if stage.modules), None)
+
+    @property
+    def closest(self) -> tuple[tuple[str, ...], str] | None:
+        """Where it is not all explained: the named bugs, and the first tensor that they leave unexplained."""
+        left = next((s.probe for s in self.stages if s.status == "wrong" and not s.explained), None)
+        return (tuple(self.bugs), left) if left else None
 
     def summary(self) -> str:
-        """One or a few lines for people."""
+        """A few lines for people."""
+        worst = self.comparison.worst
         if self.verdict == "parity":
-            return f"parity: nothing to explain (worst ratio {self.comparison.worst.ratio:.3g})"
-        where = f"first divergence {self.first_divergence}" + (f", in {self.first_module}" if self.first_module else "")
+            return f"parity: nothing to explain (worst ratio {worst.ratio:.3g}; {self.coverage})"
         if self.verdict == "explained":
             lines = [f"{' + '.join(e.bugs)}: {e.causes} (what is left: ratio {e.ratio:.2f})" for e in self.explanations]
-            same = ["these give the same tensors at this dtype and these settings"] if len(lines) > 1 else []
-            return "\n".join([f"explained; {where}", *lines, *same])
-        left = f"; {' + '.join(self.closest[0])} leaves {self.closest[1]} unexplained" if self.closest else ""
-        return f"unknown: no bug of the catalogue, and no pair, explains it ({len(self.tried)} tried); {where}{left}"
+            if len(lines) > 1:
+                lines.append("these give the same tensors at this dtype and these settings")
+        else:
+            lines = [f"{name}: {BUGS[name].cause}" for name in self.bugs]
+            for stage in self.wrong:
+                lines += [] if stage.explained else [_left_of(stage)]
+            if not self.wrong:
+                lines.append("every stage is right from the candidate's own tensors")
+        if self.inputs:
+            lines.append(f"the candidate ran on another {', '.join(self.inputs)} than the reference")
+        if self.confirmed_ratio is not None:
+            lines.append(f"confirmed by a replay of the whole chain: ratio {self.confirmed_ratio:.2f}")
+            if not self.confirmed_ratio <= THRESHOLD:
+                lines[-1] = (
+                    f"a replay of the whole chain does not confirm it: ratio {self.confirmed_ratio:.3g} at "
+                    f"{self.confirmed_at}"
+                )
+        wrong = ", ".join(stage.stage for stage in self.wrong) or "none"
+        diverges = f"first divergence {self.first_divergence}; " if self.first_divergence else ""
+        tried = "" if self.verdict == "explained" else f"; {len(self.tried)} sets of bugs tried"
+        return "\n".join([f"{self.verdict}; {diverges}wrong stages: {wrong}; {self.coverage}{tried}", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` writes."""
@@ -108,6 +180,12 @@ class Diagnosis:
             "verdict": self.verdict,
             "first_divergence": self.first_divergence,
             "first_module": self.first_module,
+            "stages": [asdict(stage) for stage in self.stages],
+            "bugs": self.bugs,
+            "confirmed_ratio": self.confirmed_ratio,
+            "confirmed_at": self.confirmed_at,
+            "coverage": self.coverage,
+            "inputs": self.inputs,
             "explanations": [{"bugs": list(e.bugs), "ratio": e.ratio, "probe": e.probe} for e in self.explanations],
             "closest": self.closest and {"bugs": list(self.closest[0]), "unexplained": self.closest[1]},
             "tried": [list(names) for names in self.tried],
@@ -122,280 +200,282 @@ class Diagnosis:
         return "".join(f"<p>{escape(line)}</p>" for line in self.summary().splitlines())
 
 
+def _left_of(stage: StageVerdict) -> str:
+    where = f"{stage.stage}: wrong at {stage.probe} (ratio {stage.ratio:.3g})"
+    if stage.judged_with:
+        where += f", judged together with {', '.join(stage.judged_with)}"
+    if stage.modules:
+        where += f", in {stage.modules[0]}" + (
+            f" and {len(stage.modules) - 1} more modules" if len(stage.modules) > 1 else ""
+        )
+    text = f"{where}; no bug of the catalogue explains " + ("it" if not stage.bugs else "what is left of it")
+    return text + (f"; taps to write next: {', '.join(stage.next_taps)}" if stage.next_taps else "")
+
+
 def diagnose(
     reference: Trace,
     candidate: Trace,
     truth: Trace | None = None,
     *,
     pipe: SVDPipeline,
-    max_bugs: int = 2,
+    max_bugs: int = 3,
     progress: bool = False,
 ) -> Diagnosis:
-    """Name the bug, or the pair of bugs, behind a candidate's trace.
+    """Name every bug behind a candidate's trace.
 
     Args:
         reference: diffusers' trace with all ``input.*`` probes.
         candidate: the port's trace of the same generation; any of the probes.
-        truth: the reference in float64; without it the floors are the bounds of ``compare``.
+        truth: the reference in float64, for the chain's verdict; stages have floors of their own.
         pipe: svdlab with the same weights, in the reference's dtype.
-        max_bugs: the largest set that is tried.
+        max_bugs: the largest set that is tried inside one stage; over stages there is no limit.
         progress: show a bar over replays.
 
     Raises:
-        SvdlabError: traces that cannot be compared, a reference without inputs to replay, another dtype.
+        SvdlabError: traces that cannot be compared, a reference without inputs to replay or that is not what the
+            checkpoint gives, another dtype.
     """
     comparison = compare(reference, candidate, truth)
-    if comparison.verdict == "parity":
-        return Diagnosis("parity", comparison)
+    reference.require(["input.image", "input.clip_pixels", "input.noise", "input.latents"], "to replay")
     with tqdm(desc="replays", unit="replay", disable=not progress) as bar:
-        return _Search(reference, candidate, comparison, pipe, bar.update).run(max_bugs)
+        return _Diagnoser(reference, candidate, comparison, pipe, max_bugs, bar.update).run()
 
 
-@dataclass(frozen=True)
-class _State:
-    """A set of bugs whose replay matches the candidate before ``wrong``; None: everywhere."""
+@dataclass
+class _Named:
+    """What is known of one unit: equal sets of bugs, wrong modules that are left, taps to write."""
 
-    bugs: tuple[str, ...]
-    changes: tuple[Change, ...]
-    wrong: str | None
-    ratio: float = 0.0
-    worst: str = ""
-
-    def gets_past(self, probe: str) -> bool:
-        """Whether the replay is right at ``probe`` and before it."""
-        return self.wrong is None or execution_key(self.wrong) > execution_key(probe)
+    sets: list[Found] = field(default_factory=list)
+    partial: list[list[Named]] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    next_taps: list[str] = field(default_factory=list)
 
 
-class _Search:
+class _Diagnoser:
     def __init__(
         self,
         reference: Trace,
         candidate: Trace,
         comparison: Comparison,
         pipe: SVDPipeline,
+        max_bugs: int,
         tick: Callable[[], object],
-    ):
-        self.reference, self.candidate, self.comparison, self.tick = reference, candidate, comparison, tick
-        self.pipes = {pipe.dtype: pipe}
-        self.pipe = pipe
-        # Without the source image the CLIP input can only be replayed, and its bugs cannot be told.
-        self.preprocess = "input.source" in reference
-        self.floors = {p.name: p.floor for p in comparison.probes}
-        self.inputs: dict[Any, Inputs] = {}
-        self.tried: list[tuple[str, ...]] = []
-        self.settings = pipe.resolve(reference.settings.replace(dtype=reference.dtype))
+    ) -> None:
+        self.candidate, self.comparison, self.pipe, self.tick = candidate, comparison, pipe, tick
+        self.judge = StageJudge(reference, candidate, pipe, tick)
+        self.units = self.judge.units()
+        self.namer = Namer(self.judge, self.units, max_bugs, tick)
+        self.modules: dict[str, ModuleJudge] = {}
+        self.certain: Bugs = ()
 
-    def run(self, max_bugs: int) -> Diagnosis:
-        wrong = self.comparison.first_divergence
-        assert wrong is not None
-        frontier = [_State((), (), wrong)]
-        closest = None
-        for _ in range(max_bugs):
-            reached = [state for start in frontier for state in self.extend(start, max_bugs)]
-            if solved := [state for state in reached if state.wrong is None]:
-                return Diagnosis("explained", self.comparison, self.ranked(solved), tried=self.tried)
-            if not reached:
-                break
-            # The further a set reaches, the more it explains.
-            reached.sort(key=lambda s: execution_key(s.wrong or ""), reverse=True)
-            closest = reached[0]
-            frontier = reached
-        left = (closest.bugs, closest.wrong) if closest and closest.wrong else None
-        return Diagnosis("unknown", self.comparison, closest=left, tried=self.tried)
+    def run(self) -> Diagnosis:
+        for network in ("image_encoder", "vae.encoder", "unet", "vae.decoder"):
+            if any(network_of(name) == network for name in self.candidate.taps):
+                judge = ModuleJudge(self.judge, network)
+                judge.judge()
+                self.modules[network] = judge
+        # Where few stages are judged together the answer is surest, and it helps with the others.
+        order = {stage.name: i for i, stage in enumerate(STAGES)}
+        units = sorted(self.units, key=lambda u: (len(u.blamed), min(order[s] for s in u.stages)))
+        named = {unit.stages: self.name(unit) for unit in units if self.is_wrong(unit)}
+        explanations = self.combined(named)
+        stages = self.verdicts(named)
+        complete = bool(explanations)
+        chosen = self.chosen(named, explanations)
+        ratio, probe = self.confirm(chosen, named) if chosen else (None, None)
+        inputs = self.judge.differing_inputs
+        if not named:
+            verdict = "parity" if self.comparison.verdict == "parity" and not inputs else "unknown"
+        elif complete and not inputs and ratio is not None and ratio <= THRESHOLD:
+            verdict = "explained"
+        else:
+            verdict = "partly" if chosen else "unknown"
+        return Diagnosis(
+            verdict,  # type: ignore[arg-type]
+            self.comparison,
+            stages,
+            explanations if verdict == "explained" else [],
+            ratio,
+            probe,
+            inputs,
+            self.namer.tried,
+        )
 
-    def ranked(self, solved: Sequence[_State]) -> list[Explanation]:
-        """Smallest sets first, then by what is left; one entry for each set of names."""
-        # A tensor that is met digit for digit is no random draw that happens to look like it.
-        solved = [s for s in solved if not _DRAWS.keys() & set(s.bugs)] or solved
-        best: dict[tuple[str, ...], _State] = {}
-        for state in sorted(solved, key=lambda s: (len(s.bugs), s.ratio)):
-            best.setdefault(tuple(sorted(state.bugs)), state)
-        fewest = min(len(state.bugs) for state in best.values())
-        return [Explanation(s.bugs, s.ratio, s.worst) for s in best.values() if len(s.bugs) == fewest]
+    def judges_of(self, unit: Unit) -> list[ModuleJudge]:
+        """The module judges of the networks that a unit runs."""
+        networks = dict.fromkeys(STAGE[s].network for s in (stage.name for stage in STAGES) if s in unit.stages)
+        return [self.modules[network] for network in networks if network in self.modules]
 
-    def extend(self, start: _State, max_bugs: int) -> list[_State]:
-        """One more bug, or two that show at the same probe, so that the replay gets past ``start.wrong``."""
-        assert start.wrong is not None
-        beyond: list[_State] = []
-        # By where a bug's replay goes wrong: at the divergence itself, or before it, where another may undo it.
-        stuck: dict[str, list[tuple[str, Change]]] = {}
-        for name, change in self.candidates(start):
-            concrete = self.concrete(name, change, start)
-            state = None if concrete is None else self.walk(start, (name,), (concrete,))
-            if state and state.gets_past(start.wrong):
-                beyond.append(state)
+    def is_wrong(self, unit: Unit) -> bool:
+        """Whether a tensor or a module of a unit is."""
+        return bool(unit.wrong) or any(judge.wrong for judge in self.judges_of(unit))
+
+    def name(self, unit: Unit) -> _Named:
+        """Everything that can be said of one wrong unit."""
+        result = _Named()
+        base = self.certain
+        for judge in self.judges_of(unit):
+            if not judge.wrong:
+                continue
+            options = self.namer.options((), Unit(frozenset(_stages_of(judge.network))))
+            made = name_modules(judge, options, self.tick)
+            result.partial += made.picks
+            result.modules += [judge.taps[name] for name in made.left]
+        picked = tuple(pick[0] for pick in result.partial)
+        names = {name for name, _ in picked}
+        base = (*(b for b in base if b[0] not in names), *picked)
+        if not result.modules:
+            if unit.wrong:
+                result.sets = self.namer.name(unit, base)
+            else:  # only modules show it: what the stage writes is within rounding
+                combos = islice(product(*result.partial), _LISTED)
+                result.sets = [Found(tuple(combo), unit.ratio, next(iter(unit.ratios))) for combo in combos]
+            result.sets = self.alternatives(unit, result)
+        if result.sets:
+            shared = set.intersection(*({(n, id(v)) for n, v in f.bugs} for f in result.sets))
+            fresh = [b for b in result.sets[0].bugs if (b[0], id(b[1])) in shared]
+        else:
+            fresh = [pick[0] for pick in result.partial if len(pick) == 1]
+        known = {name for name, _ in self.certain}
+        self.certain = (*self.certain, *(b for b in fresh if b[0] not in known))
+        if not result.sets:
+            networks = dict.fromkeys(STAGE[s].network for s in unit.blamed if STAGE[s].network)
+            for network in networks:
+                result.next_taps += next_taps(self.modules.get(network), self.pipe, network)
+        return result
+
+    def alternatives(self, unit: Unit, result: _Named) -> list[Found]:
+        """Where the modules leave alternatives: each set with each of them that makes the unit right, too."""
+        sets = list(result.sets)
+        for pick in result.partial:
+            for found in list(sets):
+                for other in pick[1:]:
+                    swapped = tuple(other if bug is pick[0] else bug for bug in found.bugs)
+                    if swapped != found.bugs and unit.wrong and (more := self.namer.accept(swapped, unit)):
+                        sets.append(more)
+        return self.namer.distinct(sets)[:_LISTED]
+
+    def combined(self, named: Mapping[frozenset[str], _Named]) -> list[Explanation]:
+        """One set of each wrong unit, so that together the bugs are fewest; none where a unit is not explained."""
+        if not named or any(not n.sets for n in named.values()):
+            return []
+        best: dict[tuple[str, ...], Explanation] = {}
+        for combo in islice(product(*(n.sets for n in named.values())), 4096):
+            names = {name for found in combo for name in found.names}
+            if len({BUGS[name].decides for name in names}) < len(names):
+                continue
+            ordered = tuple(name for name in BUGS if name in names)
+            worst = max(combo, key=lambda found: found.ratio)
+            made = Explanation(ordered, worst.ratio, worst.probe)
+            if ordered not in best or made.ratio < best[ordered].ratio:
+                best[ordered] = made
+        fewest = min((len(names) for names in best), default=0)
+        return sorted((e for n, e in best.items() if len(n) == fewest), key=lambda e: e.ratio)[:_LISTED]
+
+    def chosen(self, named: Mapping[frozenset[str], _Named], explanations: Sequence[Explanation]) -> Bugs:
+        """The bugs, with the variants that fit, that the whole chain is replayed with."""
+        wanted = set(explanations[0].bugs) if explanations else None
+        chosen: dict[int, Named] = {}
+        for unit in named.values():
+            sets = [f for f in unit.sets if wanted is None or set(f.names) <= wanted]
+            if sets:
+                bugs: Sequence[Named] = sets[0].bugs
             else:
-                wrong = start.wrong if state is None or state.wrong is None else state.wrong
-                stuck.setdefault(wrong, []).append((name, change))
-        if beyond or len(start.bugs) + 2 > max_bugs:
-            return beyond
-        for (a, one), (b, other) in _pairs(start.wrong, stuck):
-            if not _compatible(*start.bugs, a, b):
+                bugs = [pick[0] for pick in unit.partial if len(pick) == 1]
+            chosen.update({id(variant): (name, variant) for name, variant in bugs})
+        return tuple(chosen.values())
+
+    def confirm(self, bugs: Bugs, named: Mapping[frozenset[str], _Named]) -> tuple[float, str]:
+        """Replay the chain from its inputs; what no bug explains is given the candidate's own result."""
+        known = {name: tensor for name, tensor in self.judge.known.items() if name in INPUTS}
+        preprocessed = {stage for stages in named for stage in stages} & {"resize_image", "clip_pixels"}
+        for stage in preprocessed:
+            known.pop(STAGE[stage].writes[0], None)
+        for unit in self.units:
+            if unit.stages in named and not named[unit.stages].sets:
+                known.update({name: self.judge.known[name] for name in unit.ratios})
+        changes = self.namer.concrete(bugs)
+        assert changes is not None
+        work, exact = (Chain(p, self.judge.settings, known, self.judge.guided, changes) for p in self.pipes())
+        floors = {p.name: p.floor for p in self.comparison.probes}
+        ratios = {}
+        for name in self.judge.judged:
+            if name in known or not work.computable(name):
                 continue
-            concrete = self.concrete(b, other, replace(start, changes=(*start.changes, one)))
-            if concrete is None:
-                continue
-            if (both := self.walk(start, (a, b), (one, concrete))).gets_past(start.wrong):
-                beyond.append(both)
-        return beyond
-
-    def candidates(self, start: _State) -> Iterator[tuple[str, Change]]:
-        """The catalogue's bugs that can show at or before the first wrong probe, the likeliest first."""
-        assert start.wrong is not None
-        at = execution_key(start.wrong)
-        # A bug can be too small to see where it first acts and show later: earlier ones stay in, but come last.
-        bugs = [b for b in BUGS.values() if execution_key(b.first_probe) <= at and _compatible(*start.bugs, b.name)]
-        for bug in sorted(bugs, key=lambda b: execution_key(b.first_probe), reverse=True):
-            for variant in bug.variants:
-                yield bug.name, variant
-
-    def concrete(self, name: str, change: Change, start: _State) -> Change | None:
-        """What to replay; for a bug with a random draw of its own, the candidate's latents if they pass as one.
-
-        The draw is unknown, its law is not: (candidate - centre) / spread must look like a unit Gaussian.
-        """
-        if name not in _DRAWS:
-            return change
-        if "image_latents" not in self.candidate:
-            return None
-        centre, edge = (self.image_latents((*start.changes, *changes)) for changes in _DRAWS[name])
-        found = self.candidate["image_latents"].double()
-        spread = edge - centre
-        rounding = self.floors["image_latents"] * float(centre.norm() / math.sqrt(centre.numel()))
-        if not float(spread.abs().min()) > 8 * rounding or not _is_unit_gaussian((found - centre) / spread, centre):
-            return None
-        return Change(wrap={"image_latents": lambda pipe, stage, *inputs: found.to(stage(*inputs))})
-
-    def image_latents(self, changes: Sequence[Change]) -> Tensor:
-        """What the replay encodes with these changes, in float64."""
-        recorded: dict[str, Tensor] = {}
-
-        def probe(name: str, tensor: Tensor) -> None:
-            if name == "image_latents":
-                recorded[name] = tensor.double().cpu()
-                raise CaptureComplete
-
-        self.replay(changes, probe, self.pipe)
-        return recorded["image_latents"]
-
-    def replay(self, changes: Sequence[Change], probe: Callable[[str, Tensor], None], pipe: SVDPipeline) -> None:
-        """Run the reference's inputs through the pipeline with changes, until ``probe`` stops it."""
-        broken = pipe.with_changes(*_ordered(changes))
-        settings = self.settings.replace(dtype=str(pipe.dtype).removeprefix("torch."))
-        # The preprocessing is done once for all replays that do not change it.
-        key = (pipe.dtype, *(w for c in changes for stage, w in c.wrap.items() if stage in _PREPROCESSING))
-        if key not in self.inputs:
-            self.inputs[key] = replay_inputs(broken, settings, self.reference, self.preprocess)
-        with suppress(CaptureComplete):
-            broken.run(self.inputs[key], settings, probe=probe)
-
-    def walk(self, start: _State, names: tuple[str, ...], changes: tuple[Change, ...]) -> _State:
-        """Replay with more bugs until the replay leaves the candidate."""
-        self.tick()
-        bugs, changes = (*start.bugs, *names), (*start.changes, *changes)
-        self.tried.append(bugs)
-        ratios: dict[str, float] = {}
-        doubtful: dict[str, Tensor] = {}
-
-        def probe(name: str, tensor: Tensor) -> None:
-            if name not in self.floors:
-                return
-            distance = _distance(self.candidate[name], tensor)
-            ratios[name] = distance / self.floors[name]
+            self.tick()
+            wanted = exact.expected(name)
+            floor = max(distance(work.expected(name), wanted), floors.get(name, 0.0))
+            ratios[name] = distance(self.judge.known[name], wanted) / floor
             if not ratios[name] <= THRESHOLD:
-                if not (ratios[name] <= _DOUBTFUL and distance <= _ANOTHER):
-                    raise CaptureComplete
-                doubtful[name] = tensor.double().cpu()
+                return ratios[name], name
+        worst = max(ratios, key=lambda n: ratios[n])
+        return ratios[worst], worst
 
-        self.replay(changes, probe, self.pipe)
-        if doubtful:
-            self.judge(changes, ratios, doubtful)
-        wrong = next((name for name, ratio in ratios.items() if not ratio <= THRESHOLD), None)
-        right = {n: r for n, r in ratios.items() if r <= THRESHOLD} or {"": 0.0}
-        worst = max(right, key=lambda n: right[n])
-        return _State(bugs, changes, wrong, right[worst], worst)
+    def pipes(self) -> tuple[SVDPipeline, SVDPipeline]:
+        """In the working dtype and in float64."""
+        return self.judge.pipe, self.judge.exact_pipe
 
-    def judge(self, changes: Sequence[Change], ratios: dict[str, float], doubtful: Mapping[str, Tensor]) -> None:
-        """Widen the floors of doubtful probes to what rounding does in this very replay, measured in float64."""
-        if torch.float64 not in self.pipes:
-            self.pipes[torch.float64] = SVDPipeline(copy.deepcopy(self.pipe.components)).to(torch.float64)
-        last = list(doubtful)[-1]
+    def verdicts(self, named: Mapping[frozenset[str], _Named]) -> list[StageVerdict]:
+        """Of every stage, from the units that it is in."""
+        verdicts = []
+        for stage in STAGES:
+            units = [unit for unit in self.units if stage.name in unit.stages]
+            wrong = [u for u in units if u.stages in named and stage.name in self.guilty(u, named[u.stages])]
+            if not units:
+                verdicts.append(StageVerdict(stage.name, "not_covered"))
+                continue
+            if not wrong:
+                worst = max((u for u in units if u.stages not in named), key=lambda u: u.ratio, default=None)
+                if worst is None:
+                    verdicts.append(StageVerdict(stage.name, "right"))
+                else:
+                    verdicts.append(StageVerdict(stage.name, "right", worst.ratio, _worst_probe(worst)))
+                continue
+            # The unit that says most: the one with the fewest stages.
+            unit = min(wrong, key=lambda u: (len(self.guilty(u, named[u.stages])), -u.ratio))
+            made = named[unit.stages]
+            sets = [f.names for f in made.sets] or (
+                [tuple(dict.fromkeys(p[0][0] for p in made.partial if len(p) == 1))] if made.partial else []
+            )
+            own = tuple(dict.fromkeys(self.of_stage(names, stage.name, unit) for names in sets))
+            others = self.guilty(unit, made) - {stage.name}
+            verdicts.append(
+                StageVerdict(
+                    stage.name,
+                    "wrong",
+                    unit.ratio,
+                    _worst_probe(unit, first=True),
+                    tuple(s.name for s in STAGES if s.name in others),
+                    tuple(names for names in own if names),
+                    tuple(made.modules),
+                    tuple(made.next_taps),
+                )
+            )
+        return verdicts
 
-        def probe(name: str, tensor: Tensor) -> None:
-            if name in doubtful:
-                own = _distance(doubtful[name], tensor)
-                ratios[name] = _distance(self.candidate[name], tensor) / max(own, self.floors[name])
-            if name == last or not ratios.get(name, 0.0) <= THRESHOLD:
-                raise CaptureComplete
+    def guilty(self, unit: Unit, named: _Named) -> frozenset[str]:
+        """The stages of a unit that are wrong: those that its bugs change, or those that are not right elsewhere."""
+        guilty: set[str] = set()
+        for found in named.sets:
+            for bug in found.bugs:
+                # A network's bug can show in several stages; where it is said to be is enough if that is judged here.
+                first = BUGS[bug[0]].stage
+                guilty |= {first} if first in unit.stages else self.namer.changes_of(bug)
+        return frozenset(guilty) & unit.stages or unit.blamed
 
-        self.replay(changes, probe, self.pipes[torch.float64])
-
-
-def _pairs(
-    here: str, stuck: Mapping[str, Sequence[tuple[str, Change]]]
-) -> Iterator[tuple[tuple[str, Change], tuple[str, Change]]]:
-    """Two that show at the first divergence, or two that may undo each other before it, as two factors can."""
-    for wrong, bugs in stuck.items():
-        if wrong != here:
-            bugs = [(name, change) for name, change in bugs if not change.edit]
-        # A draw of the port's own can only be tested with the other bug in place: it comes second.
-        for one, other in combinations(sorted(bugs, key=lambda bug: bug[0] in _DRAWS), 2):
-            if one[0] != other[0] and one[0] not in _DRAWS:
-                yield one, other
-
-
-def _compatible(*names: str) -> bool:
-    """Whether no two of the bugs decide the same."""
-    return len({BUGS[name].decides for name in names}) == len(names)
-
-
-def _ordered(changes: Sequence[Change]) -> list[Change]:
-    """In the catalogue's order, in which the wrappers of one stage lie around each other; drawn latents lie outside."""
-    order = {id(variant): i for i, bug in enumerate(BUGS.values()) for variant in bug.variants}
-    return sorted(changes, key=lambda change: order.get(id(change), len(order)))
-
-
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    """Relative to ``wanted``; absolute, root mean square, where that is zero. NaN stays NaN and matches nothing."""
-    if found.shape != wanted.shape:  # a bug can turn guidance off, and with it half of the batch
-        return math.inf
-    wanted = wanted.double().cpu()
-    difference = float((found.double() - wanted).norm())
-    return difference / (float(wanted.norm()) or math.sqrt(wanted.numel()))
-
-
-def _is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
-    """Whether ``z`` (B, 4, h, w) looks like independent draws.
-
-    Mean, variance and largest value; no trace of the picture in it, and none of a value's neighbours.
-    """
-    n = z.numel()
-    mean, variance = float(z.mean()), float(z.var())
-    others = [(z, centre), (z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :])]
-    return (
-        abs(mean) <= _SIGMAS / math.sqrt(n)
-        and abs(variance - 1) <= _SIGMAS * math.sqrt(2 / n)
-        and float(z.abs().max()) <= _LARGEST
-        and all(abs(_correlation(a, b)) <= _SIGMAS / math.sqrt(a.numel()) for a, b in others if a.numel() > 2)
-    )
+    def of_stage(self, names: tuple[str, ...], stage: str, unit: Unit) -> tuple[str, ...]:
+        """The bugs of a set that can change a stage."""
+        return tuple(name for name in names if any(stage in stages_changed(variant) for variant in BUGS[name].variants))
 
 
-def _correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+def _stages_of(network: str) -> list[str]:
+    return [stage.name for stage in STAGES if stage.network == network]
 
 
-def _one_deviation_more(pipe: SVDPipeline, stage: Any, image: Tensor, noise: Tensor, settings: Any) -> Tensor:
-    return stage(image, noise, settings) + settings.noise_aug_strength
-
-
-# Stages that make the inputs of a generation from the source image.
-_PREPROCESSING = ("resize_image", "clip_pixels")
-_MISSING = BUGS["noise_aug_missing"].variants[0]
-# Bugs with a random draw of the port's own: changes that give the draw's centre, and centre + one standard deviation.
-_DRAWS: Mapping[str, tuple[tuple[Change, ...], tuple[Change, ...]]] = {
-    "image_latents_sampled": ((), (Change(edit={"vae": lambda vae: sample_posterior(vae, torch.ones_like)}),)),
-    "noise_aug_after_encode": ((_MISSING,), (_MISSING, Change(wrap={"image_latents": _one_deviation_more}))),
-}
+def _worst_probe(unit: Unit, first: bool = False) -> str:
+    if first and unit.wrong:
+        return min(unit.wrong, key=execution_key)
+    return max(unit.ratios, key=lambda name: unit.ratios[name])
 
 
 @dataclass(frozen=True)

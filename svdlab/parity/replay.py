@@ -38,7 +38,8 @@ def inputs_to_replay(trace: Trace, preprocess: bool = False) -> dict[str, Tensor
     return {name: trace[name] for name in ["input.source", *names] if name in trace}
 
 
-def _is_8bit(source: Tensor) -> bool:
+def is_8bit(source: Tensor) -> bool:
+    """Whether an image in [0, 1] holds 8-bit levels / 255, as PIL can hold them."""
     levels = source.double() * 255
     whole = bool(((levels - levels.round()).abs() < 1e-3).all())
     return whole and float(source.min()) >= 0 and float(source.max()) <= 1
@@ -52,7 +53,7 @@ def source_images(source: Tensor) -> list[Image]:
     """
     from PIL import Image as pil
 
-    if source.ndim != 4 or source.shape[1] != 3 or not _is_8bit(source):
+    if source.ndim != 4 or source.shape[1] != 3 or not is_8bit(source):
         raise SvdlabError(
             f"image: got a tensor of shape {tuple(source.shape)}, allowed: (batch, 3, height, width) "
             "of 8-bit levels / 255"
@@ -66,7 +67,7 @@ def replay_images(tensors: Mapping[str, Tensor], settings: GenerationSettings) -
     from PIL import Image as pil
 
     source = tensors.get("input.source")
-    if source is not None and _is_8bit(source):
+    if source is not None and is_8bit(source):
         return source_images(source)
     return [pil.new("RGB", (settings.width or 8, settings.height or 8))] * len(tensors["input.noise"])
 

@@ -1,0 +1,373 @@
+"""Which bugs of the catalogue make a wrong stage right: replays of that stage alone, from the candidate's own tensors.
+
+A set of bugs is accepted where every tensor of the stages is then within the parity tolerance, where that is at least
+twice as close as without the bugs, and where nothing that was right becomes wrong. The smallest sets count; when
+several meet the tensors, all are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdlab.parity.bugs import BUGS, sample_posterior
+from svdlab.parity.compare import THRESHOLD
+from svdlab.parity.modules import ModuleJudge
+from svdlab.parity.stages import StageJudge, Unit, distance, stages_changed
+from svdlab.svd.stages import Change
+
+# A set that leaves less than this many floors, and a distance below this share, may be right with the rounding that the
+# bugs themselves amplify: a float64 replay decides.
+_DOUBTFUL, _ANOTHER = 1000.0, 0.2
+# A set of bugs must leave at most this share of the ratio without them.
+_MATERIAL = 0.5
+# How many sets are carried on to larger ones, and how many predicted ones are replayed.
+_BEAM, _PREDICTED = 4, 24
+# A random draw: bounds in standard errors, the largest value, and how many values tell its spread.
+_SIGMAS, _LARGEST, _ENOUGH = 3.0, 6.0, 200
+_SAMPLE = 2**16
+
+Named = tuple[str, Change]
+Bugs = tuple[Named, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A set of bugs that makes stages right.
+
+    Attributes:
+        bugs: (name in the catalogue, the variant that fits).
+        ratio: the largest that is left, at most the parity tolerance.
+        probe: where.
+    """
+
+    bugs: Bugs
+    ratio: float
+    probe: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the catalogue's order."""
+        order = list(BUGS)
+        return tuple(sorted({name for name, _ in self.bugs}, key=order.index))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A set that was replayed at the unit's first wrong tensor: the distance left, and a sample of what is left."""
+
+    bugs: Bugs
+    distance: float
+    left: Tensor
+
+
+class Namer:
+    """Searches the catalogue.
+
+    Args:
+        judge: of the stages.
+        units: what it found.
+        largest: the largest set that is tried in one unit.
+        tick: called at every replay.
+    """
+
+    def __init__(
+        self, judge: StageJudge, units: Sequence[Unit], largest: int = 3, tick: Callable[[], object] = lambda: None
+    ) -> None:
+        self.judge, self.units, self.largest, self.tick = judge, units, largest, tick
+        self.tried: list[tuple[str, ...]] = []
+        self.closest: dict[frozenset[str], _Tried] = {}
+        self._changed = {id(variant): stages_changed(variant) for bug in BUGS.values() for variant in bug.variants}
+
+    def name(self, unit: Unit, base: Bugs = ()) -> list[Found]:
+        """The smallest sets of bugs that make a unit right, ``base`` tried first and extended where it does not do.
+
+        Returns:
+            Equal sets, best first; empty where nothing in the catalogue explains the unit.
+        """
+        base = tuple(b for b in base if self.changes_of(b) & unit.stages)
+        if base and (found := self.accept(base, unit)):
+            return [self.pruned(found, unit)]
+        singles = self.expand((), unit)
+        if sets := self.accepted(singles, unit):
+            return sets
+        if base and (sets := self.accepted(self.expand(base, unit), unit)):
+            return self.distinct([self.pruned(found, unit) for found in sets])
+        if self.largest < 2:
+            return []
+        # Effects of small bugs add up: what singles leave predicts what pairs and triples leave.
+        for size in range(2, self.largest + 1):
+            predicted = [self.attempt(bugs, unit) for bugs in self.predicted(singles, size, unit)]
+            if sets := self.accepted(predicted, unit):
+                return self.with_equals(sets, unit)
+        beam = self.beam(singles)
+        for _ in range(2, self.largest + 1):
+            wider = [tried for start in beam for tried in self.expand(start.bugs, unit)]
+            if sets := self.accepted(wider, unit):
+                return self.with_equals(sets, unit)
+            beam = self.beam(wider)
+        return []
+
+    # --- what a set of bugs changes ---
+
+    def changes_of(self, bug: Named) -> frozenset[str]:
+        """The stages whose results a bug can change."""
+        return self._changed.get(id(bug[1])) or stages_changed(bug[1])
+
+    def options(self, start: Bugs, unit: Unit) -> list[Named]:
+        """The catalogue's variants that can change a unit and stand beside the bugs that are there."""
+        decided = {BUGS[name].decides for name, _ in start}
+        return [
+            (bug.name, variant)
+            for bug in BUGS.values()
+            if bug.decides not in decided
+            for variant in bug.variants
+            if self._changed[id(variant)] & unit.stages
+        ]
+
+    def concrete(self, bugs: Bugs) -> list[Change] | None:
+        """What to replay; None where a bug's own random draw does not look like one.
+
+        The draw is unknown, its law is not: (candidate - centre) / spread must look like a unit Gaussian.
+        """
+        changes = [change for name, change in bugs if name not in DRAWS]
+        for name, _ in bugs:
+            if name in DRAWS:
+                if "image_latents" not in self.judge.known:
+                    return None
+                drawn = self.drawn(name, changes)
+                if drawn is None:
+                    return None
+                changes = [*changes, drawn]
+        return changes
+
+    def drawn(self, name: str, changes: Sequence[Change]) -> Change | None:
+        """A change that gives the candidate's image latents, if they pass for that bug's draw."""
+        centre, edge = (
+            self.judge.exact.changed([*changes, *more]).expected("image_latents").double().cpu() for more in DRAWS[name]
+        )
+        found = self.judge.known["image_latents"].double().cpu()
+        spread = edge - centre
+        rounding = 8 * max(self.judge.own_distance("image_latents"), self.judge.resolution)
+        if not float(spread.abs().min()) > rounding * float(centre.norm() / math.sqrt(centre.numel())):
+            return None
+        if not is_unit_gaussian((found - centre) / spread, centre):
+            return None
+        return Change(wrap={"image_latents": lambda pipe, stage, *inputs: found.to(stage(*inputs))})
+
+    # --- replaying ---
+
+    def attempt(self, bugs: Bugs, unit: Unit) -> _Tried:
+        """Replay a set at the unit's first wrong tensor, in the working dtype."""
+        self.tick()
+        self.tried.append(tuple(name for name, _ in bugs))
+        probe, nothing = unit.wrong[0], torch.zeros(0)
+        changes = self.concrete(bugs)
+        if changes is None:
+            return _Tried(bugs, math.inf, nothing)
+        made = self.judge.work.changed(changes).expected(probe)
+        found = self.judge.known[probe]
+        left = distance(found, made)
+        if not math.isfinite(left):
+            return _Tried(bugs, math.inf, nothing)
+        flat = found.double().cpu().flatten() - made.double().cpu().flatten()
+        return _Tried(bugs, left, flat[:: -(-flat.numel() // _SAMPLE)])
+
+    def expand(self, start: Bugs, unit: Unit) -> list[_Tried]:
+        """The set with one more bug, each that can change the unit."""
+        return [self.attempt((*start, option), unit) for option in self.options(start, unit)]
+
+    def beam(self, tried: Iterable[_Tried]) -> list[_Tried]:
+        """The closest few, of different names."""
+        best: dict[frozenset[str], _Tried] = {}
+        for one in sorted(tried, key=lambda t: t.distance):
+            best.setdefault(frozenset(name for name, _ in one.bugs), one)
+        return list(islice(best.values(), _BEAM))
+
+    def predicted(self, singles: Sequence[_Tried], size: int, unit: Unit) -> list[Bugs]:
+        """Sets of a size in the order of what they would leave if the effects of their bugs added up."""
+        probe = unit.wrong[0]
+        found, right = self.judge.known[probe], self.judge.work.expected(probe)
+        if found.shape != right.shape:
+            return []
+        flat = found.double().cpu().flatten() - right.double().cpu().flatten()
+        left = flat[:: -(-flat.numel() // _SAMPLE)]
+        usable = [one for one in singles if one.left.shape == left.shape and float((left - one.left).norm()) > 0]
+        if len(usable) < size:
+            return []
+        effects = torch.stack([left - one.left for one in usable])
+        gram, along = effects @ effects.T, effects @ left
+        sets = torch.combinations(torch.arange(len(usable)), size)
+        squares = -2 * along[sets].sum(1)
+        squares += sum(gram[sets[:, i], sets[:, j]] for i in range(size) for j in range(size))
+        chosen: list[Bugs] = []
+        for row in sets[squares.argsort()].tolist():
+            bugs = tuple(usable[i].bugs[0] for i in row)
+            if len({BUGS[name].decides for name, _ in bugs}) == size:
+                chosen.append(bugs)
+            if len(chosen) == _PREDICTED:
+                break
+        return chosen
+
+    # --- accepting ---
+
+    def accepted(self, tried: Iterable[_Tried], unit: Unit) -> list[Found]:
+        """The sets that make the unit right, best first, one for each set of names."""
+        floor = self.floor(unit.wrong[0])
+        sets = []
+        for one in tried:
+            if one.distance <= THRESHOLD * floor or (one.distance <= _DOUBTFUL * floor and one.distance <= _ANOTHER):
+                found = self.accept(one.bugs, unit)
+                if found:
+                    sets.append(found)
+        # A tensor that is met digit for digit is no random draw that happens to look like it.
+        sets = [f for f in sets if not DRAWS.keys() & set(f.names)] or sets
+        return self.distinct(sets)
+
+    def distinct(self, sets: Iterable[Found]) -> list[Found]:
+        """Best first, one for each set of names, of the smallest size."""
+        best: dict[tuple[str, ...], Found] = {}
+        for found in sorted(sets, key=lambda f: f.ratio):
+            best.setdefault(found.names, found)
+        fewest = min((len(names) for names in best), default=0)
+        return [found for names, found in best.items() if len(names) == fewest]
+
+    def floor(self, probe: str) -> float:
+        """What rounding does there without any bug."""
+        rounding = distance(self.judge.work.expected(probe), self.judge.exact.expected(probe))
+        return max(rounding, self.judge.own_distance(probe), self.judge.resolution)
+
+    def accept(self, bugs: Bugs, unit: Unit) -> Found | None:
+        """The set as an explanation of a unit, or None where it is none."""
+        changes = self.concrete(bugs)
+        if changes is None:
+            return None
+        work, exact = self.judge.work.changed(changes), self.judge.exact.changed(changes)
+        ratios: dict[str, float] = {}
+        for name in sorted(unit.ratios, key=lambda n: n != unit.wrong[0] if unit.wrong else False):
+            ratios[name] = self.judge.ratio(name, work, exact)
+            if not ratios[name] <= THRESHOLD:
+                return None
+        worst = max(ratios, key=lambda n: ratios[n])
+        if not ratios[worst] <= _MATERIAL * unit.ratio:
+            return None
+        changed = stages_changed(*changes)
+        for other in self.units:
+            if other is unit or other.wrong or not other.stages & changed:
+                continue
+            if any(not self.judge.ratio(name, work, exact) <= THRESHOLD for name in other.ratios):
+                return None
+        return Found(bugs, ratios[worst], worst)
+
+    def pruned(self, found: Found, unit: Unit) -> Found:
+        """Without the bugs that are not needed."""
+        for bug in found.bugs:
+            fewer = tuple(b for b in found.bugs if b is not bug)
+            if fewer and (smaller := self.accept(fewer, unit)):
+                return self.pruned(smaller, unit)
+        return found
+
+    def with_equals(self, sets: Sequence[Found], unit: Unit) -> list[Found]:
+        """With the sets that differ from an accepted one in one bug and meet the tensors as well."""
+        pruned = self.distinct([self.pruned(found, unit) for found in sets])
+        more = list(pruned)
+        for found in pruned[:2]:
+            for kept in combinations(found.bugs, len(found.bugs) - 1):
+                more += self.accepted(self.expand(kept, unit), unit)
+        return self.distinct(more)
+
+
+@dataclass(frozen=True)
+class NamedModules:
+    """What bugs explain of a network's wrong modules.
+
+    Attributes:
+        picks: bugs that are each needed; of each the alternatives that mend the same modules.
+        left: the wrong modules that none mends.
+    """
+
+    picks: list[list[Named]]
+    left: list[str]
+
+
+def name_modules(
+    judge: ModuleJudge, options: Sequence[Named], tick: Callable[[], object] = lambda: None
+) -> NamedModules:
+    """The fewest bugs that make a network's wrong modules right and leave the right ones right.
+
+    Args:
+        judge: which has judged.
+        options: bugs that can change the network.
+        tick: called at every pass.
+    """
+    wrong = set(judge.wrong)
+
+    def mends(bugs: Sequence[Named], exact: bool = False) -> frozenset[str]:
+        tick()
+        ratios = judge.ratios_with([change for _, change in bugs], exact)
+        broken = [n for n, r in ratios.items() if n not in wrong and not r <= max(THRESHOLD, 2 * judge.ratios[n])]
+        if broken and (exact or any(not ratios[n] <= _DOUBTFUL for n in broken)):
+            return frozenset()
+        mended = [n for n in wrong if ratios[n] <= THRESHOLD and ratios[n] <= _MATERIAL * judge.ratios[n]]
+        doubtful = [n for n in wrong if THRESHOLD < ratios[n] <= min(_DOUBTFUL, _MATERIAL * judge.ratios[n])]
+        if not exact and (broken or doubtful):
+            return mends(bugs, exact=True)
+        return frozenset(mended)
+
+    one = {option: mends([option]) for option in _by_identity(options)}
+    picks: list[list[Named]] = []
+    left = set(wrong)
+    while left:
+        best = max((len(mended & left) for mended in one.values()), default=0)
+        if not best:
+            break
+        chosen = next(mended for mended in one.values() if len(mended & left) == best)
+        equal = [o for o, mended in one.items() if mended & left == chosen & left]
+        names = dict.fromkeys(name for name, _ in equal)
+        picks.append([next(o for o in equal if o[0] == name) for name in names])
+        left -= chosen
+    return NamedModules(picks, [name for name in judge.wrong if name in left])
+
+
+def _by_identity(options: Sequence[Named]) -> list[Named]:
+    return list({(name, id(change)): (name, change) for name, change in options}.values())
+
+
+def is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
+    """Whether ``z`` (B, 4, h, w) looks like independent unit draws, and has values enough to tell.
+
+    Mean and variance, of all values and of each channel, and the largest value; no trace of the picture in it, and none
+    of a value's neighbours.
+    """
+    if z.numel() < _ENOUGH:
+        return False
+    parts = [z, *z.unbind(1)]
+    others = [(z, centre), (z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :])]
+    return (
+        all(abs(float(p.mean())) <= _SIGMAS / math.sqrt(p.numel()) for p in parts)
+        and all(abs(float(p.var()) - 1) <= _SIGMAS * math.sqrt(2 / p.numel()) for p in parts)
+        and float(z.abs().max()) <= _LARGEST
+        and all(abs(_correlation(a, b)) <= _SIGMAS / math.sqrt(a.numel()) for a, b in others if a.numel() > 2)
+    )
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+
+def _one_deviation_more(pipe: Any, stage: Any, image: Tensor, noise: Tensor, settings: Any) -> Tensor:
+    return stage(image, noise, settings) + settings.noise_aug_strength
+
+
+_MISSING = BUGS["noise_aug_missing"].variants[0]
+# Bugs with a random draw of the port's own: changes that give the draw's centre, and centre + one standard deviation.
+DRAWS: Mapping[str, tuple[tuple[Change, ...], tuple[Change, ...]]] = {
+    "image_latents_sampled": ((), (Change(edit={"vae": lambda vae: sample_posterior(vae, torch.ones_like)}),)),
+    "noise_aug_after_encode": ((_MISSING,), (_MISSING, Change(wrap={"image_latents": _one_deviation_more}))),
+}
