@@ -1,38 +1,80 @@
 """Bugs planted in diffusers itself: candidates that owe nothing to svdlab's own rules.
 
 ``planted(pipe, "fps_not_decremented", ...)`` patches a loaded ``StableVideoDiffusionPipeline``, its scheduler and its
-networks, and puts everything back. ``PLANTS`` holds the catalogue, ``UNKNOWN`` bugs outside of it.
-Each entry says at which probe it shows first.
+networks, and puts everything back. ``PLANTS`` holds the catalogue ("name" or "name:variant"), ``UNKNOWN`` bugs outside
+of it, ``RELATED`` what can be described and not named. Each entry says which stage is wrong, and where it shows first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
+from diffusers.models import embeddings
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import Timesteps
-from diffusers.models.resnet import AlphaBlender
+from diffusers.models.resnet import AlphaBlender, TemporalResnetBlock
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as module
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 Plant = Callable[[Any, ExitStack], None]
 
 
+# The first recorded tensor that a stage writes, or that is made of what it writes.
+SHOWS = {
+    "resize_image": "input.image",
+    "clip_pixels": "input.clip_pixels",
+    "image_embedding": "image_embeddings",
+    "image_latents": "image_latents",
+    "time_ids": "added_time_ids",
+    "sigmas": "sigmas",
+    "timesteps": "timesteps",
+    "guidance_ramp": "guidance_scale",
+    "condition": "noise_pred_uncond.000",
+    "initial_latents": "model_input.000",
+    "model_input": "model_input.000",
+    "predict_noise": "noise_pred_uncond.000",
+    "guide": "noise_pred.000",
+    "euler_step": "latents.000",
+    "decode": "frames",
+}
+
+
 @dataclass(frozen=True)
 class Planted:
-    """One planted bug: ``place`` names what it changes, so that two in one place are not combined."""
+    """One planted bug.
+
+    Attributes:
+        plant: puts it into a pipeline until a stack closes.
+        stage: the first stage that it makes wrong, a name of ``svdlab.svd.stages.STAGES``.
+        place: what it changes, so that two in one place are not combined.
+        first_module: the first tap that it makes wrong, where it lies inside a network.
+        first_probe: the first tensor of a trace that differs; of the stage where it is not given.
+        settings, unet: generation settings and options of the random checkpoint without which it does nothing.
+    """
 
     plant: Plant
-    first_probe: str
+    stage: str
     place: str
     first_module: str | None = None
+    first_probe: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unet: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_probe", self.first_probe or SHOWS[self.stage])
 
 
 def patch(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -42,7 +84,9 @@ def patch(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
     else:
         object.__setattr__(owner, name, value)
-    restore = (lambda: delattr(owner, name)) if held is stack else (lambda: setattr(owner, name, held))
+    # A module's own would take the name out of its submodules.
+    delete = delattr if isinstance(owner, type) else object.__delattr__
+    restore = (lambda: delete(owner, name)) if held is stack else (lambda: setattr(owner, name, held))
     stack.callback(restore)
 
 
@@ -52,10 +96,12 @@ def wrap(stack: ExitStack, owner: Any, name: str, wrapper: Callable[..., Any]) -
     patch(stack, owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
 
 
-def set_all(stack: ExitStack, model: nn.Module, kind: type, name: str, change: Callable[[Any], Any]) -> None:
-    """Change an attribute of every module of a kind."""
-    for m in model.modules():
-        if isinstance(m, kind):
+def set_all(
+    stack: ExitStack, model: nn.Module, kind: type, name: str, change: Callable[[Any], Any], inside: str = ""
+) -> None:
+    """Change an attribute of every module of a kind, or of those whose name contains ``inside``."""
+    for path, m in model.named_modules():
+        if isinstance(m, kind) and inside in f".{path}":
             patch(stack, m, name, change(getattr(m, name)))
 
 
@@ -215,11 +261,39 @@ def epsilon(pipe: Any, stack: ExitStack) -> None:
     wrap(stack, pipe.scheduler, "step", wrapper)
 
 
-def plain_resize(pipe: Any, stack: ExitStack) -> None:
-    def resize(image: Tensor, size: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
-        return F.interpolate(image, size=size, mode="bicubic", align_corners=True)
+# --- the resize for CLIP, and what CLIP is given ---
 
-    patch(stack, module, "_resize_with_antialiasing", resize)
+
+def resized_for_clip(**how: Any) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        def resize(image: Tensor, size: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
+            return F.interpolate(image, size=size, **how)
+
+        patch(stack, module, "_resize_with_antialiasing", resize)
+
+    return plant
+
+
+def frame_for_clip(**how: Any) -> Plant:
+    """The frame of the VAE instead of the image as given, in diffusers' own resize if ``how`` names no other."""
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        size: dict[str, int] = {}
+
+        def check(original: Any, image: Any, height: int, width: int) -> None:
+            size.update(height=height, width=width)
+            original(image, height, width)
+
+        def encode(original: Any, images: Any, *args: Any, **kwargs: Any) -> Tensor:
+            frames = [image.resize((size["width"], size["height"]), PIL.Image.Resampling.LANCZOS) for image in images]
+            return original(frames, *args, **kwargs)
+
+        wrap(stack, pipe, "check_inputs", check)
+        wrap(stack, pipe, "_encode_image", encode)
+        if how:
+            resized_for_clip(**how)(pipe, stack)
+
+    return plant
 
 
 def unnormalised(pipe: Any, stack: ExitStack) -> None:
@@ -227,6 +301,30 @@ def unnormalised(pipe: Any, stack: ExitStack) -> None:
         return original(*args, **{**kwargs, "do_normalize": False})
 
     wrap(stack, pipe.feature_extractor, "preprocess", wrapper)
+
+
+def statistics_of_minus_one_to_one(pipe: Any, stack: ExitStack) -> None:
+    def wrapper(original: Any, images: Any, **kwargs: Any) -> Any:
+        return original(images * 2 - 1, **kwargs)
+
+    wrap(stack, pipe.feature_extractor, "preprocess", wrapper)
+
+
+def minus_one_to_one(pipe: Any, stack: ExitStack) -> None:
+    unnormalised(pipe, stack)
+    statistics_of_minus_one_to_one(pipe, stack)
+
+
+def quick_gelu(pipe: Any, stack: ExitStack) -> None:
+    for layer in pipe.image_encoder.vision_model.encoder.layers:
+        patch(stack, layer.mlp, "activation_fn", QuickGELUActivation())
+
+
+def padded_on_all_sides(pipe: Any, stack: ExitStack) -> None:
+    for block in pipe.vae.encoder.down_blocks:
+        for sampler in block.downsamplers or ():
+            patch(stack, sampler, "padding", 1)  # no padding of its own
+            patch(stack, sampler.conv, "padding", (1, 1))
 
 
 def keep_embedding(pipe: Any, stack: ExitStack) -> None:
@@ -237,9 +335,14 @@ def keep_embedding(pipe: Any, stack: ExitStack) -> None:
     wrap(stack, pipe, "_encode_image", wrapper)
 
 
-def swap_alpha(name: str) -> Plant:
+def swap_alpha(name: str, inside: str = "") -> Plant:
     return lambda pipe, stack: set_all(
-        stack, getattr(pipe, name), AlphaBlender, "switch_spatial_to_temporal_mix", lambda switched: not switched
+        stack,
+        getattr(pipe, name),
+        AlphaBlender,
+        "switch_spatial_to_temporal_mix",
+        lambda switched: not switched,
+        inside,
     )
 
 
@@ -257,9 +360,103 @@ def tanh_gelu(pipe: Any, stack: ExitStack) -> None:
     patch(stack, GEGLU, "gelu", lambda self, gate: F.gelu(gate, approximate="tanh"))
 
 
-def one_eps(pipe: Any, stack: ExitStack) -> None:
-    for model in (pipe.unet, pipe.vae):
-        set_all(stack, model, nn.GroupNorm, "eps", lambda eps: 1e-5)
+def exchanged_halves(pipe: Any, stack: ExitStack) -> None:
+    """The projection's rows in the other order: GELU of the first half."""
+
+    def after(m: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.roll(output, output.shape[-1] // 2, -1)
+
+    for m in pipe.unet.modules():
+        if isinstance(m, GEGLU):
+            stack.callback(m.proj.register_forward_hook(after).remove)
+
+
+def position_first(pipe: Any, stack: ExitStack) -> None:
+    """The spatial block's input has the frame positions added, and the temporal block gets the same."""
+    for m in pipe.unet.modules():
+        if isinstance(m, TransformerSpatioTemporalModel):
+            held: dict[str, Tensor] = {}
+
+            def embedded(module: nn.Module, args: Any, output: Tensor, held: dict[str, Tensor] = held) -> None:
+                held["positions"] = output[:, None, :]
+
+            def spatial(module: nn.Module, args: Any, held: dict[str, Tensor] = held) -> Any:
+                held["input"] = args[0] + held["positions"]
+                return (held["input"], *args[1:])
+
+            def temporal(module: nn.Module, args: Any, held: dict[str, Tensor] = held) -> Any:
+                return (held["input"], *args[1:])
+
+            stack.callback(m.time_pos_embed.register_forward_hook(embedded).remove)
+            for block in m.transformer_blocks:
+                stack.callback(block.register_forward_pre_hook(spatial).remove)
+            for block in m.temporal_transformer_blocks:
+                stack.callback(block.register_forward_pre_hook(temporal).remove)
+
+
+def no_exponential(pipe: Any, stack: ExitStack) -> None:
+    """``torch.exp`` is what the embedding calls; there it does nothing."""
+
+    class Torch:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda x: x) if name == "exp" else getattr(torch, name)
+
+    patch(stack, embeddings, "torch", Torch())
+
+
+def shift_one(inside: str = "") -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for name, m in pipe.unet.named_modules():
+            if isinstance(m, Timesteps) and (name == inside or not inside or ("." in inside and inside in name)):
+                patch(stack, m, "downscale_freq_shift", 1)
+
+    return plant
+
+
+def up_heads_as_down(pipe: Any, stack: ExitStack) -> None:
+    heads = pipe.unet.config.num_attention_heads
+    for i, block in enumerate(pipe.unet.up_blocks):
+        for m in block.modules():
+            if isinstance(m, Attention):
+                patch(stack, m, "heads", heads[i])
+
+
+def norm_per_frame(name: str) -> Plant:
+    def norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
+        frames = [F.group_norm(one, self.num_groups, self.weight, self.bias, self.eps) for one in x.unbind(2)]
+        return torch.stack(frames, dim=2)
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for m in getattr(pipe, name).modules():
+            if isinstance(m, TemporalResnetBlock):
+                for one in (m.norm1, m.norm2):
+                    patch(stack, one, "forward", functools.partial(norm, one))
+
+    return plant
+
+
+def c_skip_root(pipe: Any, stack: ExitStack) -> None:
+    """prev = sample + (sample - x0) / sigma * (next - sigma): an error in x0 is added times 1 - next / sigma."""
+
+    def wrapper(original: Any, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        if pipe.scheduler.step_index is None:
+            pipe.scheduler._init_step_index(timestep)
+        index = pipe.scheduler.step_index
+        sigma, following = (float(s) for s in pipe.scheduler.sigmas[index : index + 2])
+        result = original(model_output, timestep, sample, **kwargs)
+        error = (1 / math.sqrt(sigma**2 + 1) - 1 / (sigma**2 + 1)) * (1 - following / sigma)
+        result.prev_sample = (result.prev_sample.double() + error * sample.double()).to(model_output.dtype)
+        return result
+
+    wrap(stack, pipe.scheduler, "step", wrapper)
+
+
+def eps(names: tuple[str, ...], value: float, inside: str = "") -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for name in names:
+            set_all(stack, getattr(pipe, name), nn.GroupNorm, "eps", lambda _: value, inside)
+
+    return plant
 
 
 def decode(change: Callable[[Any, Tensor, int, int], tuple[Tensor, int, int]]) -> Plant:
@@ -272,49 +469,80 @@ def decode(change: Callable[[Any, Tensor, int, int], tuple[Tensor, int, int]]) -
     return plant
 
 
-UNCOND = "noise_pred_uncond.000"
+# Where sigma_max and sqrt(sigma_max^2 + 1) differ by more than rounding.
+LOW_SIGMAS = {"sigmas": (6.0, 2.0, 0.4, 0.0)}
 PLANTS: dict[str, Planted] = {
-    "fps_not_decremented": Planted(time_ids(lambda f, m, n: (f + 1, m, n)), "added_time_ids", "fps"),
+    "fps_not_decremented": Planted(time_ids(lambda f, m, n: (f + 1, m, n)), "time_ids", "fps"),
     "timestep_unscaled": Planted(timesteps(4.0), "timesteps", "timesteps"),
     "timestep_negated": Planted(timesteps(-4.0), "timesteps", "timesteps"),
     "noise_aug_after_encode": Planted(clean_pixels(noise_on_latents), "image_latents", "noise_aug"),
     "noise_aug_missing": Planted(clean_pixels(lambda z, strength, guided: z), "image_latents", "noise_aug"),
-    "guidance_per_step": Planted(guidance(ramp_over_steps, keep), "guidance_scale", "guidance"),
+    "guidance_per_step": Planted(guidance(ramp_over_steps, keep), "guidance_ramp", "guidance"),
     "guidance_constant": Planted(
-        guidance(lambda ramp, step, steps: torch.full_like(ramp, float(ramp.max())), keep), "guidance_scale", "guidance"
+        guidance(lambda ramp, step, steps: torch.full_like(ramp, float(ramp.max())), keep), "guidance_ramp", "guidance"
     ),
     # uncond + (1 - s)(cond - uncond) = cond + s (uncond - cond)
-    "guidance_swapped": Planted(
-        guidance(lambda ramp, step, steps: ramp, lambda scale: 1 - scale), "noise_pred.000", "guidance"
-    ),
+    "guidance_swapped": Planted(guidance(lambda ramp, step, steps: ramp, lambda scale: 1 - scale), "guide", "guidance"),
     "image_latents_scaled": Planted(
         encode_vae_image(lambda pipe, z, guided: z * pipe.vae.config.scaling_factor), "image_latents", "scaled"
     ),
     "image_latents_sampled": Planted(sampled, "image_latents", "posterior"),
     "uncond_latents_kept": Planted(
         encode_vae_image(lambda pipe, z, guided: torch.cat([z.chunk(2)[1]] * 2) if guided else z),
-        "model_input.000",
+        "model_input",
         "uncond_latents",
     ),
-    "uncond_embedding_kept": Planted(keep_embedding, UNCOND, "uncond_embedding"),
-    "time_ids_reordered": Planted(time_ids(lambda f, m, n: (m, f, n)), "added_time_ids", "order"),
-    "init_noise_unscaled": Planted(scheduler_property(lambda self: self.sigmas.max()), "model_input.000", "init"),
-    "init_noise_unscaled:unit": Planted(scheduler_property(lambda self: 1.0), "model_input.000", "init"),
-    "model_input_unscaled": Planted(unscaled_input, "model_input.000", "model_input"),
-    "sigmas_not_karras": Planted(linear_sigmas, "sigmas", "sigmas"),
-    "prediction_epsilon": Planted(epsilon, "latents.000", "prediction"),
-    "clip_no_antialias": Planted(plain_resize, "input.clip_pixels", "clip_resize"),
-    "clip_unnormalised": Planted(unnormalised, "input.clip_pixels", "clip_normalise"),
-    "alpha_swapped_unet": Planted(swap_alpha("unet"), UNCOND, "alpha_unet"),
-    "alpha_swapped_vae": Planted(swap_alpha("vae"), "frames", "alpha_vae"),
-    "frame_position_missing": Planted(no_positions, UNCOND, "positions"),
-    "sincos_order": Planted(sine_first, UNCOND, "sincos"),
-    "gelu_tanh": Planted(tanh_gelu, UNCOND, "gelu"),
-    "group_norm_eps": Planted(one_eps, "image_latents", "eps"),
-    "decode_unscaled": Planted(
-        decode(lambda pipe, z, frames, chunk: (z * pipe.vae.config.scaling_factor, frames, chunk)), "frames", "unscale"
+    "uncond_embedding_kept": Planted(keep_embedding, "condition", "uncond_embedding"),
+    "time_ids_reordered": Planted(time_ids(lambda f, m, n: (m, f, n)), "time_ids", "order"),
+    "init_noise_unscaled": Planted(
+        scheduler_property(lambda self: self.sigmas.max()), "initial_latents", "init", settings=LOW_SIGMAS
     ),
-    "decode_chunked": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 2)), "frames", "chunk"),
+    "init_noise_unscaled:unit": Planted(scheduler_property(lambda self: 1.0), "initial_latents", "init"),
+    "model_input_unscaled": Planted(unscaled_input, "model_input", "model_input"),
+    "sigmas_not_karras": Planted(
+        linear_sigmas,
+        "sigmas",
+        "sigmas",
+        settings={"num_inference_steps": 3},  # two steps have no sigma between the ends
+    ),
+    "prediction_epsilon": Planted(epsilon, "euler_step", "prediction"),
+    "clip_no_antialias": Planted(resized_for_clip(mode="bicubic", align_corners=True), "clip_pixels", "clip_resize"),
+    "clip_resize_nearest": Planted(frame_for_clip(mode="nearest"), "clip_pixels", "clip_resize"),
+    "clip_resize_bilinear": Planted(frame_for_clip(mode="bilinear"), "clip_pixels", "clip_resize"),
+    "clip_resize_bicubic": Planted(resized_for_clip(mode="bicubic"), "clip_pixels", "clip_resize"),
+    "clip_from_resized_frame": Planted(frame_for_clip(), "clip_pixels", "clip_resize"),
+    "clip_unnormalised": Planted(unnormalised, "clip_pixels", "clip_normalise"),
+    "clip_fed_minus_one_to_one": Planted(statistics_of_minus_one_to_one, "clip_pixels", "clip_normalise"),
+    "clip_fed_minus_one_to_one:raw": Planted(minus_one_to_one, "clip_pixels", "clip_normalise"),
+    "quick_gelu": Planted(quick_gelu, "image_embedding", "clip_gelu"),
+    "vae_encoder_padding_symmetric": Planted(padded_on_all_sides, "image_latents", "encoder_padding"),
+    "c_skip_with_square_root": Planted(c_skip_root, "euler_step", "prediction"),
+    "alpha_swapped_unet": Planted(swap_alpha("unet"), "predict_noise", "alpha_unet"),
+    "transformer_alpha_swapped": Planted(swap_alpha("unet", ".attentions."), "predict_noise", "alpha_unet"),
+    "alpha_swapped_vae": Planted(swap_alpha("vae"), "decode", "alpha_vae"),
+    "frame_position_missing": Planted(no_positions, "predict_noise", "positions"),
+    "frame_position_first_parallel": Planted(position_first, "predict_noise", "positions"),
+    "sincos_order": Planted(sine_first, "predict_noise", "sincos"),
+    "sinusoids_without_exp": Planted(no_exponential, "predict_noise", "frequencies"),
+    "sinusoids_shift_one": Planted(shift_one(), "predict_noise", "frequencies"),
+    "sinusoids_shift_one:time": Planted(shift_one("time_proj"), "predict_noise", "frequencies"),
+    "sinusoids_shift_one:added": Planted(shift_one("add_time_proj"), "predict_noise", "frequencies"),
+    "sinusoids_shift_one:frames": Planted(shift_one(".attentions."), "predict_noise", "frequencies"),
+    "gelu_tanh": Planted(tanh_gelu, "predict_noise", "gelu"),
+    "geglu_halves_exchanged": Planted(exchanged_halves, "predict_noise", "geglu"),
+    "heads_not_reversed": Planted(up_heads_as_down, "predict_noise", "heads"),
+    "temporal_group_norm_per_frame_unet": Planted(norm_per_frame("unet"), "predict_noise", "temporal_norm_unet"),
+    "temporal_group_norm_per_frame_vae": Planted(norm_per_frame("vae"), "decode", "temporal_norm_vae"),
+    "group_norm_eps": Planted(eps(("unet", "vae"), 1e-5), "image_latents", "eps"),
+    "group_norm_eps:unet": Planted(eps(("unet",), 1e-6), "predict_noise", "eps"),
+    "group_norm_eps:stability": Planted(eps(("unet",), 1e-5, "res_block"), "predict_noise", "eps"),
+    "group_norm_eps:vae_temporal": Planted(eps(("vae",), 1e-6, "temporal_res_block"), "decode", "eps"),
+    "decode_unscaled": Planted(
+        decode(lambda pipe, z, frames, chunk: (z * pipe.vae.config.scaling_factor, frames, chunk)), "decode", "unscale"
+    ),
+    "decode_chunked": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 2)), "decode", "chunk"),
+    "decode_chunked:1": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 1)), "decode", "chunk"),
+    "decode_chunked:3": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 3)), "decode", "chunk"),
 }
 
 
@@ -362,13 +590,44 @@ def stale_latents(pipe: Any, stack: ExitStack) -> None:
 
 _TRANSFORMER = "unet.down_blocks.0.attentions.0"
 UNKNOWN: dict[str, Planted] = {
-    "heads_reversed": Planted(heads_reversed, UNCOND, "a", f"{_TRANSFORMER}.transformer_blocks.0.attn1.to_out.0.000"),
-    "positions_from_one": Planted(positions_from_one, UNCOND, "b", f"{_TRANSFORMER}.time_pos_embed"),
-    "reflect_padding": Planted(
-        reflect_padding, UNCOND, "c", "unet.down_blocks.0.resnets.0.spatial_res_block.conv1.000"
+    "heads_reversed": Planted(
+        heads_reversed, "predict_noise", "a", f"{_TRANSFORMER}.transformer_blocks.0.attn1.to_out.0.000"
     ),
-    "skips_swapped": Planted(skips_swapped, UNCOND, "d", "unet.up_blocks.1.resnets.0.spatial_res_block.norm1.000"),
-    "stale_latents": Planted(stale_latents, "model_input.001", "e"),
+    "positions_from_one": Planted(positions_from_one, "predict_noise", "b", f"{_TRANSFORMER}.time_proj"),
+    "reflect_padding": Planted(
+        reflect_padding, "predict_noise", "c", "unet.down_blocks.0.resnets.0.spatial_res_block.conv1.000"
+    ),
+    "skips_swapped": Planted(
+        skips_swapped, "predict_noise", "d", "unet.up_blocks.1.resnets.0.spatial_res_block.norm1.000"
+    ),
+    "stale_latents": Planted(stale_latents, "model_input", "e", first_probe="model_input.001"),
+}
+
+
+def other_lanczos(pipe: Any, stack: ExitStack) -> None:
+    """Lanczos of another library: each pass in float, rounded to 8 bits at the end, where Pillow rounds each pass."""
+
+    def weights(size: int, into: int) -> np.ndarray:
+        scale = max(size / into, 1.0)
+        centres = (np.arange(into)[:, None] + 0.5) * size / into - 0.5
+        x = (np.arange(size)[None] - centres) / scale
+        kernel = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+        return kernel / kernel.sum(1, keepdims=True)
+
+    def resize(original: Any, image: Any, height: int, width: int, **kwargs: Any) -> Any:
+        if not isinstance(image, PIL.Image.Image):
+            return original(image, height, width, **kwargs)
+        pixels = np.asarray(image).astype(np.float64)
+        down, across = weights(pixels.shape[0], height), weights(pixels.shape[1], width)
+        made = np.einsum("yh,xw,hwc->yxc", down, across, pixels, optimize=True)
+        return PIL.Image.fromarray(made.clip(0, 255).round().astype(np.uint8))
+
+    wrap(stack, pipe.video_processor, "resize", resize)
+
+
+# No bug of the catalogue is this very one; its relation to the right tensor can be told.
+RELATED: dict[str, Planted] = {
+    "frame_resize_other_lanczos": Planted(other_lanczos, "resize_image", "frame_resize"),
 }
 
 
@@ -386,5 +645,5 @@ def planted(pipe: Any, *names: str) -> Iterator[None]:
     """The pipeline with bugs, until the context ends, however it ends."""
     with ExitStack() as stack:
         for name in names:
-            (PLANTS | UNKNOWN)[name].plant(pipe, stack)
+            (PLANTS | UNKNOWN | RELATED)[name].plant(pipe, stack)
         yield

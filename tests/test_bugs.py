@@ -51,6 +51,9 @@ def test_a_bug_shows_from_its_first_probe_to_the_frames(
     bug = BUGS[name]
     recorded = _run(pipe.with_changes(bug.variants[variant]), photo)
     different = [probe for probe in clean if not torch.equal(recorded[probe], clean[probe])]
+    if name == "decode_chunked" and variant >= SETTINGS.num_frames:
+        assert set(different) <= {"frames"}  # chunks of so many frames are the whole clip, to within rounding
+        return
     assert different and different[-1] == "frames"
     if variant == 0:
         assert different[0] == bug.first_probe

@@ -186,7 +186,7 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     settings = SETTINGS.replace(**changes)
     pictures = [photo, photo.rotate(90)][:images] if images > 1 else photo
     pictures = [p.resize((240, 230)) for p in pictures] if images > 1 else photo
-    patterns = ["unet.down_blocks.0.*", "unet.time_embedding", "vae.*", "image_encoder.*"]
+    patterns = ["unet.down_blocks.0.*", "unet.time_*", "unet.add_*", "vae.*", "image_encoder.*"]
     dtype = settings.torch_dtype
     ours = capture(SVDPipeline.from_pretrained(tiny, dtype=dtype), pictures, settings, taps=patterns)
     theirs = capture_diffusers(load_diffusers(tiny, dtype), pictures, settings, taps=patterns)
@@ -196,6 +196,22 @@ def test_svdlab_and_diffusers_record_the_same_tensors(
     assert {n: ours.shape(n) for n in ours} == {n: theirs.shape(n) for n in theirs}
     assert ours.settings == theirs.settings and ours.dtype == theirs.dtype == settings.dtype
     assert len(ours.taps) > 200
+
+
+@pytest.mark.parametrize("changes", [{}, {"cfg": "sequential", "num_videos_per_prompt": 2, "dtype": "bfloat16"}])
+def test_taps_of_sinusoids(tiny: Path, photo: Any, changes: dict[str, Any]) -> None:
+    """Of the timestep in every step; of fps, motion and augmentation; of the frames: in float32, whatever runs."""
+    settings = SETTINGS.replace(**changes)
+    theirs = capture_diffusers(load_diffusers(tiny, settings.torch_dtype), photo, settings, taps=["unet.*time_proj"])
+    pipe = SVDPipeline.from_pretrained(tiny, dtype=settings.torch_dtype)
+    ours = capture(pipe, replay=theirs, settings=settings, taps=["unet.*time_proj"])
+    names = ["unet.time_proj.000", "unet.add_time_proj", "unet.down_blocks.0.attentions.0.time_proj"]
+    videos = settings.num_videos_per_prompt
+    assert [ours.shape(n) for n in names] == [(2 * videos, 32), (6 * videos, 32), (settings.num_frames, 32)]
+    assert set(names) < set(theirs.taps) == set(ours.taps)
+    for name in theirs.taps:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+        assert ours[name].dtype == torch.float32
 
 
 @pytest.mark.usefixtures("kernels_on")

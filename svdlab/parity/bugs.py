@@ -4,11 +4,13 @@ A bug is a wrapper around one stage of the pipeline (``svdlab.svd.stages``), or 
 entry stands beside its cause and the place in diffusers that does it right; the correct code has no hooks for them.
 
 To add one: write the wrapper ``(pipe, stage, *the stage's arguments)`` and call ``_wrapped`` around it, or an edit
-``(network)`` and ``_edited``. ``svdlab diagnose``, the notebooks' explorer and the sweeps then know it.
+``(network)`` (``svdlab.parity.edits``) and ``_edited``. ``svdlab diagnose``, the notebooks' explorer and the sweeps
+then know it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,13 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
+from svdlab.parity.edits import Edit, on_output, on_plain_decoder, replaced_method, setting
 from svdlab.parity.probes import SHAPES
-from svdlab.svd.images import normalize_for_clip
-from svdlab.svd.layers import GEGLU, AlphaBlender, TimestepEmbedding
-from svdlab.svd.sampler import custom_sigmas, euler_step
+from svdlab.svd.config import per_level
+from svdlab.svd.image_encoder import ACTIVATIONS, CLIPMLP
+from svdlab.svd.images import normalize_for_clip, resize_with_antialiasing, to_levels
+from svdlab.svd.layers import (
+    GEGLU,
+    AlphaBlender,
+    Downsample,
+    FrameGroupNorm,
+    Sinusoids,
+    SpatioTemporalTransformer,
+    TransformerConditioning,
+    VideoGroupNorm,
+)
+from svdlab.svd.sampler import custom_sigmas, euler_step, scalings
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import STAGE, STAGES, Change, wide
 
@@ -39,6 +54,7 @@ class Bug:
         stage: the first stage that it changes.
         variants: the forms in which it is met; the first one is what ``with_bugs`` injects.
         decides: what it decides wrongly, where two bugs that decide the same exclude each other.
+        met: where it was met: a port, a public report, the documentation.
     """
 
     name: str
@@ -47,6 +63,7 @@ class Bug:
     stage: str
     variants: tuple[Change, ...]
     decides: str = ""
+    met: str = ""
 
     @property
     def first_probe(self) -> str:
@@ -69,47 +86,137 @@ _BLOCKS = "models/unets/unet_3d_blocks.py"
 _bugs: dict[str, Bug] = {}
 
 
-def _bug(name: str, cause: str, diffusers: str, stage: str, *variants: Change, decides: str = "") -> None:
-    _bugs[name] = Bug(name, cause, diffusers, stage, variants, decides or name)
+def _bug(
+    name: str, cause: str, diffusers: str, stage: str, *variants: Change, decides: str = "", met: str = ""
+) -> None:
+    _bugs[name] = Bug(name, cause, diffusers, stage, variants, decides or name, met)
 
 
 def _wrapped(stage: str, *wrappers: Callable[..., Any]) -> Callable[..., None]:
     """Declare a bug in one stage, a variant per wrapper."""
 
-    def declare(name: str, cause: str, diffusers: str, decides: str = "") -> None:
-        _bug(name, cause, diffusers, stage, *(Change(wrap={stage: w}) for w in wrappers), decides=decides)
+    def declare(name: str, cause: str, diffusers: str, decides: str = "", met: str = "") -> None:
+        _bug(name, cause, diffusers, stage, *(Change(wrap={stage: w}) for w in wrappers), decides=decides, met=met)
 
     return declare
 
 
-def _edited(stage: str, **edits: Callable[[nn.Module], None]) -> Callable[..., None]:
-    """Declare a bug inside a network that a stage runs."""
+def _edited(stage: str, network: str, *edits: Edit) -> Callable[..., None]:
+    """Declare a bug inside a network that a stage runs, a variant per edit."""
 
-    def declare(name: str, cause: str, diffusers: str) -> None:
-        _bug(name, cause, diffusers, stage, Change(edit=edits))
+    def declare(name: str, cause: str, diffusers: str, decides: str = "", met: str = "") -> None:
+        _bug(name, cause, diffusers, stage, *(Change(edit={network: e}) for e in edits), decides=decides, met=met)
 
     return declare
+
+
+_PORT = "the Rust port that svdlab grew out of"
 
 
 # --- the conditioning image ---
 
 
-def _resize_without_blur(pipe: Any, stage: Any, source: Tensor) -> Tensor:
-    size = pipe.image_encoder.config.image_size
-    resized = F.interpolate(source * 2 - 1, size=(size, size), mode="bicubic", align_corners=True)
-    return normalize_for_clip((resized + 1) / 2, pipe.feature_extractor.mean, pipe.feature_extractor.std)
+def _as_given(pipe: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+    return source
 
 
-def _without_clip_statistics(pipe: Any, stage: Any, source: Tensor) -> Tensor:
+def _frame(pipe: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+    """The frame that the VAE gets, (1, 3, H, W) in [0, 1], made of what CLIP should have been given."""
+    levels = to_levels(source * 2 - 1)[0]
+    is_8bit = torch.allclose(source, torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, atol=1e-4)
+    return (pipe.resize_image(Image.fromarray(levels) if is_8bit else source, settings) + 1) / 2
+
+
+def _clip_resize(
+    of: Callable[[Any, Tensor, GenerationSettings], Tensor], resize: Callable[[Tensor, int], Tensor]
+) -> Callable[..., Tensor]:
+    """CLIP's pixels from an image in [0, 1], resized from [-1, 1] to a square."""
+
+    def wrapper(pipe: Any, stage: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+        resized = resize(of(pipe, source, settings) * 2 - 1, pipe.image_encoder.config.image_size)
+        return normalize_for_clip((resized + 1) / 2, pipe.feature_extractor.mean, pipe.feature_extractor.std)
+
+    return wrapper
+
+
+def _interpolated(**how: Any) -> Callable[[Tensor, int], Tensor]:
+    return lambda images, size: F.interpolate(images, size=(size, size), **how)
+
+
+def _clip_statistics(pipe: Any) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pipe.feature_extractor.mean, pipe.feature_extractor.std))
-    return stage(source) * std + mean
+    return mean, std
 
 
-_wrapped("clip_pixels", _resize_without_blur)(
-    "clip_no_antialias", "plain resize before CLIP", f"{_PIPELINE}:_resize_with_antialiasing"
+def _without_clip_statistics(pipe: Any, stage: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+    mean, std = _clip_statistics(pipe)
+    return stage(source, settings) * std + mean
+
+
+def _clip_statistics_of_another_range(pipe: Any, stage: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+    mean, std = _clip_statistics(pipe)
+    return 2 * stage(source, settings) + (mean - 1) / std
+
+
+def _clip_in_another_range(pipe: Any, stage: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+    mean, std = _clip_statistics(pipe)
+    return 2 * (stage(source, settings) * std + mean) - 1
+
+
+_CLIP_RESIZE = f"{_PIPELINE}:_resize_with_antialiasing"
+for _name, _words, _met, _ways in (
+    (
+        "clip_no_antialias",
+        "aligned bicubic without the blur",
+        "",
+        [dict(mode="bicubic", align_corners=True)],
+    ),
+    ("clip_resize_nearest", "nearest neighbour", _PORT, [dict(mode="nearest"), dict(mode="nearest-exact")]),
+    (
+        "clip_resize_bilinear",
+        "bilinear",
+        _PORT,
+        [
+            dict(mode="bilinear", align_corners=False),
+            dict(mode="bilinear", align_corners=True),
+            dict(mode="bilinear", antialias=True),
+        ],
+    ),
+    (
+        "clip_resize_bicubic",
+        "bicubic about pixel centres",
+        "the script that made the reference values of the Rust port that svdlab grew out of",
+        [dict(mode="bicubic", align_corners=False), dict(mode="bicubic", antialias=True)],
+    ),
+):
+    _images = (_as_given, _frame) if _name == "clip_no_antialias" else (_frame, _as_given)
+    _wrapped("clip_pixels", *(_clip_resize(of, _interpolated(**way)) for of in _images for way in _ways))(
+        _name, f"resized for CLIP by {_words}", _CLIP_RESIZE, decides="resize for CLIP", met=_met
+    )
+_bug_of_the_frame = _clip_resize(_frame, resize_with_antialiasing)
+_wrapped("clip_pixels", _bug_of_the_frame)(
+    "clip_from_resized_frame",
+    "CLIP given the frame resized for the VAE, not the image",
+    f"{_PIPELINE}:__call__",
+    decides="resize for CLIP",
+    met=_PORT,
 )
 _wrapped("clip_pixels", _without_clip_statistics)(
-    "clip_unnormalised", "no CLIP mean and std", f"{_PIPELINE}:_encode_image"
+    "clip_unnormalised", "no CLIP mean and std", f"{_PIPELINE}:_encode_image", decides="range of CLIP's pixels"
+)
+_wrapped("clip_pixels", _clip_statistics_of_another_range, _clip_in_another_range)(
+    "clip_fed_minus_one_to_one",
+    "pixels in [-1, 1] to CLIP, whose mean and std are for [0, 1]",
+    f"{_PIPELINE}:_encode_image",
+    decides="range of CLIP's pixels",
+    met=_PORT,
+)
+_edited("image_embedding", "image_encoder", setting(CLIPMLP, "activation", lambda _: ACTIVATIONS["quick_gelu"]))(
+    "quick_gelu",
+    "QuickGELU in CLIP, whose ViT-H has the exact GELU",
+    "../transformers/models/clip/modeling_clip.py:CLIPMLP",
+    decides="activation of CLIP",
+    met=_PORT,
 )
 
 
@@ -129,8 +236,11 @@ def own_noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-_edited("image_latents", vae=lambda vae: sample_posterior(vae, own_noise))(
-    "image_latents_sampled", "sampled the posterior instead of taking its mode", f"{_PIPELINE}:_encode_vae_image"
+_edited("image_latents", "vae", lambda vae: sample_posterior(vae, own_noise))(
+    "image_latents_sampled",
+    "sampled the posterior instead of taking its mode",
+    f"{_PIPELINE}:_encode_vae_image",
+    met=_PORT,
 )
 
 
@@ -152,6 +262,7 @@ _wrapped("image_latents", _scaled)(
     "image_latents_scaled",
     "image latents multiplied by the VAE's scaling factor",
     f"{_PIPELINE}:_encode_vae_image",
+    met=_PORT,
 )
 _wrapped("image_latents", _not_augmented)(
     "noise_aug_missing", "no noise augmentation", f"{_PIPELINE}:__call__", decides="noise augmentation"
@@ -161,6 +272,23 @@ _wrapped("image_latents", _augmented_latents)(
     "noised the latents instead of the pixels",
     f"{_PIPELINE}:__call__",
     decides="noise augmentation",
+    met=_PORT,
+)
+
+_edited(
+    "image_latents",
+    "vae",
+    # As wide as a convolution with padding 1 sees the image.
+    replaced_method(
+        Downsample,
+        "forward",
+        lambda original, self, x: self.conv(F.pad(x, (0, 0, 1, 1, 1, 1))) if self.pad_end else original(self, x),
+    ),
+)(
+    "vae_encoder_padding_symmetric",
+    "the VAE encoder's downsampling padded on all sides",
+    "models/downsampling.py:Downsample2D.forward",
+    met=_PORT,
 )
 
 # --- fps and motion ---
@@ -174,7 +302,9 @@ def _motion_first(pipe: Any, stage: Any, settings: GenerationSettings) -> Tensor
     return stage(settings)[:, [1, 0, 2]]
 
 
-_wrapped("time_ids", _fps_as_given)("fps_not_decremented", "fed fps instead of fps - 1", f"{_PIPELINE}:__call__")
+_wrapped("time_ids", _fps_as_given)(
+    "fps_not_decremented", "fed fps instead of fps - 1", f"{_PIPELINE}:__call__", met=_PORT
+)
 _wrapped("time_ids", _motion_first)("time_ids_reordered", "motion bucket before fps", f"{_PIPELINE}:_get_add_time_ids")
 
 # --- noise levels ---
@@ -194,7 +324,7 @@ _wrapped("timesteps", lambda pipe, stage, sigmas: sigmas[:-1].log())(
     "timestep_unscaled", "ln(sigma) without the 0.25", f"{_SCHEDULER}:set_timesteps", decides="timestep of a sigma"
 )
 _wrapped("timesteps", lambda pipe, stage, sigmas: -sigmas[:-1].log())(
-    "timestep_negated", "-ln(sigma)", f"{_SCHEDULER}:set_timesteps", decides="timestep of a sigma"
+    "timestep_negated", "-ln(sigma)", f"{_SCHEDULER}:set_timesteps", decides="timestep of a sigma", met=_PORT
 )
 _wrapped(
     "initial_latents",
@@ -219,7 +349,11 @@ def _maximum_everywhere(pipe: Any, stage: Any, settings: GenerationSettings) -> 
 
 
 _wrapped("guidance_ramp", _ramp_over_steps)(
-    "guidance_per_step", "guidance ramp over steps instead of frames", f"{_PIPELINE}:__call__", decides="guidance ramp"
+    "guidance_per_step",
+    "guidance ramp over steps instead of frames",
+    f"{_PIPELINE}:__call__",
+    decides="guidance ramp",
+    met=_PORT,
 )
 _wrapped("guidance_ramp", _maximum_everywhere)(
     "guidance_constant", "one guidance scale for all frames", f"{_PIPELINE}:__call__", decides="guidance ramp"
@@ -276,20 +410,25 @@ def _epsilon(pipe: Any, stage: Any, noise_pred: Tensor, latents: Tensor, sigma: 
     return euler_step(latents - sigma * wide(noise_pred), latents, sigma, next_sigma)
 
 
-_wrapped("euler_step", _epsilon)("prediction_epsilon", "output read as epsilon instead of v", f"{_SCHEDULER}:step")
+def _root_in_c_skip(
+    pipe: Any, stage: Any, noise_pred: Tensor, latents: Tensor, sigma: Tensor, next_sigma: Tensor
+) -> Tensor:
+    latents, s = wide(latents), scalings(sigma)
+    return euler_step(s.c_skip**0.5 * latents + s.c_out * wide(noise_pred), latents, sigma, next_sigma)
+
+
+_wrapped("euler_step", _epsilon)(
+    "prediction_epsilon", "output read as epsilon instead of v", f"{_SCHEDULER}:step", decides="reading of the output"
+)
+_wrapped("euler_step", _root_in_c_skip)(
+    "c_skip_with_square_root",
+    "c_skip is 1 / sqrt(sigma^2 + 1), not 1 / (sigma^2 + 1)",
+    f"{_SCHEDULER}:step",
+    decides="reading of the output",
+    met=_PORT,
+)
 
 # --- inside the networks ---
-
-
-def _set(kind: type[nn.Module], name: str, value: Callable[[Any], Any]) -> Callable[[nn.Module], None]:
-    """An edit of one attribute of every module of a kind."""
-
-    def edit(network: nn.Module) -> None:
-        for module in network.modules():
-            if isinstance(module, kind):
-                setattr(module, name, value(getattr(module, name)))
-
-    return edit
 
 
 def _no_frame_positions(unet: nn.Module) -> None:
@@ -298,43 +437,158 @@ def _no_frame_positions(unet: nn.Module) -> None:
             module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))
 
 
-def _sine_first(unet: nn.Module) -> None:
-    def swap_halves(parts: int) -> Callable[..., tuple[Tensor]]:
-        return lambda m, args: (args[0].unflatten(-1, (parts, 2, -1)).flip(-2).flatten(-3),)
-
-    for name, module in unet.named_modules():
-        if isinstance(module, TimestepEmbedding):
-            module.register_forward_pre_hook(swap_halves(3 if name == "add_embedding" else 1))
+_sine_first = on_output(Sinusoids, lambda m, args, output: output.unflatten(-1, (2, -1)).flip(-2).flatten(-2))
+# Which sinusoids: the timestep's, those of fps, motion and augmentation, the frames'.
+_SINUSOIDS = (".*", "time_proj", "add_time_proj", r".*attentions.*\.time_proj")
 
 
-_swap_alpha = _set(AlphaBlender, "switch_spatial_to_temporal_mix", lambda switched: not switched)
+def _other_frequencies(frequencies: Callable[[int], Tensor]) -> tuple[Edit, ...]:
+    """An edit for each kind of sinusoids; ``frequencies`` gives half of the dimension's."""
 
-_edited("predict_noise", unet=_swap_alpha)(
-    "alpha_swapped_unet", "temporal blend of the UNet the wrong way round", "models/resnet.py:AlphaBlender.forward"
+    def recomputed(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+        angles = args[0][:, None].float() * frequencies(module.dim // 2).to(output.device)
+        return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, module.dim % 2))
+
+    return tuple(on_output(Sinusoids, recomputed, where) for where in _SINUSOIDS)
+
+
+def _exponent(half: int, shift: int = 0) -> Tensor:
+    return -math.log(10000) / (half - shift) * torch.arange(half, dtype=torch.float32)
+
+
+def _heads(of_up_block: Callable[[list[int], int], int]) -> Edit:
+    """Another number of heads in the up blocks: of the heads of all levels, and of the block's number."""
+
+    def edit(unet: Any) -> None:
+        heads = per_level("num_attention_heads", unet.config.num_attention_heads, len(unet.up_blocks))
+        for i, block in enumerate(unet.up_blocks):
+            for transformer in block.attentions:
+                _set_heads(transformer, of_up_block(list(heads), i))
+
+    return edit
+
+
+def _set_heads(transformer: nn.Module, heads: int) -> None:
+    """A number that the channels cannot be divided by is one that a port could not have run with."""
+    for name, module in transformer.named_modules():
+        if name.endswith("attn1") and module.to_q.out_features % heads == 0:
+            module.heads = heads
+
+
+def _halves_exchanged(original: Any, self: Any, x: Tensor) -> Tensor:
+    gate, value = self.proj(x).chunk(2, dim=-1)
+    return value * F.gelu(gate, approximate=self.approximate)
+
+
+def _position_first(original: Any, self: Any, h: Tensor, conditioning: TransformerConditioning) -> Tensor:
+    layers = zip(
+        self.transformer_blocks,
+        self.temporal_transformer_blocks,
+        conditioning.spatial_tokens,
+        conditioning.temporal_tokens,
+        strict=True,
+    )
+    for spatial, temporal, spatial_token, temporal_token in layers:
+        h = h + conditioning.frame_positions
+        h = self.time_mixer(spatial(h, spatial_token), temporal(h, temporal_token))
+    return h
+
+
+_per_frame = replaced_method(VideoGroupNorm, "forward", lambda original, self, x: FrameGroupNorm.forward(self, x))
+
+
+def _swap_alpha(where: str = ".*") -> Edit:
+    return setting(AlphaBlender, "switch_spatial_to_temporal_mix", lambda switched: not switched, where)
+
+
+_TRANSFORMER = "models/transformers/transformer_temporal.py:TransformerSpatioTemporalModel.forward"
+
+_edited("predict_noise", "unet", _swap_alpha())(
+    "alpha_swapped_unet",
+    "temporal blend of the UNet the wrong way round",
+    "models/resnet.py:AlphaBlender.forward",
+    decides="temporal blend of the UNet",
 )
-_edited("decode", vae=_swap_alpha)(
+_edited("predict_noise", "unet", _swap_alpha(r".*attentions.*"))(
+    "transformer_alpha_swapped",
+    "temporal blend of the UNet's transformers the wrong way round, that of its resnets right",
+    "models/resnet.py:AlphaBlender.forward",
+    decides="temporal blend of the UNet",
+    met=_PORT,
+)
+_edited("decode", "vae", _swap_alpha())(
     "alpha_swapped_vae", "temporal blend of the VAE decoder the wrong way round", f"{_BLOCKS}:UpBlockTemporalDecoder"
 )
-_edited("predict_noise", unet=_no_frame_positions)(
-    "frame_position_missing",
-    "no frame position embedding",
-    "models/transformers/transformer_temporal.py:TransformerSpatioTemporalModel.forward",
+_edited("predict_noise", "unet", _no_frame_positions)(
+    "frame_position_missing", "no frame position embedding", _TRANSFORMER, decides="frame positions"
 )
-_edited("predict_noise", unet=_sine_first)(
+_edited("predict_noise", "unet", replaced_method(SpatioTemporalTransformer, "blocks", _position_first))(
+    "frame_position_first_parallel",
+    "frame position added first, and both transformer blocks on the same input",
+    _TRANSFORMER,
+    decides="frame positions",
+    met=_PORT,
+)
+_edited("predict_noise", "unet", _sine_first)(
     "sincos_order", "sinusoidal embeddings sin-then-cos", "models/embeddings.py:get_timestep_embedding"
 )
-_edited("predict_noise", unet=_set(GEGLU, "approximate", lambda _: "tanh"))(
+_edited("predict_noise", "unet", *_other_frequencies(_exponent))(
+    "sinusoids_without_exp",
+    "the frequencies' logarithms used as frequencies",
+    "models/embeddings.py:get_timestep_embedding",
+    decides="frequencies of the sinusoids",
+    met=_PORT,
+)
+_edited("predict_noise", "unet", *_other_frequencies(lambda half: _exponent(half, 1).exp()))(
+    "sinusoids_shift_one",
+    "frequencies divided by half - 1: downscale_freq_shift 1 instead of 0",
+    "models/embeddings.py:get_timestep_embedding",
+    decides="frequencies of the sinusoids",
+    met=_PORT,
+)
+_edited("predict_noise", "unet", setting(GEGLU, "approximate", lambda _: "tanh"))(
     "gelu_tanh", "tanh approximation of GELU", "models/activations.py:GEGLU"
 )
+_edited("predict_noise", "unet", replaced_method(GEGLU, "forward", _halves_exchanged))(
+    "geglu_halves_exchanged", "GELU on the wrong half of GEGLU", "models/activations.py:GEGLU.forward", met=_PORT
+)
+_edited("predict_noise", "unet", _heads(lambda heads, block: heads[block]))(
+    "heads_not_reversed",
+    "the up blocks' numbers of heads in the order of the down blocks",
+    "models/unets/unet_spatio_temporal_condition.py:UNetSpatioTemporalConditionModel.__init__",
+    decides="number of heads",
+    met=_PORT,
+)
+_edited("predict_noise", "unet", _per_frame)(
+    "temporal_group_norm_per_frame_unet",
+    "statistics of each frame in the temporal blocks of the UNet",
+    "models/resnet.py:TemporalResnetBlock.forward",
+    met=_PORT,
+)
+_edited("decode", "vae", on_plain_decoder(_per_frame))(
+    "temporal_group_norm_per_frame_vae",
+    "statistics of each frame in the temporal blocks of the VAE's decoder",
+    "models/resnet.py:TemporalResnetBlock.forward",
+    met=_PORT,
+)
 
-_eps = {eps: _set(nn.GroupNorm, "eps", lambda _, eps=eps: eps) for eps in (1e-5, 1e-6)}  # type: ignore[misc]
+
+def _eps(value: float, where: str = ".*") -> Edit:
+    return setting(nn.GroupNorm, "eps", lambda _: value, where)
+
+
 _bug(
     "group_norm_eps",
-    "one group-norm eps everywhere",
+    "other group-norm eps: one everywhere, or as in Stability's own code",
     f"{_BLOCKS}:get_up_block",
     "image_latents",
-    *(Change(edit={"unet": edit, "vae": edit}) for edit in _eps.values()),
-    *(Change(edit={"unet": edit}) for edit in _eps.values()),
+    *(Change(edit={"unet": _eps(eps), "vae": _eps(eps)}) for eps in (1e-5, 1e-6)),
+    *(Change(edit={"unet": _eps(eps)}) for eps in (1e-5, 1e-6)),
+    # Stability's: the resnets of all blocks 1e-5, the transformers' norms 1e-6 as in diffusers.
+    Change(edit={"unet": _eps(1e-5, r".*res_block.*")}),
+    Change(edit={"vae": _eps(1e-6, r".*temporal_res_block.*")}),
+    *(Change(edit={"vae": _eps(eps)}) for eps in (1e-5, 1e-6)),
+    met=_PORT,
 )
 
 # --- the decode ---
@@ -342,6 +596,12 @@ _bug(
 
 def _not_divided(pipe: Any, stage: Any, latents: Tensor, settings: GenerationSettings) -> Tensor:
     return stage(latents * pipe.vae.config.scaling_factor, settings)
+
+
+def _chunks_of(size: int) -> Callable[..., Tensor]:
+    return lambda pipe, stage, latents, settings: stage(
+        latents, settings.replace(decode="parity", decode_chunk_size=size)
+    )
 
 
 def _always_in_chunks(pipe: Any, stage: Any, latents: Tensor, settings: GenerationSettings) -> Tensor:
@@ -354,10 +614,11 @@ _wrapped("decode", _not_divided)(
     "latents not divided by the scaling factor before the decode",
     f"{_PIPELINE}:decode_latents",
 )
-_wrapped("decode", _always_in_chunks)(
+_wrapped("decode", _always_in_chunks, *(_chunks_of(size) for size in range(1, 9)))(
     "decode_chunked",
-    "decoded in chunks where the reference decoded at once",
+    "decoded in chunks where the reference decoded at once, or in chunks of another size",
     f"{_PIPELINE}:decode_latents",
+    met=_PORT,
 )
 
 BUGS: Mapping[str, Bug] = MappingProxyType(_bugs)

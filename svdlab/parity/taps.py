@@ -7,8 +7,9 @@ facts decide what a tap holds, whatever the implementation's own layout is:
 - *activation*: (batch, frame, channel, height, width). The VAE encoder has one frame. Calls that treat a part
   of the batch or of the frames (guidance in two passes, a chunked decode) are joined, so that a trace does
   not depend on them.
-- *vector*: (batch, channel), one embedding per video.
-- *positions*: (frame, channel), the embedded frame numbers, the same for every video and every step.
+- *vector*: (batch, channel), one embedding per video; the sinusoids of ``added_time_ids`` are three rows a video.
+- *positions*: (frame, channel), the frame numbers' sinusoids and what is made of them, the same for every video
+  and every step.
 - *tokens*: as the CLIP tower has them, (batch, token, channel) or (batch, channel).
 """
 
@@ -43,9 +44,9 @@ _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for layout, pattern in (
         ("activation", r"unet\.(conv_in|conv_norm_out|conv_out)"),
         ("activation", rf"unet\.{_UNET_BLOCK}(\.({_RESNET}|{_TRANSFORMER}|{_SAMPLER}))?"),
-        ("vector", r"unet\.(time_embedding|add_embedding)"),
+        ("vector", r"unet\.(time_embedding|time_proj|add_embedding|add_time_proj)"),
         ("vector", rf"unet\.{_UNET_BLOCK}\.resnets\.\d+\.(spatial|temporal)_res_block\.time_emb_proj"),
-        ("positions", rf"unet\.{_UNET_BLOCK}\.attentions\.\d+\.time_pos_embed"),
+        ("positions", rf"unet\.{_UNET_BLOCK}\.attentions\.\d+\.time_(proj|pos_embed)"),
         ("activation", r"vae\.(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)|vae\.quant_conv"),
         (
             "activation",
@@ -66,7 +67,7 @@ _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ),
     )
 )
-_ONCE = re.compile(r"unet\.add_embedding|.*\.time_pos_embed")
+_ONCE = re.compile(r"unet\.add_(embedding|time_proj)|.*\.attentions\.\d+\.time_(proj|pos_embed)")
 _INDEXED = re.compile(r"(?P<base>unet\..+)\.(?P<step>\d{3,})")
 
 

@@ -32,6 +32,20 @@ def sinusoids(values: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
+class Sinusoids(nn.Module):
+    """``sinusoids`` as a module without weights, so that it has a name in a trace: (N,) -> (N, dim) in float32.
+
+    Source: diffusers ``models/embeddings.py:Timesteps``.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, values: Tensor) -> Tensor:
+        return sinusoids(values, self.dim)
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers around a SiLU: (N, in) -> (N, out)."""
 
@@ -324,13 +338,13 @@ class SpatioTemporalTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, depth: int, context_channels: int):
         super().__init__()
-        self.channels = channels
         self.norm = FrameGroupNorm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         blocks = [TransformerBlock(channels, heads, context_channels) for _ in range(depth)]
         temporal = [TemporalTransformerBlock(channels, heads, context_channels) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.temporal_transformer_blocks = nn.ModuleList(temporal)
+        self.time_proj = Sinusoids(channels)
         self.time_pos_embed = TimestepEmbedding(channels, 4 * channels, channels)
         self.time_mixer = AlphaBlender()
         self.proj_out = nn.Linear(channels, channels)
@@ -338,7 +352,7 @@ class SpatioTemporalTransformer(nn.Module):
     def condition(self, image_embeddings: Tensor, num_frames: int) -> TransformerConditioning:
         """Everything that depends on the image token (B, 1, D) and the frame count alone."""
         frames = torch.arange(num_frames, device=image_embeddings.device)
-        positions = sinusoids(frames, self.channels).to(image_embeddings.dtype)
+        positions = self.time_proj(frames).to(image_embeddings.dtype)
         return TransformerConditioning(
             self.time_pos_embed(positions)[None, :, None, None],
             [block.attn2(image_embeddings) for block in self.transformer_blocks],  # type: ignore[operator]

@@ -329,7 +329,7 @@ class SVDPipeline(Stages):
             raise SvdlabError(f"latents: got shape {tuple(latents.shape)}, allowed: {shape}")
         if isinstance(generator, Sequence) and len(generator) not in (1, shape[0]):
             raise SvdlabError(f"generator: got a list of {len(generator)}, allowed: one, or one per video ({shape[0]})")
-        clip_pixels = torch.cat([self.clip_pixels(s) for s in sources])
+        clip_pixels = torch.cat([self.clip_pixels(s, settings) for s in sources])
         noise = images.randn(pixels.shape, generator, self.device, pixels.dtype)
         if latents is None:
             latents = images.randn(shape, generator, self.device, self.dtype)

@@ -120,7 +120,7 @@ class Stages:
         assert settings.height and settings.width
         return images.resize(source, settings.height, settings.width)
 
-    def clip_pixels(self, source: Tensor) -> Tensor:
+    def clip_pixels(self, source: Tensor, settings: GenerationSettings) -> Tensor:
         """What CLIP sees of one image as given: (1, 3, H0, W0) in [0, 1] -> ``input.clip_pixels`` (1, 3, P, P).
 
         Source: ``_encode_image``.

@@ -16,12 +16,12 @@ from svdlab.svd.layers import (
     Conv2d,
     Downsample,
     FrameGroupNorm,
+    Sinusoids,
     SpatioTemporalResBlock,
     SpatioTemporalTransformer,
     TimestepEmbedding,
     TransformerConditioning,
     Upsample,
-    sinusoids,
 )
 
 
@@ -133,7 +133,9 @@ class UNet(nn.Module):
             return [transformer(level, d) for d in _depths(depth[level], count)]
 
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_proj = Sinusoids(widths[0])
         self.time_embedding = TimestepEmbedding(widths[0], emb_channels)
+        self.add_time_proj = Sinusoids(config.addition_time_embed_dim)
         self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, emb_channels)
 
         self.down_blocks = nn.ModuleList()
@@ -188,10 +190,10 @@ class UNet(nn.Module):
                 f"image_embeddings: got shape {tuple(image_embeddings.shape)}, allowed: (batch, 1, channels); "
                 "cross-attention to several context tokens is not implemented"
             )
-        ids = sinusoids(added_time_ids.flatten(), self.config.addition_time_embed_dim)
+        ids = self.add_time_proj(added_time_ids.flatten())
         ids = ids.reshape(len(added_time_ids), -1).to(image_embeddings.dtype)
-        transformers = [t.condition(image_embeddings, num_frames) for t in self.transformers()]
-        return Conditioning(self.add_embedding(ids), transformers)
+        added = self.add_embedding(ids)
+        return Conditioning(added, [t.condition(image_embeddings, num_frames) for t in self.transformers()])
 
     def forward(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """One denoising step's network pass.
@@ -206,7 +208,7 @@ class UNet(nn.Module):
         """
         x = layout.from_channels_first(sample)
         timesteps = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
-        emb = self.time_embedding(sinusoids(timesteps, self.config.block_out_channels[0]).to(x.dtype))
+        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
         emb = F.silu(emb + conditioning.added_time_embedding)
         transformers = iter(conditioning.transformers)
 

@@ -127,12 +127,17 @@ def use_kernels(network: Network) -> Network:
     return network
 
 
+def drop_kernels(network: Network) -> Network:
+    """Put the plain layers back, in place: for whoever changes what a layer that a kernel would skip computes."""
+    slow = {fast: plain for plain, fast in FAST.items()}
+    for module in network.modules():
+        module.__class__ = slow.get(type(module), type(module))
+    return network
+
+
 def plain(network: Network) -> Network:
     """A copy of a network with the plain layers, on the same weights: what one trains, compiles or reads."""
-    other, slow = own_modules(network), {fast: plain for plain, fast in FAST.items()}
-    for module in other.modules():
-        module.__class__ = slow.get(type(module), type(module))
-    return other
+    return drop_kernels(own_modules(network))
 
 
 _verdicts: dict[tuple[str, str, torch.dtype], Verdict] = {}
