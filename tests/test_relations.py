@@ -226,6 +226,32 @@ def test_channels_that_are_alike_have_no_order() -> None:
     assert relation is None or relation.kind != "permutation"
 
 
+def test_a_frame_shown_twice_is_no_order() -> None:
+    relation = _relate(lambda x: x[:, [0, 1, 2, 2, 4, 5]])
+    assert relation is not None and relation.exact
+    assert relation.text == "wrong only in frame 3 (right elsewhere to within rounding)"
+    relation = _relate(lambda x: x[:, [5, 3, 2, 2, 0, 1]])
+    assert relation is None or relation.kind != "permutation"
+
+
+@pytest.mark.parametrize(("floors", "exact"), [(2, True), (6, False)])
+def test_exact_is_within_four_floors(floors: float, exact: bool) -> None:
+    right, noise = _randn(*SHAPE).double(), _randn(*SHAPE, seed=1).double()
+    predicted = 2.5 * right
+    found = predicted + floors * 1e-5 * predicted.norm() / noise.norm() * noise
+    relation = relate(found, right, 1e-5, AXES)
+    assert relation is not None and relation.kind == "factor" and relation.exact == exact
+    assert relation.ratio == pytest.approx(floors, rel=1e-3)
+
+
+def test_what_a_large_offset_hides_is_not_claimed() -> None:
+    """Rounding at 100 explains what is left, and yet a sixteenth of what was found is something else."""
+    right, noise = _randn(*SHAPE).double(), _randn(*SHAPE, seed=1).double()
+    found = 100 + 1e-4 * (right + 0.25 * noise)
+    relation = relate(found, right, 1e-7, AXES)
+    assert relation is None or not relation.exact
+
+
 def test_part_of_a_relation_is_not_exact() -> None:
     """Wrong in one channel, and noise everywhere."""
     noise = _randn(*SHAPE, seed=7)
