@@ -23,6 +23,7 @@ _COMMANDS = {
     "kernels": ("svdlab.cli.kernels", "which fast kernels this machine runs, and why not the others"),
     "memory": ("svdlab.cli.memory", "what a generation takes, without a GPU"),
     "parity": ("svdlab.cli.parity", "svdlab against diffusers, measured by float64"),
+    "ranges": ("svdlab.cli.ranges", "where float16, bfloat16 or float8 would overflow"),
     "report": ("svdlab.cli.report", "run the notebooks into pages"),
     "sweep": ("svdlab.cli.sweep", "a clip at every point of a grid"),
     "sweep-compare": ("svdlab.cli.sweep", "two sweeps, point by point"),
