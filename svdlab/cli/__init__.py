@@ -16,6 +16,7 @@ from svdlab.errors import EXTRA_OF, SvdlabError, not_installed
 # Where each command is defined and what it does in a few words: neither --help nor one command imports the others.
 _COMMANDS = {
     "bench": ("svdlab.cli.bench", "time svdlab against diffusers"),
+    "bundle": ("svdlab.cli.bundle", "one stage or module in plain files, for a port's unit tests"),
     "compare": ("svdlab.cli.parity", "the verdict on two traces, and where they part"),
     "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
     "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),
