@@ -16,6 +16,7 @@ from svdlab.errors import EXTRA_OF, SvdlabError, not_installed
 # Where each command is defined and what it does in a few words: neither --help nor one command imports the others.
 _COMMANDS = {
     "bench": ("svdlab.cli.bench", "time svdlab against diffusers"),
+    "bundle": ("svdlab.cli.bundle", "one stage or module in plain files, for a port's unit tests"),
     "compare": ("svdlab.cli.parity", "the verdict on two traces, and where they part"),
     "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
     "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),
@@ -23,6 +24,7 @@ _COMMANDS = {
     "kernels": ("svdlab.cli.kernels", "which fast kernels this machine runs, and why not the others"),
     "memory": ("svdlab.cli.memory", "what a generation takes, without a GPU"),
     "parity": ("svdlab.cli.parity", "svdlab against diffusers, measured by float64"),
+    "ranges": ("svdlab.cli.ranges", "where float16, bfloat16 or float8 would overflow"),
     "report": ("svdlab.cli.report", "run the notebooks into pages"),
     "sweep": ("svdlab.cli.sweep", "a clip at every point of a grid"),
     "sweep-compare": ("svdlab.cli.sweep", "two sweeps, point by point"),
