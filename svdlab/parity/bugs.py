@@ -123,8 +123,8 @@ def _as_given(pipe: Any, source: Tensor, settings: GenerationSettings) -> Tensor
 def _frame(pipe: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
     """The frame that the VAE gets, (1, 3, H, W) in [0, 1], made of what CLIP should have been given."""
     levels = to_levels(source * 2 - 1)[0]
-    is_8bit = torch.allclose(source, torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, atol=1e-4)
-    return (pipe.resize_image(Image.fromarray(levels) if is_8bit else source, settings) + 1) / 2
+    is_8bit = torch.allclose(source, torch.from_numpy(levels).permute(2, 0, 1)[None].to(source) / 255, atol=1e-4)
+    return (pipe.resize_image(Image.fromarray(levels) if is_8bit else source, settings).to(source) + 1) / 2
 
 
 def _clip_resize(

@@ -23,6 +23,7 @@ from svdlab.parity.compare import THRESHOLD, Comparison, compare
 from svdlab.parity.modules import ModuleJudge, network_of, next_taps
 from svdlab.parity.naming import Bugs, Found, Named, Namer, name_modules
 from svdlab.parity.probes import INPUTS, execution_key
+from svdlab.parity.relations import Relation, axes_of, relate
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
@@ -66,6 +67,7 @@ class StageVerdict:
             left, those that make the other wrong modules right.
         modules: taps of wrong modules that no bug makes right, in the order in which they run.
         next_taps: taps that divide what is left unexplained.
+        relation: how the tensor ``related``, the first that no bug explains, follows from the right one, if it does.
     """
 
     stage: str
@@ -76,6 +78,8 @@ class StageVerdict:
     bugs: tuple[tuple[str, ...], ...] = ()
     modules: tuple[str, ...] = ()
     next_taps: tuple[str, ...] = ()
+    relation: Relation | None = None
+    related: str | None = None
 
     @property
     def explained(self) -> bool:
@@ -209,6 +213,8 @@ def _left_of(stage: StageVerdict) -> str:
             f" and {len(stage.modules) - 1} more modules" if len(stage.modules) > 1 else ""
         )
     text = f"{where}; no bug of the catalogue explains " + ("it" if not stage.bugs else "what is left of it")
+    if stage.relation:
+        text += f"; {stage.related} is {stage.relation.text}"
     return text + (f"; taps to write next: {', '.join(stage.next_taps)}" if stage.next_taps else "")
 
 
@@ -249,6 +255,8 @@ class _Named:
     partial: list[list[Named]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     next_taps: list[str] = field(default_factory=list)
+    relation: Relation | None = None
+    related: str | None = None
 
 
 class _Diagnoser:
@@ -342,7 +350,24 @@ class _Diagnoser:
             networks = dict.fromkeys(STAGE[s].network for s in unit.blamed if STAGE[s].network)
             for network in networks:
                 result.next_taps += next_taps(self.modules.get(network), self.pipe, network)
+            self.relate(unit, result)
         return result
+
+    def relate(self, unit: Unit, result: _Named) -> None:
+        """Describe the first tensor that no bug explains: of the modules, where they are judged, else of the unit."""
+        for judge in self.judges_of(unit):
+            left = [name for name in judge.wrong if judge.taps[name] in result.modules]
+            if left and judge.found[left[0]].shape == judge.right[left[0]].shape:
+                result.related = judge.taps[left[0]]
+                found, right, floor = judge.found[left[0]], judge.right[left[0]], judge.floors[left[0]]
+                result.relation = relate(found, right, floor, axes_of(result.related))
+                return
+        if unit.wrong:
+            name = unit.wrong[0]
+            found, right = self.judge.known[name], self.judge.exact.expected(name)
+            if found.shape == right.shape:
+                result.related = name
+                result.relation = relate(found, right, self.namer.floor(name), axes_of(name))
 
     def alternatives(self, unit: Unit, result: _Named) -> list[Found]:
         """Where the modules leave alternatives: each set with each of them that makes the unit right, too."""
@@ -449,6 +474,8 @@ class _Diagnoser:
                     tuple(names for names in own if names),
                     tuple(made.modules),
                     tuple(made.next_taps),
+                    made.relation,
+                    made.related,
                 )
             )
         return verdicts

@@ -179,7 +179,11 @@ def _resize_image(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
 
 
 def _clip_pixels(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
-    return {name: torch.cat([chain.pipe.clip_pixels(source[None]) for source in chain.value("input.source")])}
+    return {
+        name: torch.cat(
+            [chain.pipe.clip_pixels(source[None], chain.settings) for source in chain.value("input.source")]
+        )
+    }
 
 
 def _image_embedding(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
