@@ -1,0 +1,393 @@
+"""A port's own files, under any names and in any layout, become a trace; what is ambiguous or wrong is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import run
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdlab.errors import SvdlabError
+from svdlab.parity.compare import compare
+from svdlab.parity.importers import Map, import_trace, letters_of
+from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, probe_of
+from svdlab.parity.trace import Trace
+from svdlab.svd.settings import GenerationSettings
+
+SETTINGS = GenerationSettings(height=32, width=48, num_frames=3, num_inference_steps=2)
+SIZES = {"B": 1, "V": 1, "G": 2, "H0": 20, "W0": 30, "H": 32, "W": 48, "F": 3, "L": 4, "2L": 8, "h": 4, "w": 6}
+SIZES |= {"P": 8, "D": 5, "S": 2, "S+1": 3}
+
+
+def values(settings: GenerationSettings = SETTINGS, **sizes: int) -> dict[str, Tensor]:
+    """Random tensors of every probe, guided."""
+    known = {**SIZES, **sizes, "F": settings.num_frames or 0}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {**INPUTS, **CONDITIONING, **FRAMES}
+    shapes |= {f"{name}.{k:03d}": shape for name, shape in STEP.items() for k in range(settings.num_steps)}
+    return {n: torch.randn([known.get(d, d) for d in shape], generator=generator) for n, shape in shapes.items()}
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Trace:
+    return Trace(values(), SETTINGS, "diffusers").save(tmp_path / "reference.safetensors")
+
+
+@pytest.fixture
+def dump(tmp_path: Path) -> Path:
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    return folder
+
+
+def imported(folder: Path, reference: Trace, text: str) -> Trace:
+    """What a map makes of a folder."""
+    return import_trace([folder], reference, Map.parse(text), folder.parent / "imported.safetensors").trace
+
+
+def permuted(tensor: Tensor, have: str, want: str) -> np.ndarray:
+    return tensor.permute([have.index(axis) for axis in want]).contiguous().numpy()
+
+
+LAYOUTS = ("NFCHW", "NFHWC", "NCFHW", "NHWFC", "NCHWF", "FNCHW", "CFHWN", "WHCFN")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_comes_back(reference: Trace, dump: Path, layout: str) -> None:
+    for step in range(2):
+        np.save(dump / f"x_{step:02}.npy", permuted(reference[f"latents.00{step}"], "NFCHW", layout))
+    trace = imported(dump, reference, f'[probes.latents]\nfile = "x_{{step:02}}.npy"\nlayout = "{layout}"')
+    assert trace.probes == ("latents.000", "latents.001")
+    for name in trace.probes:
+        assert torch.equal(trace[name], reference[name])
+
+
+@pytest.mark.parametrize(
+    ("layout", "make"),
+    [
+        ("NCHW", lambda t: t.flatten(0, 1)),
+        ("NHWC", lambda t: t.flatten(0, 1).movedim(1, -1)),
+        ("CNHW", lambda t: t.flatten(0, 1).transpose(0, 1)),
+    ],
+)
+def test_frames_folded_into_the_batch(
+    tmp_path: Path, dump: Path, layout: str, make: Callable[[Tensor], Tensor]
+) -> None:
+    reference = Trace(values(B=2, V=2, G=4), SETTINGS, "diffusers")
+    np.save(dump / "x.npy", make(reference["model_input.001"]).contiguous().numpy())
+    trace = imported(dump, reference, f'[probes."model_input.001"]\nlayout = "{layout}"\nframes_in_batch = true')
+    assert torch.equal(trace["model_input.001"], reference["model_input.001"])
+
+
+def test_axes_left_out_and_axes_of_one(reference: Trace, dump: Path) -> None:
+    np.save(dump / "f.npy", permuted(reference["frames"], "NFCHW", "FHWCN")[..., 0])
+    np.save(dump / "e.npy", reference["image_embeddings"][0, 0].numpy())
+    np.save(dump / "g.npy", reference["guidance_scale"].reshape(1, 3, 1, 1, 1).numpy())
+    np.save(dump / "l.npy", torch.stack([reference[f"latents.00{k}"][0] for k in range(2)], dim=-1).numpy())
+    trace = imported(
+        dump,
+        reference,
+        """
+        [probes]
+        frames = { file = "f.npy", layout = "FHWC" }
+        image_embeddings = { file = "e.npy", layout = "C" }
+        guidance_scale = { file = "g.npy", layout = "NF111" }
+        latents = { file = "l.npy", layout = "FCHWS" }
+        """,
+    )
+    assert len(trace) == 5
+    for name in trace:
+        assert torch.equal(trace[name], reference[name]), name
+
+
+def test_embeddings_repeated_for_every_frame(reference: Trace, dump: Path) -> None:
+    one = reference["image_embeddings"]
+    np.save(dump / "e.npy", torch.cat([torch.zeros_like(one), one]).repeat_interleave(3, 0).numpy())
+    np.save(dump / "l.npy", reference["image_latents"].unsqueeze(1).expand(-1, 3, -1, -1, -1).numpy())
+    text = """
+        [probes]
+        image_embeddings = { file = "e.npy", layout = "NTC", frames_in_batch = true, guidance = "both" }
+        image_latents = { file = "l.npy", layout = "NFCHW" }
+        """
+    trace = imported(dump, reference, text)
+    for name in ("image_embeddings", "image_latents"):
+        assert torch.equal(trace[name], reference[name])
+    uneven = reference["image_latents"].unsqueeze(1).repeat(1, 3, 1, 1, 1)
+    uneven[0, 2, 0, 0, 0] += 1e-6
+    np.save(dump / "l.npy", uneven.numpy())
+    with pytest.raises(SvdlabError, match="l.npy: as image_latents: its frames are not equal"):
+        imported(dump, reference, text)
+
+
+@pytest.mark.parametrize("guidance", ["both", "cond_first"])
+def test_halves_of_the_guidance_in_one_tensor(reference: Trace, dump: Path, guidance: str) -> None:
+    def halves(uncond: Tensor, cond: Tensor) -> np.ndarray:
+        return torch.cat([uncond, cond] if guidance == "both" else [cond, uncond]).numpy()
+
+    pred = [reference[f"noise_pred_{half}.001"] for half in ("uncond", "cond")]
+    np.save(dump / "p1.npy", halves(*pred))
+    np.save(dump / "m1.npy", halves(*reference["model_input.001"].chunk(2)))
+    trace = imported(
+        dump,
+        reference,
+        f"""
+        [probes]
+        noise_pred_uncond = {{ file = "p{{step}}.npy", guidance = "{guidance}" }}
+        noise_pred_cond = {{ file = "p{{step}}.npy", guidance = "{guidance}" }}
+        model_input = {{ file = "m{{step}}.npy", guidance = "{guidance}" }}
+        """,
+    )
+    assert len(trace) == 3
+    for name in trace:
+        assert torch.equal(trace[name], reference[name]), name
+
+
+def test_halves_of_the_guidance_in_two_tensors(reference: Trace, dump: Path) -> None:
+    uncond, cond = reference["model_input.000"].chunk(2)
+    save_file({"u/1": uncond.contiguous(), "c/1": cond.contiguous()}, dump / "x.safetensors")
+    trace = imported(
+        dump,
+        reference,
+        '[probes.model_input]\nguidance = "separate"\nfirst_step = 1\n'
+        'uncond = { tensor = "u/{step}" }\ncond = { tensor = "c/{step}" }',
+    )
+    assert torch.equal(trace["model_input.000"], reference["model_input.000"])
+
+
+@pytest.mark.parametrize(("range_", "scale", "offset"), [("0..1", 0.5, 0.5), ("0..255", 127.5, 127.5)])
+def test_frames_in_another_range(reference: Trace, dump: Path, range_: str, scale: float, offset: float) -> None:
+    np.save(dump / "f.npy", (reference["frames"].double() * scale + offset).numpy())
+    for how in (f'range = "{range_}"', f"scale = {1 / scale}\noffset = {-offset / scale}"):
+        trace = imported(dump, reference, f"[probes.frames]\n{how}")
+        torch.testing.assert_close(trace["frames"].double(), reference["frames"].double(), rtol=0, atol=1e-12)
+
+
+def test_a_source_in_8_bit_levels(dump: Path) -> None:
+    held = values()
+    levels = torch.randint(0, 256, (1, 3, 20, 30), dtype=torch.uint8)
+    held["input.source"] = levels.float() / 255
+    np.save(dump / "s.npy", levels.numpy())
+    reference = Trace(held, SETTINGS, "diffusers")
+    trace = imported(dump, reference, '[probes."input.source"]\nrange = "0..255"')
+    torch.testing.assert_close(trace["input.source"].float(), held["input.source"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_every_kind_of_file(reference: Trace, dump: Path, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    tensor = reference["latents.000"].to(kind)
+    (dump / "x.bin").write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    save_file({"x": tensor}, dump / "x.safetensors")
+    entries = {
+        "x.bin": f'dtype = "{dtype}"\nshape = [1, 3, 4, 4, 6]',
+        "x.safetensors": 'tensor = "x"',
+    }
+    if dtype != "bfloat16":
+        np.savez(dump / "x.npz", x=tensor.numpy(), other=np.zeros(3))
+        np.save(dump / "x.npy", np.asfortranarray(tensor.numpy()))
+        np.save(dump / "big.npy", tensor.numpy().astype(tensor.numpy().dtype.newbyteorder(">")))
+        entries |= {"x.npz": 'tensor = "x"', "x.npy": "", "big.npy": ""}
+    for file, more in entries.items():
+        trace = imported(dump, reference, f'dtype = "{dtype}"\n[probes."latents.000"]\nfile = "{file}"\n{more}')
+        assert trace["latents.000"].dtype == kind and torch.equal(trace["latents.000"], tensor), file
+        assert trace.dtype == trace.settings.dtype == dtype
+
+
+def test_taps_and_integers(reference: Trace, dump: Path) -> None:
+    activation = torch.randn(2, 3, 7, 2, 3)
+    np.save(dump / "unet.conv_in_0.npy", activation.movedim(2, -1).flatten(0, 1).numpy())
+    np.save(dump / "ids.npy", np.array([[6, 127, 1]]))
+    trace = imported(
+        dump,
+        reference,
+        """
+        [probes]
+        "unet.conv_in" = { file = "unet.conv_in_{step}.npy", layout = "NHWC", frames_in_batch = true }
+        added_time_ids = { file = "ids.npy" }
+        """,
+    )
+    assert torch.equal(trace["unet.conv_in.000"], activation)
+    assert trace["added_time_ids"].tolist() == [[6.0, 127.0, 1.0]]
+
+
+def test_letters_of_every_probe() -> None:
+    assert {letters_of(name) for name in SHAPES if probe_of(f"{name}.000")} == {"NFCHW"}
+    assert letters_of("input.clip_pixels") == letters_of("image_latents") == letters_of("input.source") == "NCHW"
+    assert letters_of("image_embeddings") == "NTC" and letters_of("guidance_scale") == "NF"
+    assert letters_of("sigmas") == "S" and letters_of("added_time_ids") == "NC"
+    assert letters_of("unet.conv_in") == "NFCHW" and letters_of("image_encoder.visual_projection", False) == "NC"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[probes", "m.toml: not TOML"),
+        ("[probes]", "m.toml: probes is empty, allowed: a table for each probe"),
+        ('dtype = "int8"\n[probes]', "m.toml: dtype: got 'int8', allowed: 'float64', 'float32'"),
+        ("[probes.latent]", "probes.latent: neither a probe nor a tap"),
+        ("[probes.latents]\nfle = 'x'", "probes.latents.fle: no such field, allowed: file, tensor, layout"),
+        ("[probes.latents]\nlayout = 'NXC'", "probes.latents.layout: got 'NXC', allowed: axes out of NFCHWTS1"),
+        ("[probes.latents]\nlayout = 'NNC'", "where N stands twice, allowed: once"),
+        ("[probes.latents]\nguidance = 'both'", "probes.latents: guidance: got 'both', allowed: none"),
+        ("[probes.latents]\nrange = '0..1'", "range: allowed for input.source, input.image, frames"),
+        ("[probes.latents]\nlayout = 'NFCHW'\nframes_in_batch = true", "allowed: with an N and without an F"),
+        ("[probes.frames]\nrange = '0..1'\nscale = 2.0", "range: not together with scale and offset"),
+        ("[probes.frames]\nfile = 'x{step}.npy'", "{step} in 'x{step}.npy', allowed: in a probe of every step"),
+        ("[probes.latents]\nfile = 'x.npy'", "probes.latents: a tensor of every step, allowed: {step} in file"),
+        ("[probes.latents]\nfile = 'y{step}.npy'", "file 'y0.npy' is none of the files given, allowed: one of"),
+        ("[probes.'latents.007']\nfile = 'x.npy'", "latents.007: step 7, allowed: 0 to 1"),
+        ("[probes.'latents.000']\nfile = 'x.npy'\nlayout = 'NFHWC'", "allowed: (1, 3, 4, 4, 6)"),
+        (
+            "[probes.'latents.000']\nfile = 'x.npy'\nlayout = 'NCHW'",
+            "x.npy: as latents.000: shape (1, 3, 4, 4, 6) has 5",
+        ),
+        ("[probes.'latents.000']\nfile = 'x.npy'\ntensor = 'x'", "tensor 'x', allowed: none, the file holds one"),
+        ("[probes.'latents.000']\nfile = 'o.npy'", "o.npy: not a whole .npy file of numbers"),
+        ("[probes.'latents.000']\nfile = 'c.npy'", "c.npy: dtype complex64, allowed: float64, float32"),
+        ("[probes.'latents.000']\nfile = 'x.bin'", "x.bin: a .bin file says nothing about itself"),
+        ("[probes.'latents.000']\nfile = 'x.bin'\ndtype = 'float32'\nshape = [3]", "x.bin: 8 bytes, allowed: 12"),
+        ("[probes.latents]", "probes.latents: a tensor of every step"),
+        ("[probes.frames]", "probes.frames: file is missing, allowed: one of the"),
+    ],
+)
+def test_bad_maps_are_refused_in_a_line_and_nothing_is_written(
+    reference: Trace,
+    dump: Path,
+    text: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    np.save(dump / "x.npy", reference["latents.000"].numpy())
+    np.save(dump / "c.npy", np.zeros(3, np.complex64))
+    (dump / "x.bin").write_bytes(bytes(8))
+    if "o.npy" in text:
+        np.save(dump / "o.npy", np.array([{}]), allow_pickle=True)
+    map_path, out = dump.parent / "m.toml", dump.parent / "out.safetensors"
+    map_path.write_text(text)
+    assert reference.path is not None
+    before = sorted(dump.parent.rglob("*"))
+    code, printed, err = run(
+        capsys, monkeypatch, "import", str(dump), "--reference", str(reference.path),
+        "--map", str(map_path), "--out", str(out),
+    )  # fmt: skip
+    assert code == 2 and not printed and err.count("\n") == 1 and err.startswith("error: ") and message in err
+    assert sorted(dump.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["nowhere.npy"], "nowhere.npy: no such file, allowed: .npy, .npz, .bin, .safetensors, or a folder"),
+        (["x.pt"], "x.pt: suffix '.pt', allowed: .npy"),
+        (["empty"], "empty: no file to read in this folder"),
+        (["cut.npz"], "cut.npz: not a whole .npz file"),
+        (["cut.safetensors"], "cut.safetensors: not a whole .safetensors file"),
+    ],
+)
+def test_bad_files_are_refused(
+    tmp_path: Path, reference: Trace, files: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("x.pt", "cut.npz", "cut.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 no more")
+    with pytest.raises(SvdlabError) as caught:
+        import_trace(files, reference, Map.parse("[probes.frames]"), tmp_path / "o.safetensors")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def write_as_a_port_would(trace: Trace, folder: Path) -> None:
+    """Channels last, foreign names, folded frames, both halves in one tensor, frames in [0, 1]."""
+    folder.mkdir()
+    for step in range(trace.settings.num_steps):
+        for name, file in (("latents", "x_t"), ("noise_pred", "eps"), ("model_input", "unet_in")):
+            np.save(folder / f"{file}_{step + 1}.npy", trace[f"{name}.{step:03d}"].movedim(2, -1).numpy())
+        halves = [trace[f"noise_pred_{half}.{step:03d}"] for half in ("cond", "uncond")]
+        np.save(folder / f"unet_out_{step + 1}.npy", torch.cat(halves).movedim(2, -1).flatten(0, 1).numpy())
+    np.save(folder / "clip.npy", trace["image_embeddings"].expand(-1, trace.settings.num_frames or 1, -1).numpy())
+    np.save(folder / "vae.npy", trace["image_latents"].movedim(1, -1)[0].numpy())
+    np.save(folder / "ids.npy", trace["added_time_ids"][0].numpy())
+    np.save(folder / "video.npy", (trace["frames"][0].movedim(1, -1) / 2 + 0.5).numpy())
+
+
+MAP = """
+implementation = "a port"
+
+[probes]
+latents = { file = "x_t_{step}.npy", layout = "NFHWC", first_step = 1 }
+noise_pred = { file = "eps_{step}.npy", layout = "NFHWC", first_step = 1 }
+model_input = { file = "unet_in_{step}.npy", layout = "NFHWC", first_step = 1 }
+image_embeddings = { file = "clip.npy", layout = "NFC" }
+image_latents = { file = "vae.npy", layout = "HWC" }
+added_time_ids = { file = "ids.npy", layout = "C" }
+frames = { file = "video.npy", layout = "FHWC", range = "0..1" }
+
+[probes.noise_pred_cond]
+file = "unet_out_{step}.npy"
+layout = "NHWC"
+frames_in_batch = true
+guidance = "cond_first"
+first_step = 1
+
+[probes.noise_pred_uncond]
+file = "unet_out_{step}.npy"
+layout = "NHWC"
+frames_in_batch = true
+guidance = "cond_first"
+first_step = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def traces(tiny: Path, photo: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace]:
+    """diffusers on a random checkpoint, and svdlab on the same inputs."""
+    from svdlab.parity.candidate import capture
+    from svdlab.parity.reference import capture_diffusers, load_diffusers
+    from svdlab.svd.pipeline import SVDPipeline
+
+    folder = tmp_path_factory.mktemp("traces")
+    settings = GenerationSettings(height=64, width=96, num_frames=3, num_inference_steps=2)
+    pipe = load_diffusers(tiny, torch.float32, "cpu")
+    reference = capture_diffusers(pipe, photo, settings, path=folder / "reference.safetensors")
+    port = capture(SVDPipeline.from_pretrained(tiny), replay=reference, path=folder / "port.safetensors")
+    return reference, port
+
+
+def test_a_folder_of_channels_last_arrays_with_foreign_names_reaches_parity(
+    traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, port = traces
+    write_as_a_port_would(port, tmp_path / "dump")
+    (tmp_path / "map.toml").write_text(MAP)
+    out, found = tmp_path / "port.safetensors", tmp_path / "found.json"
+    code, printed, _ = run(
+        capsys, monkeypatch, "import", str(tmp_path / "dump"), "--reference", str(reference.path),
+        "--map", str(tmp_path / "map.toml"), "--out", str(out), "--json", str(found),
+    )  # fmt: skip
+    assert code == 0 and "14 probes, 0 taps, a port float32" in printed and "not used" not in printed
+    trace = Trace.open(out)
+    assert json.loads(found.read_text())["probes"] == list(trace.probes)
+    assert set(trace.probes) == {n for n in port.probes if not n.startswith("input.")} - {
+        "sigmas", "timesteps", "guidance_scale",
+    }  # fmt: skip
+    for name in trace.probes:
+        if name != "frames":
+            assert torch.equal(trace[name], port[name]), name
+    assert compare(reference, trace).verdict == "parity"
+    code, printed, _ = run(capsys, monkeypatch, "compare", str(reference.path), str(out))
+    assert code == 0
+    # The same files with two of them exchanged are not at parity: the import does not make them fit.
+    first, second = (tmp_path / "dump" / f"x_t_{step}.npy" for step in (1, 2))
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    wrong = import_trace([tmp_path / "dump"], reference, Map.parse(MAP), out).trace
+    assert compare(reference, wrong).first_divergence == "latents.000"
