@@ -16,8 +16,10 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.compare import compare
+from svdlab.parity.foreign import Source, expand
 from svdlab.parity.importers import Map, import_trace, letters_of
 from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, probe_of
+from svdlab.parity.proposals import Proposal, named, propose
 from svdlab.parity.trace import Trace
 from svdlab.svd.settings import GenerationSettings
 
@@ -391,3 +393,185 @@ def test_a_folder_of_channels_last_arrays_with_foreign_names_reaches_parity(
     second.write_bytes(one)
     wrong = import_trace([tmp_path / "dump"], reference, Map.parse(MAP), out).trace
     assert compare(reference, wrong).first_divergence == "latents.000"
+
+
+def proposed(folder: Path, reference: Trace) -> Proposal:
+    return propose([Source(path) for path in expand([folder])], reference)
+
+
+def test_a_map_is_proposed_for_foreign_names_by_values(
+    traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder as with a map, without one: everything is found, everything recognised is said."""
+    reference, port = traces
+    write_as_a_port_would(port, tmp_path / "dump")
+    out, map_path, found = tmp_path / "port.safetensors", tmp_path / "m.toml", tmp_path / "found.json"
+    arguments = ["import", str(tmp_path / "dump"), "--reference", str(reference.path)]
+    code, printed, _ = run(capsys, monkeypatch, *arguments, "--out", str(out), "--json", str(found))
+    assert code == 0 and "left out" not in printed, printed
+    said = json.loads(found.read_text())["guessed"]
+
+    def of(file: str) -> str:
+        return next(line for line in said if f"{file}: " in line)
+
+    assert "noise_pred_uncond + noise_pred_cond.000 (layout NHWC, frames folded into the batch" in of("unet_out_1.npy")
+    assert "the conditional one first" in of("unet_out_1.npy")
+    assert "image_embeddings (layout NFC)" in of("clip.npy")
+    assert "frames (layout FHWC, pixels in 0 to 1)" in of("video.npy")
+    assert "latents.001 (layout NFHWC), by its values" in of("x_t_2.npy")
+    trace = Trace.open(out)
+    with_map = import_trace([tmp_path / "dump"], reference, Map.parse(MAP), tmp_path / "with_map.safetensors").trace
+    assert trace.probes == with_map.probes
+    for name in trace.probes:
+        assert torch.equal(trace[name], with_map[name]), name
+    # The map can be written, edited and given back.
+    code, printed, _ = run(capsys, monkeypatch, *arguments, "--propose", str(map_path))
+    assert code == 0 and map_path.read_text() in printed
+    assert 'latents = { file = "x_t_{step}.npy", layout = "NFHWC", first_step = 1 }' in map_path.read_text()
+    code, _, _ = run(capsys, monkeypatch, *arguments, "--map", str(map_path), "--out", str(out))
+    assert code == 0 and Trace.open(out).probes == with_map.probes
+
+
+def test_shuffled_tensors_of_equal_shape_are_never_misplaced(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    """Names that mean nothing: each is found by its values, or left out. Names that lie: none is believed."""
+    reference, port = traces
+    videos = [name for name in port.probes if port.shape(name) == port.shape("latents.000")]
+    images = ["input.image", "input.noise"]
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        for lying in (False, True):
+            folder = tmp_path / f"{seed}{lying}"
+            folder.mkdir()
+            truth = {}
+            for group in (videos, images):
+                order = generator.permutation(len(group))
+                for place, name in enumerate(group):
+                    source = group[order[place]]
+                    file = name if lying else f"tensor{chr(97 + place)}{len(group)}"
+                    # Noise of a port that is not at parity, on every other one.
+                    noise = float(generator.choice([0, 1e-7, 1e-2, 0.3, 3]))
+                    values = port[source] + noise * port[source].std() * torch.randn(port.shape(source))
+                    layout = generator.choice(["NFCHW", "NFHWC", "NCFHW"]) if group is videos else "NCHW"
+                    have = "NFCHW" if group is videos else "NCHW"
+                    np.save(folder / f"{file}.npy", permuted(values, have, layout))
+                    truth[f"{file}.npy"] = (source, layout, noise)
+            found = proposed(folder, reference)
+            for line in found.said:
+                file = Path(line.split(": ")[0]).name
+                source, layout, noise = truth[file]
+                # With the values drowned in noise a lying name cannot be told.
+                if not lying or noise <= 0.1:
+                    assert f": {source} (layout {layout})" in line, (line, truth[file])
+            if not lying:
+                exact = {file for file, (_, _, noise) in truth.items() if noise <= 1e-7}
+                assert exact <= {Path(line.split(": ")[0]).name for line in found.said}
+
+
+def test_what_is_ambiguous_is_left_out_and_says_why(reference: Trace, dump: Path) -> None:
+    np.save(dump / "a.npy", torch.randn(1, 3, 4, 4, 6).numpy())
+    np.save(dump / "b.npy", (reference["input.latents"] * 700).numpy())
+    np.save(dump / "latents_0.npy", reference["latents.001"].numpy())
+    np.save(dump / "frames.npy", reference["frames"].abs().numpy())
+    np.save(dump / "c.npy", torch.zeros(7, 7).numpy())
+    np.save(dump / "image_latents.npy", torch.zeros(7).numpy())
+    np.save(dump / "d.npy", reference["noise_pred.000"].numpy())
+    np.save(dump / "e.npy", reference["noise_pred.000"].numpy())
+    np.save(dump / "f.npy", np.full(3, np.nan, np.float32))
+    (dump / "g.bin").write_bytes(bytes(8))
+    found = proposed(dump, reference)
+    assert not found.said and not found.mapping
+    reasons = {Path(line.split(": ")[0]).name: line for line in found.left_out}
+    assert len(reasons) == 10
+    assert "its values are no probe's" in reasons["a.npy"]
+    assert "those of input.latents times 700" in reasons["b.npy"]
+    assert "its name says latents.000, its values are those of latents.001" in reasons["latents_0.npy"]
+    assert "its name says frames, but frames (layout NFCHW)" in reasons["frames.npy"]
+    assert "neither its name nor its shape" in reasons["c.npy"]
+    assert "no known layout makes (1, 4, 4, 6) of its shape (7,)" in reasons["image_latents.npy"]
+    assert "both look like noise_pred.000" in reasons["d.npy"] and "both look like" in reasons["e.npy"]
+    assert "not finite" in reasons["f.npy"] and "says nothing about itself" in reasons["g.bin"]
+    with pytest.raises(SvdlabError, match="no tensor can be told without a map"):
+        found.map()
+
+
+def test_frames_whose_range_cannot_be_told_are_left_out(tmp_path: Path, dump: Path) -> None:
+    settings = SETTINGS.replace(num_frames=2)
+    reference = Trace(values(settings), settings, "diffusers")
+    for wrong in (reference["frames"].abs(), torch.rand(1, 2, 3, 32, 48) * 255):
+        np.save(dump / "frames.npy", wrong.numpy())
+        found = proposed(dump, reference)
+        assert not found.said and "the range cannot be told from its values" in found.left_out[0]
+    np.save(dump / "frames.npy", ((reference["frames"] + 0.05 * torch.randn(1, 2, 3, 32, 48)) * 127.5 + 127.5).numpy())
+    assert "frames (layout NFCHW, pixels in 0 to 255)" in proposed(dump, reference).said[0]
+
+
+def test_a_layout_that_sizes_do_not_tell_is_told_by_values_or_left_out(tmp_path: Path) -> None:
+    """As many frames as channels: frames first or channels first?"""
+    settings = SETTINGS.replace(num_frames=4)
+    reference = Trace(values(settings), settings, "diffusers")
+    for noise, expected in ((0.05, "latents.000 (layout NCFHW), by its name and values"), (5.0, None)):
+        folder = tmp_path / str(noise)
+        folder.mkdir()
+        swapped = (reference["latents.000"] + noise * torch.randn(1, 4, 4, 4, 6)).transpose(1, 2)
+        np.save(folder / "latents_0.npy", swapped.numpy())
+        found = proposed(folder, reference)
+        if expected is None:
+            assert not found.said and "fit about as well" in found.left_out[0]
+        else:
+            assert expected in found.said[0]
+
+
+def test_a_wrong_port_is_imported_as_it_is(reference: Trace, dump: Path) -> None:
+    """A scaled tensor keeps its factor; a transposed one is not turned back."""
+    np.save(dump / "image_latents.npy", (0.18215 * reference["image_latents"]).numpy())
+    np.save(dump / "noise_pred.1.npy", (reference["noise_pred.001"] + torch.randn(1, 3, 4, 4, 6)).numpy())
+    found = proposed(dump, reference)
+    assert len(found.said) == 2 and not found.left_out
+    trace = import_trace([dump], reference, found.map(), dump.parent / "o.safetensors").trace
+    torch.testing.assert_close(trace["image_latents"], 0.18215 * reference["image_latents"])
+    square = Trace(values(h=4, w=4, H=32, W=32), SETTINGS.replace(width=32), "diffusers")
+    folder = dump.parent / "square"
+    folder.mkdir()
+    np.save(folder / "latents.0.npy", square["latents.000"].transpose(-1, -2).contiguous().numpy())
+    found = proposed(folder, square)
+    for line in found.said:
+        assert "latents.000 (layout NFCHW), by its name" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("latents.003", ("latents", 3)),
+        ("latents_step_03", ("latents", 3)),
+        ("step3_latents", ("latents", 3)),
+        ("noisePredUncond_12", ("noise_pred_uncond", 12)),
+        ("image_latents", ("image_latents", None)),
+        ("IMAGE-EMBEDS", ("image_embeddings", None)),
+        ("latents", None),
+        ("image_latents_3", None),
+        ("latents_1_2", None),
+        ("hidden", None),
+    ],
+)
+def test_names(text: str, meant: tuple[str, int | None] | None) -> None:
+    assert named(text) == meant
+
+
+def test_names_that_count_from_one(reference: Trace, dump: Path) -> None:
+    for step in range(2):
+        np.save(dump / f"latents_{step + 1}.npy", (reference[f"latents.00{step}"] + torch.randn(1, 3, 4, 4, 6)).numpy())
+    found = proposed(dump, reference)
+    assert not found.left_out
+    assert found.mapping.splitlines()[1:] == [
+        'latents = { file = "latents_{step}.npy", layout = "NFCHW", first_step = 1 }'
+    ]
+
+
+def test_taps_by_their_exact_name(tmp_path: Path, dump: Path) -> None:
+    activation = torch.randn(2, 3, 7, 2, 3)
+    reference = Trace({**values(), "unet.conv_in.000": activation}, SETTINGS, "diffusers")
+    save_file({"unet.conv_in.000": activation.movedim(2, -1).flatten(0, 1).contiguous()}, dump / "x.safetensors")
+    found = proposed(dump, reference)
+    assert "unet.conv_in.000 (layout NHWC, frames folded into the batch), by its name and values" in found.said[0]
+    trace = import_trace([dump], reference, found.map(), tmp_path / "o.safetensors").trace
+    assert torch.equal(trace["unet.conv_in.000"], activation)

@@ -176,7 +176,7 @@ def _problem(name: str, entry: Entry) -> str | None:
     separate = entry.guidance == "separate"
     if separate != (entry.uncond is not None and entry.cond is not None) or (separate and (entry.file or entry.tensor)):
         return "guidance: 'separate' takes uncond and cond, each with file and tensor, and nothing else does"
-    if entry.guidance and not (base in HALVES or _both_halves(base)) or separate and not _both_halves(base):
+    if entry.guidance and not (base in HALVES or has_both_halves(base)) or separate and not has_both_halves(base):
         return f"guidance: got {entry.guidance!r}, allowed: none, this tensor has no such halves"
     if entry.range is not None and (entry.scale is not None or entry.offset is not None):
         return "range: not together with scale and offset, which say the same"
@@ -208,7 +208,12 @@ def _split(name: str) -> tuple[str | None, bool, int | None]:
     return None, False, None
 
 
-def _both_halves(base: str) -> bool:
+def base_of(name: str) -> str:
+    """A probe's or a tap's name without its step."""
+    return _split(name)[0] or name
+
+
+def has_both_halves(base: str) -> bool:
     """Whether a trace has both halves of the guidance in this tensor's batch."""
     return (
         SHAPES[base][0] == "G" if base in SHAPES else base.startswith("unet.") and taps.layout_of(base) != "positions"
@@ -310,10 +315,16 @@ def arrange(tensor: Tensor, entry: Entry, base: str, frames: int, step: int | No
             raise SvdlabError(f"guidance: a batch of {tensor.shape[0]} has no two halves")
         first, second = tensor.chunk(2)
         uncond, cond = (first, second) if entry.guidance == "both" else (second, first)
-        if _both_halves(base):
+        if has_both_halves(base):
             return torch.cat([uncond, cond])
         return uncond if HALVES[base] == "uncond" else cond
     return tensor
+
+
+def range_of(name: str, base: str) -> tuple[float, float]:
+    """Scale and offset from a range, a key of ``RANGES``, to what a trace has of ``base``, a key of ``PIXELS``."""
+    scale, offset = RANGES[name]
+    return (scale / 2, offset / 2 + 0.5) if PIXELS[base] == "0..1" else (scale, offset)
 
 
 def valued(tensor: Tensor, entry: Entry, base: str) -> Tensor:
@@ -327,9 +338,7 @@ def valued(tensor: Tensor, entry: Entry, base: str) -> Tensor:
     scale, offset = (1.0, 0.0) if entry.scale is None else (entry.scale, 0.0)
     offset = offset if entry.offset is None else entry.offset
     if entry.range is not None:
-        scale, offset = RANGES[entry.range]
-        if PIXELS[base] == "0..1":
-            scale, offset = scale / 2, offset / 2 + 0.5
+        scale, offset = range_of(entry.range, base)
     if (scale, offset) != (1.0, 0.0):
         wider = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else torch.float64
         return (tensor.double() * scale + offset).to(wider)
@@ -353,7 +362,7 @@ class Item:
     @property
     def base(self) -> str:
         """The name without its step."""
-        return _split(self.name)[0] or self.name
+        return base_of(self.name)
 
     def load(self, frames: int) -> Tensor:
         """In a trace's layout, values as in the file.
