@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from svdlab.errors import SvdlabError
 from svdlab.parity.compare import compare
 from svdlab.parity.foreign import Source, expand
-from svdlab.parity.importers import Map, import_trace, letters_of
+from svdlab.parity.importers import Entry, Map, import_trace, letters_of
 from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, probe_of
 from svdlab.parity.proposals import Proposal, named, propose
 from svdlab.parity.trace import Trace
@@ -30,7 +31,8 @@ SIZES |= {"P": 8, "D": 5, "S": 2, "S+1": 3}
 
 def values(settings: GenerationSettings = SETTINGS, **sizes: int) -> dict[str, Tensor]:
     """Random tensors of every probe, guided."""
-    known = {**SIZES, **sizes, "F": settings.num_frames or 0}
+    steps = {"S": settings.num_steps, "S+1": settings.num_steps + 1}
+    known = {**SIZES, **sizes, **steps, "F": settings.num_frames or 0}
     generator = torch.Generator().manual_seed(0)
     shapes = {**INPUTS, **CONDITIONING, **FRAMES}
     shapes |= {f"{name}.{k:03d}": shape for name, shape in STEP.items() for k in range(settings.num_steps)}
@@ -575,3 +577,24 @@ def test_taps_by_their_exact_name(tmp_path: Path, dump: Path) -> None:
     assert "unet.conv_in.000 (layout NHWC, frames folded into the batch), by its name and values" in found.said[0]
     trace = import_trace([dump], reference, found.map(), tmp_path / "o.safetensors").trace
     assert torch.equal(trace["unet.conv_in.000"], activation)
+
+
+def test_the_worked_example_of_the_page(tmp_path: Path, dump: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "importing.md").read_text()
+    example = re.search(r"<!-- example -->\n```toml\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    shapes = dict(re.findall(r"^    dump/(\S+) +\(([\d, ]+)\)", text, re.MULTILINE))
+    settings = GenerationSettings(height=64, width=64, num_frames=8)
+    reference = Trace(values(settings, H=64, W=64, h=8, w=8, D=1024), settings, "diffusers")
+    for file, sizes in shapes.items():
+        size = [int(n) for n in sizes.split(",")]
+        for step in range(1, 26 if "_1." in file else 2):
+            np.save(dump / file.replace("_1.", f"_{step}."), np.ones(size, np.float32))
+    trace = imported(dump, reference, example[1])
+    assert trace.implementation == "my port"
+    assert len(trace.probes) == 3 + 3 * 25
+    fields = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
+    assert fields | set(re.findall(r"`(offset|shape|implementation_version)`", text)) >= {
+        *Map.model_fields,
+        *(name for name in Entry.model_fields if name not in ("uncond", "cond")),
+    }
