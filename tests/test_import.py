@@ -523,6 +523,26 @@ def test_a_layout_that_sizes_do_not_tell_is_told_by_values_or_left_out(tmp_path:
             assert expected in found.said[0]
 
 
+def test_a_step_that_has_diverged_has_the_layout_of_the_others(tmp_path: Path, dump: Path) -> None:
+    settings = SETTINGS.replace(num_frames=4)
+    reference = Trace(values(settings), settings, "diffusers")
+    held = [reference["latents.000"], torch.randn(1, 4, 4, 4, 6)]
+    for step in range(2):
+        np.save(dump / f"latents_{step}.npy", permuted(held[step], "NFCHW", "NCFHW"))
+    found = proposed(dump, reference)
+    assert "latents.001 (layout NCFHW), by its name, in the layout of other steps" in found.said[1]
+    trace = import_trace([dump], reference, found.map(), tmp_path / "o.safetensors").trace
+    assert torch.equal(trace["latents.001"], held[1])
+    # Where the others do not agree, there is no layout to go by.
+    settings = settings.replace(num_inference_steps=3)
+    reference = Trace(values(settings), settings, "diffusers")
+    for step, layout in enumerate(("NFCHW", "NCFHW")):
+        np.save(dump / f"latents_{step}.npy", permuted(reference[f"latents.00{step}"], "NFCHW", layout))
+    np.save(dump / "latents_2.npy", held[1].numpy())
+    found = proposed(dump, reference)
+    assert len(found.said) == 2 and "fit about as well" in found.left_out[0]
+
+
 def test_a_wrong_port_is_imported_as_it_is(reference: Trace, dump: Path) -> None:
     """A scaled tensor keeps its factor; a transposed one is not turned back."""
     np.save(dump / "image_latents.npy", (0.18215 * reference["image_latents"]).numpy())

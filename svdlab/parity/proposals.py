@@ -228,6 +228,8 @@ class _Proposer:
             self.foreign += [_Foreign(source, key, len(sources)) for key in source.keys]
         names = [source.path.name for source in sources]
         self.doubled = {name for name in names if names.count(name) > 1}
+        # Readings of tensors whose name says which probe they are, but not in which layout.
+        self.unsettled: dict[int, list[_Way]] = {}
         self._places: dict[tuple[int, ...], Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.targets: dict[str, _Values] = {}
@@ -243,12 +245,16 @@ class _Proposer:
 
     def run(self) -> Proposal:
         names = self._named()
+        choices: list[tuple[_Foreign, tuple[_Way, str] | str]] = []
+        for foreign in self.foreign:
+            choices.append((foreign, self._choose(foreign, names.get(id(foreign)))))
+            foreign.__dict__.pop("tensor", None)  # one at a time is held in memory
         claims: dict[str, list[_Foreign]] = defaultdict(list)
         chosen: list[tuple[_Foreign, _Way, str]] = []
-        for foreign in self.foreign:
-            choice = self._choose(foreign, names.get(id(foreign)))
-            # The readings of one large tensor at a time are held in memory.
-            foreign.__dict__.pop("tensor", None)
+        settled = _settled(choices)
+        for foreign, choice in choices:
+            if isinstance(choice, str):
+                choice = self._as_other_steps(foreign, settled) or choice
             if isinstance(choice, str):
                 self._leave(foreign, choice)
                 continue
@@ -265,6 +271,12 @@ class _Proposer:
             self.found.said.append(f"{foreign.label}: {way.name}{_options(way.entry)}, {why}")
         self.found.mapping = to_toml(entries, self.reference.settings.num_steps) if entries else ""
         return self.found
+
+    def _as_other_steps(self, foreign: _Foreign, settled: dict[str, set[str]]) -> tuple[_Way, str] | None:
+        """A tensor whose layout its values do not tell, in the one that the other steps under its name are in."""
+        ways = self.unsettled.get(id(foreign), [])
+        fitting = [way for way in ways if settled.get(_base(way.name)) == {_options(way.entry)}]
+        return (fitting[0], "by its name, in the layout of other steps") if len(fitting) == 1 else None
 
     def _leave(self, foreign: _Foreign, why: str) -> None:
         self.found.left_out.append(f"{foreign.label}: left out: {why}")
@@ -349,11 +361,13 @@ class _Proposer:
             return f"its name says {name}, but no known layout makes {self.shapes[name]} of its shape {shape}"
         near = min(own, key=lambda way: way.distance)
         if best is not None and best.name not in wanted and _contradicts(best, near):
-            return f"its name says {name}, its values are those of {best.name}"
+            how = "those of" if best.near and best.same_units else "nearer to those of"
+            return f"its name says {name}, its values are {how} {best.name}"
         others = [way for way in own if not self._equal(foreign, way, near)]
         if others:
             second = min(way.distance for way in others)
             if near.distance > NEAR_LAYOUT or second < CLEARLY_LAYOUT * near.distance:
+                self.unsettled[id(foreign)] = own
                 return f"its name says {name}, but {_ways_said([near, *others])} fit about as well"
         return self._with_range(near, "by its name and values" if others else "by its name")
 
@@ -392,6 +406,15 @@ class _Proposer:
             options = way.entry.model_dump(include={"layout", "guidance", "frames_in_batch"})
             made.append(self._arranged(foreign.tensor, _base(way.name), options))
         return made[0] is not None and made[1] is not None and torch.equal(made[0], made[1])
+
+
+def _settled(choices: Sequence[tuple[_Foreign, tuple[_Way, str] | str]]) -> dict[str, set[str]]:
+    """How the steps of each target are written, among those that are told."""
+    settled: dict[str, set[str]] = defaultdict(set)
+    for _, choice in choices:
+        if not isinstance(choice, str) and choice[0].name != _base(choice[0].name):
+            settled[_base(choice[0].name)].add(_options(choice[0].entry))
+    return settled
 
 
 def _base(name: str) -> str:
