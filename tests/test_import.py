@@ -543,6 +543,31 @@ def test_a_step_that_has_diverged_has_the_layout_of_the_others(tmp_path: Path, d
     assert len(found.said) == 2 and "fit about as well" in found.left_out[0]
 
 
+def test_a_step_that_is_nearer_to_another_step_is_left_out_and_no_pattern_takes_it_in(dump: Path) -> None:
+    """Steps are alike: a port may count otherwise, or be wrong. The entries that are left are one by one."""
+    settings = SETTINGS.replace(num_inference_steps=3)
+    held = values(settings)
+    held["latents.001"] = held["latents.000"] + 0.02 * torch.randn(1, 3, 4, 4, 6)
+    reference = Trace(held, settings, "diffusers")
+    for step in (0, 2):
+        np.save(dump / f"latents_{step}.npy", reference[f"latents.00{step}"].numpy())
+    np.save(dump / "latents_1.npy", (held["latents.000"] + 0.01 * torch.randn(1, 3, 4, 4, 6)).numpy())
+    found = proposed(dump, reference)
+    assert [Path(line.split(": ")[0]).name for line in found.said] == ["latents_0.npy", "latents_2.npy"]
+    assert "its name says latents.001, its values are nearer to those of latents.000" in found.left_out[0]
+    made = import_trace([dump], reference, found.map(), dump.parent / "o.safetensors")
+    assert made.trace.probes == ("latents.000", "latents.002")
+    assert [Path(label).name for label in made.unused] == ["latents_1.npy"]
+
+
+def test_steps_that_the_files_do_not_have_are_said(reference: Trace, dump: Path) -> None:
+    np.save(dump / "l1.npy", reference["latents.001"].numpy())
+    made = import_trace(
+        [dump], reference, Map.parse('[probes.latents]\nfile = "l{step}.npy"'), dump.parent / "o.safetensors"
+    )
+    assert made.absent == {"latents": [0]} and made.trace.probes == ("latents.001",)
+
+
 def test_a_wrong_port_is_imported_as_it_is(reference: Trace, dump: Path) -> None:
     """A scaled tensor keeps its factor; a transposed one is not turned back."""
     np.save(dump / "image_latents.npy", (0.18215 * reference["image_latents"]).numpy())
