@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -306,6 +307,37 @@ def test_bad_files_are_refused(
     with pytest.raises(SvdlabError) as caught:
         import_trace(files, reference, Map.parse("[probes.frames]"), tmp_path / "o.safetensors")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "packed.npz", "x.safetensors"])
+def test_broken_files_are_refused_whatever_is_broken(tmp_path: Path, name: str) -> None:
+    array = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    np.save(tmp_path / "x.npy", array)
+    np.savez(tmp_path / "x.npz", x=array, y=array)
+    np.savez_compressed(tmp_path / "packed.npz", x=array, y=array)
+    save_file({"x": torch.tensor(array), "y": torch.tensor(array)}, tmp_path / "x.safetensors")
+    data, generator = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    path, refused = tmp_path / f"broken{Path(name).suffix}", 0
+    for _ in range(300):
+        broken = bytearray(data)
+        for place in generator.integers(0, len(data), size=3):
+            broken[place] = generator.integers(256)
+        path.write_bytes(broken[: generator.integers(len(data))] if generator.random() < 0.3 else broken)
+        try:
+            source = Source(path)
+            for key in source.keys:
+                source.load(key)
+        except SvdlabError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
+def test_a_file_among_the_arrays_that_is_none(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("readme.txt", "no array")
+    with pytest.raises(SvdlabError, match="x.npz: readme.txt: no array"):
+        Source(tmp_path / "x.npz").load("readme.txt")
 
 
 def write_as_a_port_would(trace: Trace, folder: Path) -> None:
