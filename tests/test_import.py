@@ -288,6 +288,33 @@ def test_bad_maps_are_refused_in_a_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out: is missing, allowed: the trace to write, or --propose"),
+        (["--out", "o.safetensors", "--propose", "m.toml"], "--propose: not together with --out"),
+        (["--propose", "m.toml", "--map", "n.toml"], "--propose: not together with --map"),
+        (["--out", "nowhere/o.safetensors"], "nowhere is no folder that can be written"),
+        (["--out", "o.safetensors", "--map", "none.toml"], "none.toml: cannot be read as a map (No such file"),
+        (["--out", "o.safetensors"], "no tensor can be told without a map, allowed: --map (x.npy: left out: neither"),
+    ],
+)
+def test_options_that_make_no_import(
+    tmp_path: Path,
+    reference: Trace,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((7, 7)))
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(capsys, monkeypatch, "import", "x.npy", "--reference", "reference.safetensors", *arguments)
+    assert code == 2 and not out and err.count("\n") == 1 and message in err, err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
     ("files", "message"),
     [
         (["nowhere.npy"], "nowhere.npy: no such file, allowed: .npy, .npz, .bin, .safetensors, or a folder"),

@@ -37,8 +37,10 @@ def import_(
     from svdlab.parity.proposals import propose as guess
     from svdlab.parity.trace import Trace
 
-    if (out is None) == (propose is None):
-        raise SvdlabError("--out: the trace to write, allowed: either it or --propose")
+    if out is None and propose is None:
+        raise SvdlabError("--out: is missing, allowed: the trace to write, or --propose and a map to write")
+    if out is not None and propose is not None:
+        raise SvdlabError("--propose: not together with --out, it stops at the map")
     if propose is not None and map_path is not None:
         raise SvdlabError("--propose: not together with --map, which is one")
     for path in (out, json_path, propose):

@@ -78,6 +78,7 @@ def _check_writer(path: str, json_path: str | None) -> NoReturn:
     check_folder(json_path)
     found = check_writer(path)
     Console().print(found.table())
+    click.echo(f"{path}: the writer is {'right' if found.right else 'wrong'}")
     if json_path:
         write_json(json_path, found.to_dict())
     sys.exit(0 if found.right else 1)

@@ -95,7 +95,7 @@ class WriterCheck:
         ]
         for check in self.tensors:
             rows.append([check.name, Cell(check.status, "good" if check.status == "right" else "bad"), check.why])
-        return Table(("tensor", "is", "why"), rows, title=f"{self.path}: the writer is {self.to_dict()['verdict']}")
+        return Table(("tensor", "is", "why"), rows)
 
 
 def check_writer(path: str | os.PathLike[str]) -> WriterCheck:
