@@ -6,6 +6,7 @@ One file per group of commands, and nothing but argument handling in them.
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ _COMMANDS = {
     "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
     "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),
     "generate": ("svdlab.cli.generate", "one clip from one image"),
+    "import": ("svdlab.cli.importing", "a port's own files into a trace"),
     "kernels": ("svdlab.cli.kernels", "which fast kernels this machine runs, and why not the others"),
     "memory": ("svdlab.cli.memory", "what a generation takes, without a GPU"),
     "parity": ("svdlab.cli.parity", "svdlab against diffusers, measured by float64"),
@@ -41,7 +43,8 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, _ = _COMMANDS[cmd_name]
-        return getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
+        name = cmd_name.replace("-", "_") + "_" * keyword.iskeyword(cmd_name)
+        return getattr(importlib.import_module(module), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

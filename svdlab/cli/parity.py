@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -70,9 +70,28 @@ def parity(
     _report(comparison, json_path, every)
 
 
+def _check_writer(path: str, json_path: str | None) -> NoReturn:
+    from rich.console import Console
+
+    from svdlab.parity.identity import check_writer
+
+    check_folder(json_path)
+    found = check_writer(path)
+    Console().print(found.table())
+    click.echo(f"{path}: the writer is {'right' if found.right else 'wrong'}")
+    if json_path:
+        write_json(json_path, found.to_dict())
+    sys.exit(0 if found.right else 1)
+
+
 @click.command()
-@click.option("--implementation", type=click.Choice(["diffusers", "svdlab"]), required=True, help="Whose tensors.")
-@click.option("--out", metavar="FILE", required=True, help="The trace, a safetensors file.")
+@click.option("--implementation", type=click.Choice(["diffusers", "svdlab"]), help="Whose tensors.")
+@click.option("--out", metavar="FILE", help="The trace, a safetensors file.")
+@click.option(
+    "--check-writer",
+    metavar="FILE",
+    help="Record nothing: tell whether FILE, which a port's writer made of the test tensors, is right.",
+)
 @click.option("--inputs", metavar="TRACE", help="Replay this trace's inputs and settings; options given here override.")
 @click.option(
     "--preprocess",
@@ -87,8 +106,9 @@ def parity(
 @DEVICE
 @settings_options
 def trace(
-    implementation: str,
-    out: str,
+    implementation: str | None,
+    out: str | None,
+    check_writer: str | None,
     inputs: str | None,
     preprocess: bool,
     image: str | None,
@@ -100,6 +120,14 @@ def trace(
     given: dict[str, Any],
 ) -> None:
     """Record every intermediate tensor of one generation in a trace file."""
+    if check_writer is not None:
+        if implementation is not None or out is not None:
+            raise SvdlabError("--check-writer: not together with --implementation and --out, it records nothing")
+        _check_writer(check_writer, json_path)
+    if implementation is None:
+        raise SvdlabError("--implementation: is missing, allowed: diffusers, svdlab")
+    if out is None:
+        raise SvdlabError("--out: is missing, allowed: the trace to write")
     from svdlab.parity.trace import DTYPES, Trace
 
     if inputs is not None and image is not None:
