@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import embeddings
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import Timesteps
@@ -315,11 +316,6 @@ def minus_one_to_one(pipe: Any, stack: ExitStack) -> None:
     statistics_of_minus_one_to_one(pipe, stack)
 
 
-def quick_gelu(pipe: Any, stack: ExitStack) -> None:
-    for layer in pipe.image_encoder.vision_model.encoder.layers:
-        patch(stack, layer.mlp, "activation_fn", QuickGELUActivation())
-
-
 def padded_on_all_sides(pipe: Any, stack: ExitStack) -> None:
     for block in pipe.vae.encoder.down_blocks:
         for sampler in block.downsamplers or ():
@@ -469,6 +465,315 @@ def decode(change: Callable[[Any, Tensor, int, int], tuple[Tensor, int, int]]) -
     return plant
 
 
+# --- met in public ---
+
+
+def frame_resize(resample: str) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        held = pipe.video_processor.config.resample
+        pipe.video_processor.register_to_config(resample=resample)
+        stack.callback(pipe.video_processor.register_to_config, resample=held)
+
+    return plant
+
+
+def keys_cubic(parameter: float) -> Plant:
+    """diffusers' blur, and Keys's cubic convolution written out."""
+
+    def kernel(x: float) -> float:
+        x = abs(x)
+        if x < 1:
+            return (parameter + 2) * x**3 - (parameter + 3) * x**2 + 1
+        return parameter * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    def matrix(size: int, into: int) -> np.ndarray:
+        made = np.zeros((into, size))
+        for row in range(into):
+            at = row * (size - 1) / (into - 1)
+            for tap in range(int(at) - 1, int(at) + 3):
+                made[row, min(max(tap, 0), size - 1)] += kernel(at - tap)
+        return made
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        def interpolate(image: Tensor, size: tuple[int, int], **how: Any) -> Tensor:
+            down, across = (matrix(side, to) for side, to in zip(image.shape[-2:], size, strict=True))
+            made = np.einsum("yh,xw,bchw->bcyx", down, across, image.double().numpy(), optimize=True)
+            return torch.from_numpy(made).to(image)
+
+        class Functional:
+            def __getattr__(self, name: str) -> Any:
+                return interpolate if name == "interpolate" else getattr(torch.nn.functional, name)
+
+        class Module:
+            functional = Functional()
+
+        class Torch:
+            nn = Module()
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(torch, name)
+
+        # Only while the image is resized for CLIP.
+        original = module._resize_with_antialiasing
+
+        def resize(*args: Any, **kwargs: Any) -> Tensor:
+            with ExitStack() as inner:
+                patch_global(inner, module, "torch", Torch())
+                return original(*args, **kwargs)
+
+        patch(stack, module, "_resize_with_antialiasing", resize)
+
+    return plant
+
+
+def patch_global(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def clip_processor(pipe: Any, stack: ExitStack) -> None:
+    """CLIP's own preprocessing of the image as given: shorter side to 224, centre crop, 8 bits."""
+
+    def encode(original: Any, images: Any, *args: Any, **kwargs: Any) -> Tensor:
+        size = pipe.image_encoder.config.image_size
+        cropped = []
+        for image in images:
+            scale = size / min(image.size)
+            resized = image.resize([int(scale * side) for side in image.size], PIL.Image.Resampling.BICUBIC)
+            left, top = ((side - size) // 2 for side in resized.size)
+            cropped.append(resized.crop((left, top, left + size, top + size)))
+        return original(cropped, *args, **kwargs)
+
+    wrap(stack, pipe, "_encode_image", encode)
+    # The image has its size already: without the blur of a resize that does nothing.
+    patch(stack, module, "_resize_with_antialiasing", lambda image, size: image)
+
+
+def comfy_crop(pipe: Any, stack: ExitStack) -> None:
+    """The middle of the image, resized in torch with its antialiasing, without 8 bits."""
+
+    def resize(image: Tensor, size: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
+        scale = size[0] / min(image.shape[-2:])
+        sides = [round(side * scale) for side in image.shape[-2:]]
+        made = F.interpolate((image + 1) / 2, size=sides, mode="bicubic", antialias=True) * 2 - 1
+        top, left = ((side - size[0]) // 2 for side in sides)
+        return made[:, :, top : top + size[0], left : left + size[0]]
+
+    patch(stack, module, "_resize_with_antialiasing", resize)
+
+
+def eight_bits_for_clip(pipe: Any, stack: ExitStack) -> None:
+    def wrapper(original: Any, images: Tensor, **kwargs: Any) -> Any:
+        return original(torch.round(images.clip(0, 1) * 255) / 255, **kwargs)
+
+    wrap(stack, pipe.feature_extractor, "preprocess", wrapper)
+
+
+def clip_activation(function: Callable[[Tensor], Tensor]) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for layer in pipe.image_encoder.vision_model.encoder.layers:
+            patch(stack, layer.mlp, "activation_fn", function)
+
+    return plant
+
+
+def layer_norm_eps(name: str, value: float) -> Plant:
+    return lambda pipe, stack: set_all(stack, getattr(pipe, name), nn.LayerNorm, "eps", lambda _: value)
+
+
+def noise_on_unit_pixels(pipe: Any, stack: ExitStack) -> None:
+    """The sum is taken in [0, 1], and brought to [-1, 1] behind it: what was added then counts twice."""
+    seen: dict[str, Tensor] = {}
+
+    def preprocess(original: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen["image"] = original(*args, **kwargs)
+        return seen["image"]
+
+    def encode(original: Any, image: Tensor, **kwargs: Any) -> Tensor:
+        clean = seen["image"].to(image)
+        return original(((clean + 1) / 2 + (image - clean)) * 2 - 1, **kwargs)
+
+    wrap(stack, pipe.video_processor, "preprocess", preprocess)
+    wrap(stack, pipe, "_encode_vae_image", encode)
+
+
+def not_upcast(pipe: Any, stack: ExitStack) -> None:
+    held = pipe.vae.config.force_upcast
+    pipe.vae.register_to_config(force_upcast=False)
+    stack.callback(pipe.vae.register_to_config, force_upcast=held)
+
+
+def repeated_embeddings(pipe: Any, stack: ExitStack) -> None:
+    """[0, e, 0, e] for the UNet, whose halves are [0, 0] and [e, e]."""
+
+    def forward(original: Any, sample: Tensor, t: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        zeros, kept = encoder_hidden_states.chunk(2)
+        mixed = torch.stack([zeros, kept], dim=1).flatten(0, 1)
+        return original(sample, t, encoder_hidden_states=mixed, **kwargs)
+
+    wrap(stack, pipe.unet, "forward", forward)
+
+
+def context_order(pipe: Any, stack: ExitStack) -> None:
+    def before(m: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        context, pixels = kwargs["encoder_hidden_states"], args[0].shape[1]
+        videos = context.reshape(-1, pixels, *context.shape[1:])
+        return args, {**kwargs, "encoder_hidden_states": videos.transpose(0, 1).reshape(context.shape)}
+
+    for m in pipe.unet.modules():
+        if isinstance(m, TemporalBasicTransformerBlock):
+            stack.callback(m.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+
+def set_weight(stack: ExitStack, owner: nn.Module, name: str, value: Tensor) -> None:
+    """Another parameter until the stack closes."""
+    held = owner._parameters[name]
+    owner._parameters[name] = nn.Parameter(value.detach().clone().contiguous(), requires_grad=False)
+    stack.callback(owner._parameters.__setitem__, name, held)
+
+
+def ff_for_ff_in(pipe: Any, stack: ExitStack) -> None:
+    for m in pipe.unet.modules():
+        if isinstance(m, TemporalBasicTransformerBlock):
+            for one, other in zip(m.ff_in.modules(), m.ff.modules(), strict=True):
+                for name, value in other._parameters.items():
+                    set_weight(stack, one, name, value)
+
+
+def reweighted(change: Callable[[str, nn.Module], tuple[str, Tensor] | None]) -> Plant:
+    """Another weight or bias where ``change`` gives one."""
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for name, m in pipe.unet.named_modules():
+            if (changed := change(name, m)) is not None:
+                set_weight(stack, m, *changed)
+
+    return plant
+
+
+def without_bias(ending: str) -> Plant:
+    return reweighted(lambda name, m: ("bias", torch.zeros_like(m.bias)) if name.endswith(ending) else None)
+
+
+def transposed(name: str, m: nn.Module) -> tuple[str, Tensor] | None:
+    if name.endswith((".attn1.to_q", ".attn1.to_k", ".attn1.to_v")):
+        return "weight", m.weight.t()
+    return None
+
+
+def height_and_width_exchanged(name: str, m: nn.Module) -> tuple[str, Tensor] | None:
+    return ("weight", m.weight.permute(0, 1, 3, 2)) if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) else None
+
+
+def backwards_in_time(name: str, m: nn.Module) -> tuple[str, Tensor] | None:
+    return ("weight", m.weight[:, :, [2, 1, 0]]) if isinstance(m, nn.Conv3d) else None
+
+
+def heads_of_level(heads: Callable[[list[int], list[int]], list[int]]) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        config = pipe.unet.config
+        wrong = heads(list(config.num_attention_heads), list(config.block_out_channels))
+        for blocks, of in ((pipe.unet.down_blocks, wrong), (pipe.unet.up_blocks, wrong[::-1])):
+            for block, number in zip(blocks, of, strict=True):
+                set_all(stack, block, Attention, "heads", lambda _, number=number: number)
+        set_all(stack, pipe.unet.mid_block, Attention, "heads", lambda _: wrong[-1])
+
+    return plant
+
+
+def timestep_rounded(dtype: torch.dtype) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        def before(m: nn.Module, args: Any) -> Any:
+            return (args[0].to(dtype),)
+
+        stack.callback(pipe.unet.time_proj.register_forward_pre_hook(before).remove)
+
+    return plant
+
+
+def sinusoids_in_float16(pipe: Any, stack: ExitStack) -> None:
+    def embedding(timesteps: Tensor, dim: int, **how: Any) -> Tensor:
+        half = dim // 2
+        frequencies = np.exp(-np.log(np.float32(10000)) / half * np.arange(half, dtype=np.float32)).astype(np.float16)
+        angles = timesteps.float().numpy().astype(np.float16)[:, None] * frequencies
+        both = np.concatenate([np.cos(angles.astype(np.float32)), np.sin(angles.astype(np.float32))], axis=1)
+        return torch.from_numpy(both.astype(np.float16).astype(np.float32))
+
+    patch(stack, embeddings, "get_timestep_embedding", embedding)
+
+
+def statistics_in_float16(pipe: Any, stack: ExitStack) -> None:
+    def norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
+        groups = x.reshape(x.shape[0], self.num_groups, -1)
+        variance, mean = torch.var_mean(groups, dim=2, keepdim=True, correction=0)
+        normal = (groups - mean.half().to(x.dtype)) / torch.sqrt(variance.half().to(x.dtype) + self.eps)
+        shape = (1, -1, *(1 for _ in x.shape[2:]))
+        return normal.reshape(x.shape) * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+    for m in pipe.unet.modules():
+        if isinstance(m, nn.GroupNorm):
+            patch(stack, m, "forward", functools.partial(norm, m))
+
+
+def self_attention(change: Callable[[Tensor], Tensor]) -> Plant:
+    """The scores q k / sqrt(d) changed, in the UNet's self-attention."""
+
+    class Processor:
+        def __call__(
+            self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any
+        ) -> Tensor:
+            q, k, v = (
+                attn.head_to_batch_dim(to(hidden_states)) for to in (attn.to_q, attn.to_k, attn.to_v)
+            )  # (batch * heads, length, d)
+            scores = change(torch.einsum("nqd,nkd->nqk", q, k) / math.sqrt(q.shape[-1]))
+            mixed = attn.batch_to_head_dim(torch.softmax(scores, dim=-1) @ v)
+            return attn.to_out[0](mixed)
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for name, m in pipe.unet.named_modules():
+            if name.endswith("attn1"):
+                patch(stack, m, "processor", Processor())
+
+    return plant
+
+
+def scores_times(power: float) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        for name, m in pipe.unet.named_modules():
+            if name.endswith("attn1"):
+                factor = (m.to_q.out_features // m.heads) ** power
+                set_weight(stack, m.to_q, "weight", m.to_q.weight * factor)
+
+    return plant
+
+
+def falling_ramp(ramp: Tensor, step: int, steps: int) -> Tensor:
+    return ramp.flip(1)
+
+
+def ramp_without_end(ramp: Tensor, step: int, steps: int) -> Tensor:
+    low, high, frames = float(ramp[0, 0]), float(ramp[0, -1]), ramp.shape[1]
+    at = torch.arange(frames, dtype=ramp.dtype) / frames
+    return (low + (high - low) * at).reshape(1, -1, *(1 for _ in ramp.shape[2:])).expand_as(ramp).contiguous()
+
+
+def told_one_frame(pipe: Any, stack: ExitStack) -> None:
+    """Each chunk is decoded as so many clips of one frame."""
+
+    def wrapper(original: Any, z: Tensor, num_frames: int, **kwargs: Any) -> Any:
+        return original(z, num_frames=1, **kwargs)
+
+    wrap(stack, pipe.vae, "decode", wrapper)
+
+
+HALF = {"dtype": "float16"}
+# As deep as it takes for a level to have another one before and behind it.
+THREE_LEVELS: dict[str, Any] = dict(
+    block_out_channels=(32, 64, 64),
+    down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
+    up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
+    num_attention_heads=(2, 4, 8),
+)
 # Where sigma_max and sqrt(sigma_max^2 + 1) differ by more than rounding.
 LOW_SIGMAS = {"sigmas": (6.0, 2.0, 0.4, 0.0)}
 PLANTS: dict[str, Planted] = {
@@ -514,7 +819,7 @@ PLANTS: dict[str, Planted] = {
     "clip_unnormalised": Planted(unnormalised, "clip_pixels", "clip_normalise"),
     "clip_fed_minus_one_to_one": Planted(statistics_of_minus_one_to_one, "clip_pixels", "clip_normalise"),
     "clip_fed_minus_one_to_one:raw": Planted(minus_one_to_one, "clip_pixels", "clip_normalise"),
-    "quick_gelu": Planted(quick_gelu, "image_embedding", "clip_gelu"),
+    "quick_gelu": Planted(clip_activation(QuickGELUActivation()), "image_embedding", "clip_gelu"),
     "vae_encoder_padding_symmetric": Planted(padded_on_all_sides, "image_latents", "encoder_padding"),
     "c_skip_with_square_root": Planted(c_skip_root, "euler_step", "prediction"),
     "alpha_swapped_unet": Planted(swap_alpha("unet"), "predict_noise", "alpha_unet"),
@@ -543,6 +848,52 @@ PLANTS: dict[str, Planted] = {
     "decode_chunked": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 2)), "decode", "chunk"),
     "decode_chunked:1": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 1)), "decode", "chunk"),
     "decode_chunked:3": Planted(decode(lambda pipe, z, frames, chunk: (z, frames, 3)), "decode", "chunk"),
+    "frame_resize_bilinear": Planted(frame_resize("bilinear"), "resize_image", "frame_resize"),
+    "frame_resize_bicubic": Planted(frame_resize("bicubic"), "resize_image", "frame_resize"),
+    "clip_bicubic_parameter": Planted(keys_cubic(-0.5), "clip_pixels", "clip_resize"),
+    "clip_centre_crop": Planted(comfy_crop, "clip_pixels", "clip_resize"),
+    "clip_centre_crop:8bit": Planted(clip_processor, "clip_pixels", "clip_resize"),
+    "clip_8bit": Planted(eight_bits_for_clip, "clip_pixels", "clip_rounding"),
+    "clip_gelu_tanh": Planted(
+        clip_activation(functools.partial(F.gelu, approximate="tanh")), "image_embedding", "clip_gelu"
+    ),
+    "clip_layer_norm_eps": Planted(layer_norm_eps("image_encoder", 1e-6), "image_embedding", "clip_eps"),
+    "noise_aug_on_unit_pixels": Planted(noise_on_unit_pixels, "image_latents", "noise_aug"),
+    "vae_not_upcast": Planted(not_upcast, "image_latents", "upcast", settings=HALF),
+    "guidance_ramp_ends": Planted(guidance(falling_ramp, keep), "guidance_ramp", "guidance"),
+    "guidance_ramp_ends:open": Planted(guidance(ramp_without_end, keep), "guidance_ramp", "guidance"),
+    "clips_repeated_after_guidance": Planted(
+        repeated_embeddings, "condition", "repeat", settings={"num_videos_per_prompt": 2}
+    ),
+    "temporal_context_order": Planted(context_order, "predict_noise", "context"),
+    "ff_in_replaced_by_ff": Planted(ff_for_ff_in, "predict_noise", "ff_in"),
+    "head_counts": Planted(
+        heads_of_level(lambda heads, channels: [*heads[:-2], heads[-3], heads[-1]]),
+        "predict_noise",
+        "heads",
+        unet=THREE_LEVELS,
+    ),
+    "head_counts:of_channels": Planted(
+        heads_of_level(lambda heads, channels: [c // h for h, c in zip(heads, channels, strict=True)]),
+        "predict_noise",
+        "heads",
+    ),
+    "timestep_in_half": Planted(timestep_rounded(torch.float16), "predict_noise", "timestep_dtype"),
+    "timestep_in_half:bfloat16": Planted(timestep_rounded(torch.bfloat16), "predict_noise", "timestep_dtype"),
+    "sinusoids_in_half": Planted(sinusoids_in_float16, "predict_noise", "frequencies"),
+    "norm_statistics_in_half": Planted(statistics_in_float16, "predict_noise", "statistics"),
+    "attention_scores_in_half": Planted(
+        self_attention(lambda scores: scores.half().to(scores.dtype)), "predict_noise", "scores"
+    ),
+    "attention_unscaled": Planted(scores_times(0.5), "predict_noise", "scores"),
+    "attention_scaled_twice": Planted(scores_times(-0.5), "predict_noise", "scores"),
+    "bias_missing": Planted(without_bias(".to_out.0"), "predict_noise", "bias"),
+    "bias_missing:proj_in": Planted(without_bias(".proj_in"), "predict_noise", "bias"),
+    "linear_weights_transposed": Planted(reweighted(transposed), "predict_noise", "transposed"),
+    "conv_weight_axes": Planted(reweighted(height_and_width_exchanged), "predict_noise", "conv_axes"),
+    "conv_weight_axes:time": Planted(reweighted(backwards_in_time), "predict_noise", "conv_axes"),
+    "layer_norm_eps": Planted(layer_norm_eps("unet", 1e-6), "predict_noise", "layer_norm_eps"),
+    "decode_chunked:num_frames": Planted(told_one_frame, "decode", "chunk"),
 }
 
 

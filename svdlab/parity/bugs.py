@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -23,18 +24,34 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.edits import Edit, on_output, on_plain_decoder, replaced_method, setting
+from svdlab.parity.edits import (
+    Edit,
+    in_dtype,
+    of_kind,
+    on_input,
+    on_output,
+    on_plain_decoder,
+    replaced_method,
+    reweighted,
+    set_to,
+    setting,
+)
 from svdlab.parity.probes import SHAPES
 from svdlab.svd.config import per_level
 from svdlab.svd.image_encoder import ACTIVATIONS, CLIPMLP
-from svdlab.svd.images import normalize_for_clip, resize_with_antialiasing, to_levels
+from svdlab.svd.images import blur_for, normalize_for_clip, resize_with_antialiasing, to_levels, to_tensor
 from svdlab.svd.layers import (
     GEGLU,
     AlphaBlender,
+    Attention,
+    Conv2d,
     Downsample,
     FrameGroupNorm,
+    GroupNorm,
     Sinusoids,
     SpatioTemporalTransformer,
+    TemporalConv,
+    TemporalTransformerBlock,
     TransformerConditioning,
     VideoGroupNorm,
 )
@@ -114,6 +131,49 @@ _PORT = "the Rust port that svdlab grew out of"
 
 
 # --- the conditioning image ---
+
+
+def _frame_resize(of_picture: Image.Resampling, **of_tensor: Any) -> Callable[..., Tensor]:
+    """Another filter for PIL images, and for tensors."""
+
+    def wrapper(pipe: Any, stage: Any, source: Any, settings: GenerationSettings) -> Tensor:
+        assert settings.height and settings.width
+        if isinstance(source, Tensor):
+            return F.interpolate(source, size=(settings.height, settings.width), **of_tensor) * 2 - 1
+        return to_tensor(source.resize((settings.width, settings.height), of_picture)) * 2 - 1
+
+    return wrapper
+
+
+def _frame_interpolated(**how: Any) -> Callable[..., Tensor]:
+    return lambda pipe, stage, source, settings: (
+        F.interpolate(to_tensor(source), size=(settings.height, settings.width), **how) * 2 - 1
+    )
+
+
+_wrapped(
+    "resize_image",
+    _frame_resize(Image.Resampling.BILINEAR, mode="bilinear"),
+    _frame_interpolated(mode="bilinear"),
+    _frame_interpolated(mode="bilinear", align_corners=True),
+    _frame_interpolated(mode="bilinear", antialias=True),
+)(
+    "frame_resize_bilinear",
+    "frame resized bilinearly, not by Lanczos",
+    "image_processor.py:VaeImageProcessor.resize",
+    decides="resize of the frame",
+)
+_wrapped(
+    "resize_image",
+    _frame_resize(Image.Resampling.BICUBIC, mode="bicubic"),
+    _frame_interpolated(mode="bicubic"),
+    _frame_interpolated(mode="bicubic", antialias=True),
+)(
+    "frame_resize_bicubic",
+    "frame resized bicubically, not by Lanczos",
+    "image_processor.py:VaeImageProcessor.resize",
+    decides="resize of the frame",
+)
 
 
 def _as_given(pipe: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
@@ -201,6 +261,89 @@ _wrapped("clip_pixels", _bug_of_the_frame)(
     decides="resize for CLIP",
     met=_PORT,
 )
+
+
+def _cubic(parameter: float) -> Callable[[Tensor, int], Tensor]:
+    """The blur, then Keys's cubic with another parameter; torch's has -0.75, Pillow's -0.5."""
+
+    def weights(size: int, into: int) -> Tensor:
+        at = torch.linspace(0, size - 1, into, dtype=torch.float64)
+        near = at.floor().long()[:, None] + torch.arange(-1, 3)
+        x = (at[:, None] - near).abs()
+        inner = ((parameter + 2) * x - (parameter + 3)) * x * x + 1
+        outer = parameter * (((x - 5) * x + 8) * x - 4)
+        taps = torch.where(x <= 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
+        return torch.zeros(into, size, dtype=torch.float64).scatter_add_(1, near.clamp(0, size - 1), taps)
+
+    def resize(images: Tensor, size: int) -> Tensor:
+        blurred = blur_for(images, size)
+        down, across = (weights(side, size).to(blurred) for side in blurred.shape[-2:])
+        return down @ blurred @ across.T
+
+    return resize
+
+
+def _centre(source: Tensor, size: int) -> Tensor:
+    """The shorter side as long as asked for, antialiased, and the middle of the longer one."""
+    scale = size / min(source.shape[-2:])
+    height, width = (round(scale * side) for side in source.shape[-2:])
+    resized = F.interpolate(source, size=(height, width), mode="bicubic", antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[..., top : top + size, left : left + size]
+
+
+def _to_8bit(pixels: Tensor) -> Tensor:
+    return (pixels * 255).clamp(0, 255).round() / 255
+
+
+def _cropped_picture(source: Tensor, size: int) -> Tensor:
+    """As Pillow and CLIP's own feature extractor make it, in 8 bits."""
+    picture = Image.fromarray(to_levels(source * 2 - 1)[0])
+    long = int(size * max(picture.size) / min(picture.size))
+    width, height = (size, long) if picture.width <= picture.height else (long, size)
+    top, left = (height - size) // 2, (width - size) // 2
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return to_tensor(resized.crop((left, top, left + size, top + size)))
+
+
+def _clip_crop(crop: Callable[[Tensor, int], Tensor]) -> Callable[..., Tensor]:
+    def wrapper(pipe: Any, stage: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+        pixels = crop(source, pipe.image_encoder.config.image_size)
+        return normalize_for_clip(pixels, pipe.feature_extractor.mean, pipe.feature_extractor.std)
+
+    return wrapper
+
+
+_COMFY = "https://github.com/comfyanonymous/ComfyUI, comfy/clip_vision.py:clip_preprocess"
+_wrapped("clip_pixels", _clip_resize(_as_given, _cubic(-0.5)), _clip_resize(_as_given, _cubic(-0.6)))(
+    "clip_bicubic_parameter",
+    "bicubic for CLIP with another kernel parameter than -0.75",
+    _CLIP_RESIZE,
+    decides="resize for CLIP",
+    met="the difference of Pillow's bicubic (-0.5) and torch's (-0.75), in their documentation",
+)
+_wrapped(
+    "clip_pixels",
+    _clip_crop(_centre),
+    _clip_crop(_cropped_picture),
+    _clip_crop(lambda source, size: _to_8bit(_centre(source, size))),
+)(
+    "clip_centre_crop",
+    "CLIP given the middle of the image, not all of it in a square",
+    f"{_PIPELINE}:_encode_image",
+    decides="resize for CLIP",
+    met=_COMFY,
+)
+
+
+def _rounded_for_clip(pipe: Any, stage: Any, source: Tensor, settings: GenerationSettings) -> Tensor:
+    mean, std = _clip_statistics(pipe)
+    return (_to_8bit(stage(source, settings) * std + mean) - mean) / std
+
+
+_wrapped("clip_pixels", _rounded_for_clip)(
+    "clip_8bit", "CLIP's pixels rounded to 8 bits after the resize", f"{_PIPELINE}:_encode_image", met=_COMFY
+)
 _wrapped("clip_pixels", _without_clip_statistics)(
     "clip_unnormalised", "no CLIP mean and std", f"{_PIPELINE}:_encode_image", decides="range of CLIP's pixels"
 )
@@ -211,12 +354,25 @@ _wrapped("clip_pixels", _clip_statistics_of_another_range, _clip_in_another_rang
     decides="range of CLIP's pixels",
     met=_PORT,
 )
-_edited("image_embedding", "image_encoder", setting(CLIPMLP, "activation", lambda _: ACTIVATIONS["quick_gelu"]))(
+_edited("image_embedding", "image_encoder", set_to(CLIPMLP, "activation", ACTIVATIONS["quick_gelu"]))(
     "quick_gelu",
     "QuickGELU in CLIP, whose ViT-H has the exact GELU",
     "../transformers/models/clip/modeling_clip.py:CLIPMLP",
     decides="activation of CLIP",
     met=_PORT,
+)
+
+
+_edited("image_embedding", "image_encoder", set_to(CLIPMLP, "activation", partial(F.gelu, approximate="tanh")))(
+    "clip_gelu_tanh",
+    "tanh approximation of GELU in CLIP",
+    "../transformers/models/clip/modeling_clip.py:CLIPMLP",
+    decides="activation of CLIP",
+)
+_edited("image_embedding", "image_encoder", *(set_to(nn.LayerNorm, "eps", eps) for eps in (1e-6, 1e-12)))(
+    "clip_layer_norm_eps",
+    "layer-norm eps of CLIP 1e-6, not 1e-5",
+    "../transformers/models/clip/configuration_clip.py:CLIPVisionConfig",
 )
 
 
@@ -275,6 +431,24 @@ _wrapped("image_latents", _augmented_latents)(
     met=_PORT,
 )
 
+_wrapped("image_latents", lambda pipe, stage, image, noise, settings: stage(image, 2 * noise, settings))(
+    "noise_aug_on_unit_pixels",
+    "noise added to pixels in [0, 1], twice as strong as to those in [-1, 1]",
+    f"{_PIPELINE}:__call__",
+    decides="noise augmentation",
+)
+
+
+def _not_upcast(vae: Any) -> None:
+    vae.config = replace(vae.config, force_upcast=False)
+
+
+_edited("image_latents", "vae", _not_upcast)(
+    "vae_not_upcast",
+    "the VAE encoded in half precision, without force_upcast",
+    f"{_PIPELINE}:__call__",
+    met="the checkpoint's option force_upcast, which exists for it",
+)
 _edited(
     "image_latents",
     "vae",
@@ -358,6 +532,26 @@ _wrapped("guidance_ramp", _ramp_over_steps)(
 _wrapped("guidance_ramp", _maximum_everywhere)(
     "guidance_constant", "one guidance scale for all frames", f"{_PIPELINE}:__call__", decides="guidance ramp"
 )
+
+
+def _ramp(ends: Callable[[float, float, int], Tensor]) -> Callable[..., Tensor]:
+    return lambda pipe, stage, settings: ends(
+        settings.min_guidance_scale, settings.max_guidance_scale, settings.num_frames
+    )
+
+
+_wrapped(
+    "guidance_ramp",
+    _ramp(lambda low, high, frames: torch.linspace(high, low, frames)),
+    _ramp(lambda low, high, frames: torch.linspace(low, high, frames + 1)[:-1]),
+    _ramp(lambda low, high, frames: torch.linspace(low, high, frames + 1)[1:]),
+    _ramp(lambda low, high, frames: torch.linspace(0, high, frames)),
+)(
+    "guidance_ramp_ends",
+    "guidance ramp with other ends: falling, without one end, or from 0",
+    f"{_PIPELINE}:__call__",
+    decides="guidance ramp",
+)
 _wrapped("guide", lambda pipe, stage, uncond, cond, scale: stage(cond, uncond, scale))(
     "guidance_swapped", "conditional and unconditional half exchanged", f"{_PIPELINE}:__call__"
 )
@@ -387,6 +581,27 @@ def _latents_in_both_halves(
     return result
 
 
+def _repeated_condition(
+    pipe: Any, stage: Any, embeddings: Tensor, ids: Tensor, settings: GenerationSettings, guided: bool
+) -> Any:
+    if not guided:
+        return stage(embeddings, ids, settings, guided)
+    images = embeddings[:: settings.num_videos_per_prompt]
+    both = torch.cat([torch.zeros_like(images), images]).repeat(settings.num_videos_per_prompt, 1, 1)
+    return pipe.unet.condition(both, ids.repeat(2, 1), settings.num_frames)
+
+
+def _repeated_latents(
+    pipe: Any, stage: Any, latents: Tensor, image_latents: Tensor, sigma: Tensor, guided: bool
+) -> Tensor:
+    result = stage(latents, image_latents, sigma, guided)
+    if guided:
+        images = torch.unique_consecutive(image_latents, dim=0)
+        both = torch.cat([torch.zeros_like(images), images]).repeat(len(latents) // len(images), 1, 1, 1)
+        result[:, :, latents.shape[2] :] = both[:, None]
+    return result
+
+
 def _unscaled_input(
     pipe: Any, stage: Any, latents: Tensor, image_latents: Tensor, sigma: Tensor, guided: bool
 ) -> Tensor:
@@ -395,6 +610,15 @@ def _unscaled_input(
     return result
 
 
+_bug(
+    "clips_repeated_after_guidance",
+    "several clips of an image: repeated with the zeros for guidance already beside it, so that the halves mix",
+    f"{_PIPELINE}:_encode_image",
+    "condition",
+    Change(wrap={"condition": _repeated_condition}),
+    Change(wrap={"condition": _repeated_condition, "model_input": _repeated_latents}),
+    Change(wrap={"model_input": _repeated_latents}),
+)
 _wrapped("model_input", _latents_in_both_halves)(
     "uncond_latents_kept",
     "image latents not zeroed in the unconditional half",
@@ -497,6 +721,86 @@ def _position_first(original: Any, self: Any, h: Tensor, conditioning: Transform
 _per_frame = replaced_method(VideoGroupNorm, "forward", lambda original, self, x: FrameGroupNorm.forward(self, x))
 
 
+def _interleaved_context(module: Any, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The pixels of a batch get the contexts in turn, as (pixel, batch) laid out like (batch, pixel)."""
+    x, token = args
+    videos, _, height, width, _ = x.shape
+    turn = torch.arange(videos * height * width, device=x.device) % videos
+    return x, token.flatten(0, 3)[turn].view(videos, 1, height, width, -1)
+
+
+def _ff_for_ff_in(unet: nn.Module) -> None:
+    for block in of_kind(unet, TemporalTransformerBlock):
+        block.ff_in = block.ff
+
+
+def _heads_everywhere(of_level: Callable[[list[int], list[int], int], int]) -> Edit:
+    """Another number of heads: of the heads and the channels of all levels, and of the level."""
+
+    def edit(unet: Any) -> None:
+        channels = list(unet.config.block_out_channels)
+        heads = list(per_level("num_attention_heads", unet.config.num_attention_heads, len(channels)))
+        levels = range(len(channels))
+        blocks = [*zip(unet.down_blocks, levels, strict=True), (unet.mid_block, levels[-1])]
+        for block, level in [*blocks, *zip(unet.up_blocks, reversed(levels), strict=True)]:
+            for transformer in block.attentions:
+                _set_heads(transformer, of_level(heads, channels, level))
+
+    return edit
+
+
+def _last_but_one_as_before(heads: list[int], channels: list[int], level: int) -> int:
+    """(5, 10, 20, 20) becomes (5, 10, 10, 20)."""
+    return heads[level - 1] if level and level == len(heads) - 2 else heads[level]
+
+
+def _sinusoids_in(dtype: torch.dtype) -> Edit:
+    def recomputed(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+        frequencies = _exponent(module.dim // 2).exp().to(output.device, dtype)
+        angles = args[0][:, None].to(dtype) * frequencies
+        return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1).float(), (0, module.dim % 2))
+
+    return on_output(Sinusoids, recomputed)
+
+
+def _statistics_in(dtype: torch.dtype) -> Edit:
+    """Mean and variance rounded, whatever they were added up in."""
+    rounded = in_dtype(dtype)
+
+    def normalize(original: Any, self: Any, rows: Tensor) -> Tensor:
+        groups = rows.unflatten(-1, (self.num_groups, -1))
+        mean = groups.mean((1, 3), keepdim=True)
+        variance = (groups - mean).square().mean((1, 3), keepdim=True)
+        normal = (groups - rounded(mean)) * (rounded(variance) + self.eps).rsqrt()
+        return normal.flatten(-2) * self.weight + self.bias
+
+    return replaced_method(GroupNorm, "normalize", normalize)
+
+
+def _query_times(power: float) -> Edit:
+    """Attention whose queries are multiplied by a power of the heads' dimension before it."""
+    return replaced_method(
+        Attention,
+        "scaled_dot_product_attention",
+        lambda original, self, q, k, v: original(q * q.shape[-1] ** power, k, v),
+    )
+
+
+def _scores_in(dtype: torch.dtype) -> Edit:
+    def attention(original: Any, self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = in_dtype(dtype)(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5)
+        return scores.softmax(-1) @ v
+
+    return replaced_method(Attention, "scaled_dot_product_attention", attention)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _first_in(dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda module, args: (in_dtype(dtype)(args[0].float()), *args[1:])
+
+
 def _swap_alpha(where: str = ".*") -> Edit:
     return setting(AlphaBlender, "switch_spatial_to_temporal_mix", lambda switched: not switched, where)
 
@@ -546,7 +850,7 @@ _edited("predict_noise", "unet", *_other_frequencies(lambda half: _exponent(half
     decides="frequencies of the sinusoids",
     met=_PORT,
 )
-_edited("predict_noise", "unet", setting(GEGLU, "approximate", lambda _: "tanh"))(
+_edited("predict_noise", "unet", set_to(GEGLU, "approximate", "tanh"))(
     "gelu_tanh", "tanh approximation of GELU", "models/activations.py:GEGLU"
 )
 _edited("predict_noise", "unet", replaced_method(GEGLU, "forward", _halves_exchanged))(
@@ -573,8 +877,112 @@ _edited("decode", "vae", on_plain_decoder(_per_frame))(
 )
 
 
+_ATTENTION = "models/attention_processor.py:AttnProcessor2_0"
+_edited("predict_noise", "unet", on_input(TemporalTransformerBlock, _interleaved_context))(
+    "temporal_context_order",
+    "the temporal blocks' context as (pixel, batch), not (batch, pixel): guidance halves mix",
+    _TRANSFORMER,
+)
+_edited("predict_noise", "unet", _ff_for_ff_in)(
+    "ff_in_replaced_by_ff",
+    "the temporal block's ff used in the place of its ff_in, too",
+    "models/attention.py:TemporalBasicTransformerBlock.forward",
+)
+_edited(
+    "predict_noise",
+    "unet",
+    _heads_everywhere(_last_but_one_as_before),
+    _heads_everywhere(lambda heads, channels, level: channels[level] // heads[level]),
+    _heads_everywhere(lambda heads, channels, level: heads[0]),
+)(
+    "head_counts",
+    "other numbers of heads: (5, 10, 10, 20), the channels of a head taken for it, or one for all levels",
+    "models/unets/unet_spatio_temporal_condition.py:UNetSpatioTemporalConditionModel.__init__",
+    decides="number of heads",
+    met="https://github.com/huggingface/diffusers/pull/7205",
+)
+_edited("predict_noise", "unet", *(on_input(Sinusoids, _first_in(dtype), "time_proj") for dtype in _HALF))(
+    "timestep_in_half",
+    "the timestep rounded to half precision before its sinusoids",
+    "models/embeddings.py:get_timestep_embedding",
+    met="https://github.com/modelscope/DiffSynth-Studio/pull/1025",
+)
+_edited("predict_noise", "unet", *(_sinusoids_in(dtype) for dtype in _HALF))(
+    "sinusoids_in_half",
+    "sinusoids computed in half precision",
+    "models/embeddings.py:get_timestep_embedding",
+    decides="frequencies of the sinusoids",
+    met="https://github.com/apache/tvm/pull/15811",
+)
+_edited("predict_noise", "unet", *(_statistics_in(dtype) for dtype in _HALF))(
+    "norm_statistics_in_half",
+    "mean and variance of the UNet's group norms rounded to half precision",
+    f"{_BLOCKS}:get_up_block",
+    met="https://github.com/huggingface/diffusers/pull/182",
+)
+_edited("predict_noise", "unet", *(_scores_in(dtype) for dtype in _HALF))(
+    "attention_scores_in_half",
+    "attention scores rounded to half precision before the softmax",
+    _ATTENTION,
+    decides="scores of the attention",
+)
+_edited("predict_noise", "unet", _query_times(0.5))(
+    "attention_unscaled", "attention without 1 / sqrt(d)", _ATTENTION, decides="scores of the attention"
+)
+_edited("predict_noise", "unet", _query_times(-0.5))(
+    "attention_scaled_twice", "attention with 1 / d for 1 / sqrt(d)", _ATTENTION, decides="scores of the attention"
+)
+_edited(
+    "predict_noise",
+    "unet",
+    *(
+        reweighted(nn.Module, "bias", torch.zeros_like, where)
+        for where in (
+            r".*attn[12]\.to_out\.0",
+            r".*\.ff(_in)?\.net\.2",
+            r".*\.ff(_in)?\.net\.0\.proj",
+            r".*attentions\.\d+\.proj_in",
+            r".*attentions\.\d+\.proj_out",
+            r".*time_emb_proj",
+            r".*conv_shortcut",
+            r".*(down|up)samplers\.0\.conv",
+        )
+    ),
+)("bias_missing", "a kind of layer of the UNet without its bias", "models/attention.py:FeedForward")
+_edited(
+    "predict_noise",
+    "unet",
+    *(
+        reweighted(nn.Linear, "weight", lambda w: w.T if w.shape[0] == w.shape[1] else None, where)
+        for where in (r".*attn1\.to_[qkv]", r".*attn1\.to_out\.0", r".*attentions\.\d+\.proj_(in|out)", ".*")
+    ),
+)(
+    "linear_weights_transposed",
+    "square weights of linear layers (out, in) read as (in, out)",
+    "models/attention_processor.py:Attention",
+)
+_edited(
+    "predict_noise",
+    "unet",
+    reweighted(Conv2d, "weight", lambda w: w.transpose(2, 3) if w.shape[2] > 1 else None),
+    reweighted(Conv2d, "weight", lambda w: w.flip((2, 3)) if w.shape[2] > 1 else None),
+    reweighted(Conv2d, "weight", lambda w: w.transpose(0, 1) if w.shape[0] == w.shape[1] and w.shape[2] > 1 else None),
+    reweighted(TemporalConv, "weight", lambda w: w.flip(2)),
+)(
+    "conv_weight_axes",
+    "convolution kernels with height and width or in and out exchanged, or flipped",
+    "models/resnet.py:ResnetBlock2D",
+)
+_edited("predict_noise", "unet", *(set_to(nn.LayerNorm, "eps", eps) for eps in (1e-6, 1e-12)))(
+    "layer_norm_eps",
+    "layer-norm eps of the UNet 1e-6, not 1e-5",
+    "models/attention.py:BasicTransformerBlock",
+    met="https://github.com/huggingface/candle/pull/271, in another model",
+)
+
+
 def _eps(value: float, where: str = ".*") -> Edit:
-    return setting(nn.GroupNorm, "eps", lambda _: value, where)
+    return set_to(nn.GroupNorm, "eps", value, where)
 
 
 _bug(
@@ -586,6 +994,8 @@ _bug(
     *(Change(edit={"unet": _eps(eps)}) for eps in (1e-5, 1e-6)),
     # Stability's: the resnets of all blocks 1e-5, the transformers' norms 1e-6 as in diffusers.
     Change(edit={"unet": _eps(1e-5, r".*res_block.*")}),
+    # https://github.com/ml-explore/mlx-examples/issues/1435: the framework's default in the transformers.
+    Change(edit={"unet": _eps(1e-5, r".*attentions\.\d+\.norm")}),
     Change(edit={"vae": _eps(1e-6, r".*temporal_res_block.*")}),
     *(Change(edit={"vae": _eps(eps)}) for eps in (1e-5, 1e-6)),
     met=_PORT,

@@ -53,6 +53,11 @@ def setting(kind: type[nn.Module], name: str, value: Callable[[Any], Any], where
     return edit
 
 
+def set_to(kind: type[nn.Module], name: str, value: Any, where: str = ANYWHERE) -> Edit:
+    """An edit that gives one attribute of every module of a kind this value."""
+    return setting(kind, name, lambda _: value, where)
+
+
 def replaced_method(kind: type[nn.Module], name: str, method: Callable[..., Any], where: str = ANYWHERE) -> Edit:
     """An edit that gives every module of a kind another method.
 
@@ -113,9 +118,9 @@ def on_plain_decoder(edit: Edit) -> Edit:
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Another weight of the same shape, with a kernel's cache of its own."""
+    """Another weight or bias of the same shape; a weight with a kernel's cache of its own."""
     setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=False))
-    if "cache" in vars(module):  # what it holds is of the weight that other modules still have
+    if name == "weight" and "cache" in vars(module):  # what it holds is of the weight that other modules still have
         module.cache = type(module.cache)()
 
 

@@ -107,6 +107,14 @@ def resize_with_antialiasing(images: Tensor, size: int) -> Tensor:
         images: in [-1, 1].
         size: in pixels.
     """
+    return F.interpolate(blur_for(images, size), size=(size, size), mode="bicubic", align_corners=True)
+
+
+def blur_for(images: Tensor, size: int) -> Tensor:
+    """The blur before a resize to ``size``: a Gaussian as wide as each side shrinks; the same shape.
+
+    Source: diffusers ``pipeline_stable_video_diffusion.py:_gaussian_blur2d``.
+    """
     for axis in (-1, -2):
         sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
         width = int(max(4 * sigma, 3)) | 1
@@ -115,7 +123,7 @@ def resize_with_antialiasing(images: Tensor, size: int) -> Tensor:
         kernel = (taps / taps.sum()).view(1, 1, 1, -1) if axis == -1 else (taps / taps.sum()).view(1, 1, -1, 1)
         padded = F.pad(images, pad, mode="reflect")
         images = F.conv2d(padded, kernel.expand(images.shape[1], 1, -1, -1), groups=images.shape[1])
-    return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
+    return images
 
 
 def normalize_for_clip(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
