@@ -31,12 +31,18 @@ SHARE = 0.9
 UNEXPLAINED = 0.01
 # Fewer values prove nothing; likewise for each constant of a fit, and for each slice that a permutation moves.
 FEWEST = 16
+# Different values of which a tensor, or the part to which a fit gives its own constants, has to have some.
+LEVELS = 8
 # Equations for each tap of a filter.
 PER_TAP = 20
 # Values on which candidates are tried before one is computed for the whole tensor.
 TRIAL = 100_000
 # Between a wrong part and the right rest: how many times larger its root mean square error is.
 CONTRAST = 8.0
+# Between the least wrong index of a wrong part and the worst one of the rest.
+GAP = 4.0
+# Indices of a part that are not next to each other.
+SCATTERED = 4
 
 _AXIS_OF: dict[int | str, str] = {
     dim: axis
@@ -168,6 +174,12 @@ def _spread(x: Tensor) -> float:
     return max(_square(x - x.mean()), 0.0)
 
 
+def _levels(x: Tensor) -> int:
+    """How many values differ by more than a thousandth of their spread."""
+    spread = float(x.std())
+    return len(((x - x.mean()) / (1e-3 * spread)).round().unique()) if spread > 0 else 1
+
+
 @dataclass
 class _Pair:
     """What was found and what is right, in float64."""
@@ -200,7 +212,7 @@ class _Pair:
         if spread <= max(min(40 * self.floor, 0.5), 1e-6) ** 2 * self.squared_right:
             return False
         # How many values make the variance: one outlier among equal values is as little as one value.
-        return spread**2 >= FEWEST * _square(squares)
+        return spread**2 >= FEWEST * _square(squares) and _levels(_sample(self, ())[1]) >= LEVELS
 
     def dim(self, axis: str) -> int | None:
         """The dimension of an axis that has more than one index."""
@@ -217,6 +229,7 @@ class _Pair:
         parameters: int = 0,
         parts: tuple[Tensor, Tensor] | None = None,
         scales: bool = False,
+        spread: float | None = None,
     ) -> Relation | None:
         """The relation if it explains what it must, given how many numbers were fitted.
 
@@ -226,6 +239,7 @@ class _Pair:
             parameters: fitted.
             parts: found and right where the relation speaks of a part only.
             scales: it multiplies, so that rounding is relative to what is predicted.
+            spread: the squared variation of what was found that no constant of the fit explains by itself.
         """
         found, right = parts or (self.found, self.right)
         count = found.numel()
@@ -241,7 +255,7 @@ class _Pair:
         corrected = left * count / (count - parameters)
         share = 1 - corrected / error
         # A factor of nearly zero is near to any small tensor: what was found has to be explained, too.
-        spread = _spread(found)
+        spread = _spread(found) if spread is None else spread
         if share < SHARE or corrected > (1 - SHARE) * spread:
             return None
         residual = math.sqrt(corrected / scale)
@@ -567,9 +581,20 @@ def _per_axis(pair: _Pair) -> Iterator[Relation | None]:
                 tried, _ = fit(*sampled, dims)
                 if not _promising(*sampled, tried):
                     continue
+            if not _told_apart(pair, axes):
+                break
             predicted, constants = fit(pair.found, pair.right, dims)
             text = _constants_text(axes, constants, zero)
-            yield pair.judge(kind, text, predicted, each * groups, scales=kind == "axis_factor")
+            within = _square(pair.found - pair.found.mean(dims, keepdim=True))
+            yield pair.judge(kind, text, predicted, each * groups, scales=kind == "axis_factor", spread=within)
+
+
+def _told_apart(pair: _Pair, axes: Sequence[str]) -> bool:
+    """Whether the right values of most groups take enough levels: two levels are fitted by any two constants."""
+    kept = [pair.axes.index(axis) for axis in axes]
+    rows = pair.right.movedim(kept, list(range(len(kept)))).flatten(0, len(kept) - 1).flatten(1)
+    picked = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 32)).long(), :4096]
+    return sum(_levels(row) >= LEVELS for row in picked) > len(picked) / 2
 
 
 def _offsets(found: Tensor, right: Tensor, dims: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -731,7 +756,11 @@ def _clean(pair: _Pair, keep: Sequence[int], floor: float) -> Tensor:
     if dims:
         error, size = error.mean(dims), size.mean(dims)
     size = size.clamp_min(pair.squared_right / pair.right.numel())
-    return (error <= (TOLERANCE * floor) ** 2 * size) & (error <= error.max() / CONTRAST**2)
+    clean = (error <= (TOLERANCE * floor) ** 2 * size) & (error <= error.max() / CONTRAST**2)
+    # Errors that pass from small to large without a gap have no edge at which a part begins.
+    if clean.any() and error[~clean].min() < GAP**2 * error[clean].max():
+        return torch.zeros_like(clean)
+    return clean
 
 
 def _box(pair: _Pair, floor: float) -> Relation | None:
@@ -746,6 +775,8 @@ def _box(pair: _Pair, floor: float) -> Relation | None:
         clean = _clean(pair, [dim], floor)
         wrong = [i for i, good in enumerate(clean.tolist()) if not good]
         if len(wrong) == size or not wrong:
+            continue
+        if len(wrong) > SCATTERED and wrong[-1] - wrong[0] >= len(wrong):
             continue
         fraction *= len(wrong) / size
         outside |= clean.view([size if d == dim else 1 for d in range(pair.right.ndim)])
