@@ -308,35 +308,50 @@ def name_modules(
     """
     wrong = set(judge.wrong)
 
-    def mends(bugs: Sequence[Named], exact: bool = False) -> frozenset[str]:
+    def still_wrong(bugs: Sequence[Named], exact: bool = False) -> set[str]:
+        """The modules that bugs leave wrong; all where they break one that was right."""
         tick()
         ratios = judge.ratios_with([change for _, change in bugs], exact)
-        broken = [n for n, r in ratios.items() if n not in wrong and not r <= max(THRESHOLD, 2 * judge.ratios[n])]
-        if broken and (exact or any(not ratios[n] <= _DOUBTFUL for n in broken)):
-            return frozenset()
-        mended = [n for n in wrong if ratios[n] <= THRESHOLD and ratios[n] <= _MATERIAL * judge.ratios[n]]
-        doubtful = [n for n in wrong if THRESHOLD < ratios[n] <= min(_DOUBTFUL, _MATERIAL * judge.ratios[n])]
-        if not exact and (broken or doubtful):
-            return mends(bugs, exact=True)
-        return frozenset(mended)
+        broken = [n for n in ratios if n not in wrong and not ratios[n] <= max(THRESHOLD, 2 * judge.ratios[n])]
+        left = {n for n in wrong if not ratios[n] <= min(THRESHOLD, _MATERIAL * judge.ratios[n])}
+        doubtful = [n for n in left if ratios[n] <= min(_DOUBTFUL, _MATERIAL * judge.ratios[n])]
+        if any(not ratios[n] <= (THRESHOLD if exact else _DOUBTFUL) for n in broken):
+            return wrong
+        return still_wrong(bugs, exact=True) if (broken or doubtful) and not exact else left
 
-    one = {option: mends([option]) for option in _by_identity(options)}
     picks: list[list[Named]] = []
     left = set(wrong)
-    while left:
-        best = max((len(mended & left) for mended in one.values()), default=0)
-        if not best:
+    # Alone a bug mends the modules that have no other; what two have changed together needs both in place.
+    while left and options:
+        base = [pick[0] for pick in picks]
+        tried = [(option, still_wrong([*base, option])) for option in options]
+        best = min((rest for _, rest in tried), key=len)
+        if not len(best) < len(left):
             break
-        chosen = next(mended for mended in one.values() if len(mended & left) == best)
-        equal = [o for o, mended in one.items() if mended & left == chosen & left]
-        names = dict.fromkeys(name for name, _ in equal)
-        picks.append([next(o for o in equal if o[0] == name) for name in names])
-        left -= chosen
+        added: list[list[Named]] = []
+        rests = sorted({frozenset(rest) for _, rest in tried if rest < left}, key=len)
+        covered: set[str] = set()
+        for rest in rests:
+            mended = left - rest
+            if mended & covered or {BUGS[n].decides for n in _names(tried, rest)} & _decided([*picks, *added]):
+                continue
+            covered |= mended
+            equal = [option for option, other in tried if other == rest]
+            added.append([next(o for o in equal if o[0] == name) for name in _names(tried, rest)])
+        picks += added
+        decided = _decided(picks)
+        left = still_wrong([pick[0] for pick in picks], exact=True)
+        options = [(name, change) for name, change in options if BUGS[name].decides not in decided]
     return NamedModules(picks, [name for name in judge.wrong if name in left])
 
 
-def _by_identity(options: Sequence[Named]) -> list[Named]:
-    return list({(name, id(change)): (name, change) for name, change in options}.values())
+def _names(tried: Sequence[tuple[Named, set[str]]], rest: frozenset[str]) -> list[str]:
+    """The names that leave the same modules wrong."""
+    return list(dict.fromkeys(name for (name, _), other in tried if other == rest))
+
+
+def _decided(picks: Sequence[Sequence[Named]]) -> set[str]:
+    return {BUGS[name].decides for pick in picks for name, _ in pick[:1]}
 
 
 def is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
