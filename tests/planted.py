@@ -86,8 +86,8 @@ def patch(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     else:
         object.__setattr__(owner, name, value)
     # A module's own would take the name out of its submodules.
-    delete = delattr if isinstance(owner, type) else object.__delattr__
-    restore = (lambda: delete(owner, name)) if held is stack else (lambda: setattr(owner, name, held))
+    delete, put = (delattr, setattr) if isinstance(owner, type) else (object.__delattr__, object.__setattr__)
+    restore = (lambda: delete(owner, name)) if held is stack else (lambda: put(owner, name, held))
     stack.callback(restore)
 
 
@@ -782,7 +782,9 @@ PLANTS: dict[str, Planted] = {
     "timestep_negated": Planted(timesteps(-4.0), "timesteps", "timesteps"),
     "noise_aug_after_encode": Planted(clean_pixels(noise_on_latents), "image_latents", "noise_aug"),
     "noise_aug_missing": Planted(clean_pixels(lambda z, strength, guided: z), "image_latents", "noise_aug"),
-    "guidance_per_step": Planted(guidance(ramp_over_steps, keep), "guidance_ramp", "guidance"),
+    "guidance_per_step": Planted(
+        guidance(ramp_over_steps, keep), "guidance_ramp", "guidance", settings={"num_inference_steps": 2}
+    ),
     "guidance_constant": Planted(
         guidance(lambda ramp, step, steps: torch.full_like(ramp, float(ramp.max())), keep), "guidance_ramp", "guidance"
     ),
@@ -939,6 +941,100 @@ def stale_latents(pipe: Any, stack: ExitStack) -> None:
     wrap(stack, pipe.scheduler, "scale_model_input", wrapper)
 
 
+def output_of(path: str, change: Callable[[Tensor], Tensor]) -> Plant:
+    """Another output of one module, named as its tap is."""
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        network, _, inside = path.partition(".")
+        m = getattr(pipe, network).get_submodule(inside)
+        stack.callback(m.register_forward_hook(lambda m, args, output: change(output)).remove)
+
+    return plant
+
+
+def preprocessed(change: Callable[[Tensor], Tensor]) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        wrap(stack, pipe.video_processor, "preprocess", lambda original, *a, **k: change(original(*a, **k)))
+
+    return plant
+
+
+def given_to_clip(change: Callable[[Tensor], Tensor]) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        wrap(stack, pipe.feature_extractor, "preprocess", lambda original, x, **k: original(change(x), **k))
+
+    return plant
+
+
+def schedule(change: Callable[[Tensor], Tensor]) -> Plant:
+    """Other sigmas; the timesteps are made of diffusers' own."""
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        def wrapper(original: Any, *args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            pipe.scheduler.sigmas = change(pipe.scheduler.sigmas)
+
+        wrap(stack, pipe.scheduler, "set_timesteps", wrapper)
+
+    return plant
+
+
+def step_result(change: Callable[[Tensor, Tensor], Tensor]) -> Plant:
+    """Another result of the Euler step, of itself and of the sample before it."""
+
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        def wrapper(original: Any, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+            result = original(model_output, timestep, sample, **kwargs)
+            result.prev_sample = change(result.prev_sample, sample)
+            return result
+
+        wrap(stack, pipe.scheduler, "step", wrapper)
+
+    return plant
+
+
+def embedding_scaled(pipe: Any, stack: ExitStack) -> None:
+    """To unit length, as CLIP's similarities have it."""
+
+    def wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        result.image_embeds = F.normalize(result.image_embeds, dim=-1)
+        return result
+
+    wrap(stack, pipe.image_encoder, "forward", wrapper)
+
+
+def first_frame_alone(pipe: Any, stack: ExitStack) -> None:
+    """The image's latents beside the first frame's only, as in other image-to-video models."""
+
+    def before(m: nn.Module, args: Any, kwargs: Any) -> Any:
+        sample = args[0].clone()
+        sample[:, 1:, sample.shape[2] // 2 :] = 0
+        return (sample, *args[1:]), kwargs
+
+    # A recorder takes the image's latents from the first frame, where they are right.
+    stack.callback(pipe.unet.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+
+def initial_noise(change: Callable[[Tensor], Tensor]) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        wrap(stack, pipe, "prepare_latents", lambda original, *a, **k: change(original(*a, **k)))
+
+    return plant
+
+
+def guided_in_frames_order(pipe: Any, stack: ExitStack) -> None:
+    """The recorded ramp is right, and used from the last frame to the first one."""
+    guidance(lambda ramp, step, steps: ramp, lambda scale: scale.flip(1))(pipe, stack)
+
+
+def decoded(change: Callable[[Tensor], Tensor]) -> Plant:
+    def plant(pipe: Any, stack: ExitStack) -> None:
+        wrap(stack, pipe, "decode_latents", lambda original, *a, **k: change(original(*a, **k)))
+
+    return plant
+
+
 _TRANSFORMER = "unet.down_blocks.0.attentions.0"
 UNKNOWN: dict[str, Planted] = {
     "heads_reversed": Planted(
@@ -951,7 +1047,56 @@ UNKNOWN: dict[str, Planted] = {
     "skips_swapped": Planted(
         skips_swapped, "predict_noise", "d", "unet.up_blocks.1.resnets.0.spatial_res_block.norm1.000"
     ),
-    "stale_latents": Planted(stale_latents, "model_input", "e", first_probe="model_input.001"),
+    "stale_latents": Planted(
+        stale_latents, "model_input", "e", first_probe="model_input.001", settings={"num_inference_steps": 2}
+    ),
+    "image_mirrored": Planted(preprocessed(lambda x: x.flip(-1)), "resize_image", "f"),
+    "image_bgr": Planted(preprocessed(lambda x: x.flip(1)), "resize_image", "g"),
+    "clip_bgr": Planted(given_to_clip(lambda x: x.flip(1)), "clip_pixels", "h"),
+    "clip_gamma": Planted(given_to_clip(lambda x: x.clip(0, 1) ** 2.2), "clip_pixels", "i"),
+    "embedding_normalised": Planted(embedding_scaled, "image_embedding", "j"),
+    "clip_class_token_halved": Planted(
+        output_of("image_encoder.vision_model.pre_layrnorm", lambda x: x - x[:, :1] * 0.5),
+        "image_embedding",
+        "k",
+        "image_encoder.vision_model.pre_layrnorm",
+    ),
+    "encoder_output_scaled": Planted(
+        output_of("vae.encoder.conv_norm_out", lambda x: x * 0.9), "image_latents", "l", "vae.encoder.conv_norm_out"
+    ),
+    "encoder_mid_attention_skipped": Planted(
+        output_of("vae.encoder.mid_block.attentions.0.to_out.0", lambda x: x * 0),
+        "image_latents",
+        "m",
+        "vae.encoder.mid_block.attentions.0.to_out.0",
+    ),
+    "motion_bucket_scaled": Planted(time_ids(lambda f, m, n: (f, m / 255, n)), "time_ids", "n"),
+    "sigmas_end_at_minimum": Planted(schedule(lambda s: torch.cat([s[:-1], s[-2:-1] / 2])), "sigmas", "o"),
+    "timesteps_base_two": Planted(timesteps(1 / math.log(2)), "timesteps", "p"),
+    "guidance_ramp_squared": Planted(guidance(lambda ramp, step, steps: ramp**2, keep), "guidance_ramp", "q"),
+    "noise_of_one_frame": Planted(initial_noise(lambda z: z[:, :1].expand_as(z).clone()), "initial_latents", "r"),
+    "image_on_first_frame": Planted(first_frame_alone, "model_input", "s"),
+    "guidance_ramp_reversed": Planted(guided_in_frames_order, "guide", "t"),
+    "step_half_way": Planted(step_result(lambda after, before: (after + before) / 2), "euler_step", "u"),
+    "frames_clamped": Planted(decoded(lambda x: x.clamp(-0.5, 0.5)), "decode", "v"),
+    "decoder_last_frame_repeated": Planted(
+        decoded(lambda x: torch.cat([x[:, :, :-1], x[:, :, -2:-1]], dim=2)), "decode", "w"
+    ),
+    "decoder_conv_in_scaled": Planted(
+        output_of("vae.decoder.conv_in", lambda x: x * 1.05), "decode", "x", "vae.decoder.conv_in"
+    ),
+    "temporal_conv_causal": Planted(
+        output_of(
+            "unet.mid_block.resnets.0.temporal_res_block.conv1",
+            lambda x: torch.cat([x[:, :, :1], x[:, :, :-1]], dim=2),
+        ),
+        "predict_noise",
+        "y",
+        "unet.mid_block.resnets.0.temporal_res_block.conv1.000",
+    ),
+    "add_embedding_dropped": Planted(
+        output_of("unet.add_embedding", torch.zeros_like), "predict_noise", "z", "unet.add_embedding"
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import STAGE, Change
 
-SETTINGS = GenerationSettings(height=32, width=32, num_frames=4, num_inference_steps=2, seed=5)
+SETTINGS = GenerationSettings(height=32, width=32, num_frames=4, num_inference_steps=1, seed=5)
 THRESHOLD = 4
 # What a port draws itself is not the replay's: these are compared before the draw.
 DRAWN = ("image_latents_sampled", "noise_aug_after_encode")
@@ -77,6 +77,7 @@ def test_every_bug_of_the_catalogue_is_planted() -> None:
     assert {name.split(":")[0] for name in PLANTS} == set(BUGS)
     for name, plant in ALL.items():
         assert plant.stage in STAGE, name
+        assert not plant.first_module or plant.stage in ("image_embedding", "image_latents", "predict_noise", "decode")
         if name in BUGS:
             assert (plant.stage, plant.first_probe) == (BUGS[name].stage, BUGS[name].first_probe), name
 
@@ -89,6 +90,17 @@ def test_a_plant_shows_from_its_first_probe_on(bench_of: Callable[[Planted], Ben
     different = [p for p in clean.probes if p not in candidate or not torch.equal(clean[p], candidate[p])]
     assert different[0] == ALL[name].first_probe
     assert different[-1] == "frames"
+
+
+@pytest.mark.parametrize("name", [name for name, plant in UNKNOWN.items() if plant.first_module])
+def test_the_first_wrong_module_is_the_one_that_a_plant_names(bench_of: Callable[[Planted], Bench], name: str) -> None:
+    bench, plant = bench_of(UNKNOWN[name]), UNKNOWN[name]
+    taps = ["vae.*"] if plant.stage in ("image_latents", "decode") else ["image_encoder.*"]
+    taps = taps if plant.stage != "predict_noise" else ["unet.*"]
+    clean = capture_diffusers(bench.plain, replay=bench.clean, preprocess=True, taps=taps)
+    with planted(bench.plain, name):
+        candidate = capture_diffusers(bench.plain, replay=bench.clean, preprocess=True, taps=taps)
+    assert next(tap for tap in clean.taps if not torch.equal(clean[tap], candidate[tap])) == plant.first_module
 
 
 def _ratio(found: Trace, same: Trace, truth: Trace, since: str) -> tuple[float, str]:
