@@ -334,7 +334,7 @@ class _Diagnoser:
         base = (*(b for b in base if b[0] not in names), *picked)
         if not result.modules:
             if unit.wrong:
-                result.sets = self.namer.name(unit, base)
+                result.sets = self.namer.name(unit, base, picked)
             else:  # only modules show it: what the stage writes is within rounding
                 combos = islice(product(*result.partial), _LISTED)
                 result.sets = [Found(tuple(combo), unit.ratio, next(iter(unit.ratios))) for combo in combos]
@@ -487,7 +487,7 @@ class _Diagnoser:
             for bug in found.bugs:
                 # A network's bug can show in several stages; where it is said to be is enough if that is judged here.
                 first = BUGS[bug[0]].stage
-                guilty |= {first} if first in unit.stages else self.namer.changes_of(bug)
+                guilty |= {first} if first in unit.stages else self.namer.changes_of(bug) - {"condition"}
         return frozenset(guilty) & unit.stages or unit.blamed
 
     def of_stage(self, names: tuple[str, ...], stage: str, unit: Unit) -> tuple[str, ...]:

@@ -14,17 +14,20 @@ from itertools import combinations, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdlab.parity.bugs import BUGS, sample_posterior
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.modules import ModuleJudge
 from svdlab.parity.stages import StageJudge, Unit, distance, stages_changed
+from svdlab.svd.modules import own_modules
 from svdlab.svd.stages import Change
 
 # A set that leaves less than this many floors, and a distance below this share, may be right with the rounding that the
 # bugs themselves amplify: a float64 replay decides.
 _DOUBTFUL, _ANOTHER = 1000.0, 0.2
+# Of a single module, whose rounding few bugs amplify.
+_DOUBTFUL_MODULE = 12.0
 # A set of bugs must leave at most this share of the ratio without them.
 _MATERIAL = 0.5
 # How many sets are carried on to larger ones, and how many predicted ones are replayed.
@@ -83,34 +86,44 @@ class Namer:
         self.judge, self.units, self.largest, self.tick = judge, units, largest, tick
         self.tried: list[tuple[str, ...]] = []
         self.closest: dict[frozenset[str], _Tried] = {}
-        self._changed = {id(variant): stages_changed(variant) for bug in BUGS.values() for variant in bug.variants}
+        self._changed = {
+            id(variant): _stages_changed(variant, judge.pipe.vae) for bug in BUGS.values() for variant in bug.variants
+        }
 
-    def name(self, unit: Unit, base: Bugs = ()) -> list[Found]:
-        """The smallest sets of bugs that make a unit right, ``base`` tried first and extended where it does not do.
+    def name(self, unit: Unit, base: Bugs = (), needed: Bugs = ()) -> list[Found]:
+        """The smallest sets of bugs that make a unit right.
+
+        Args:
+            unit: a wrong one.
+            base: bugs that are named already, tried first and extended where they do not do.
+            needed: those of them that modules have shown to be there, though the unit may be right without.
 
         Returns:
             Equal sets, best first; empty where nothing in the catalogue explains the unit.
         """
         base = tuple(b for b in base if self.changes_of(b) & unit.stages)
         if base and (found := self.accept(base, unit)):
-            return [self.pruned(found, unit)]
-        singles = self.expand((), unit)
+            return [self.pruned(found, unit, needed)]
+        for start in dict.fromkeys((len(base), 0)):
+            if sets := self.search(base[:start], unit, needed):
+                return sets
+        return []
+
+    def search(self, start: Bugs, unit: Unit, needed: Bugs) -> list[Found]:
+        """The smallest extensions of a set that make a unit right."""
+        singles = self.expand(start, unit)
         if sets := self.accepted(singles, unit):
-            return sets
-        if base and (sets := self.accepted(self.expand(base, unit), unit)):
-            return self.distinct([self.pruned(found, unit) for found in sets])
-        if self.largest < 2:
-            return []
+            return self.distinct([self.pruned(found, unit, needed) for found in sets])
         # Effects of small bugs add up: what singles leave predicts what pairs and triples leave.
         for size in range(2, self.largest + 1):
-            predicted = [self.attempt(bugs, unit) for bugs in self.predicted(singles, size, unit)]
+            predicted = [self.attempt((*start, *bugs), unit) for bugs in self.predicted(singles, start, size, unit)]
             if sets := self.accepted(predicted, unit):
-                return self.with_equals(sets, unit)
+                return self.with_equals(sets, unit, needed)
         beam = self.beam(singles)
         for _ in range(2, self.largest + 1):
-            wider = [tried for start in beam for tried in self.expand(start.bugs, unit)]
+            wider = [tried for one in beam for tried in self.expand(one.bugs, unit)]
             if sets := self.accepted(wider, unit):
-                return self.with_equals(sets, unit)
+                return self.with_equals(sets, unit, needed)
             beam = self.beam(wider)
         return []
 
@@ -190,14 +203,9 @@ class Namer:
             best.setdefault(frozenset(name for name, _ in one.bugs), one)
         return list(islice(best.values(), _BEAM))
 
-    def predicted(self, singles: Sequence[_Tried], size: int, unit: Unit) -> list[Bugs]:
-        """Sets of a size in the order of what they would leave if the effects of their bugs added up."""
-        probe = unit.wrong[0]
-        found, right = self.judge.known[probe], self.judge.work.expected(probe)
-        if found.shape != right.shape:
-            return []
-        flat = found.double().cpu().flatten() - right.double().cpu().flatten()
-        left = flat[:: -(-flat.numel() // _SAMPLE)]
+    def predicted(self, singles: Sequence[_Tried], start: Bugs, size: int, unit: Unit) -> list[Bugs]:
+        """Further bugs in the order of what they would leave if the effects of all added up."""
+        left = self.attempt(start, unit).left
         usable = [one for one in singles if one.left.shape == left.shape and float((left - one.left).norm()) > 0]
         if len(usable) < size:
             return []
@@ -208,7 +216,7 @@ class Namer:
         squares += sum(gram[sets[:, i], sets[:, j]] for i in range(size) for j in range(size))
         chosen: list[Bugs] = []
         for row in sets[squares.argsort()].tolist():
-            bugs = tuple(usable[i].bugs[0] for i in row)
+            bugs = tuple(usable[i].bugs[-1] for i in row)
             if len({BUGS[name].decides for name, _ in bugs}) == size:
                 chosen.append(bugs)
             if len(chosen) == _PREDICTED:
@@ -233,10 +241,11 @@ class Namer:
     def distinct(self, sets: Iterable[Found]) -> list[Found]:
         """Best first, one for each set of names, of the smallest size."""
         best: dict[tuple[str, ...], Found] = {}
-        for found in sorted(sets, key=lambda f: f.ratio):
+        # Of a bug's variants that fit the one that changes the least is what can be said.
+        for found in sorted(sets, key=lambda f: (sum(len(self.changes_of(bug)) for bug in f.bugs), f.ratio)):
             best.setdefault(found.names, found)
         fewest = min((len(names) for names in best), default=0)
-        return [found for names, found in best.items() if len(names) == fewest]
+        return sorted((f for names, f in best.items() if len(names) == fewest), key=lambda f: f.ratio)
 
     def floor(self, probe: str) -> float:
         """What rounding does there without any bug."""
@@ -265,22 +274,47 @@ class Namer:
                 return None
         return Found(bugs, ratios[worst], worst)
 
-    def pruned(self, found: Found, unit: Unit) -> Found:
-        """Without the bugs that are not needed."""
+    def pruned(self, found: Found, unit: Unit, needed: Bugs = ()) -> Found:
+        """Without the bugs that make no difference."""
         for bug in found.bugs:
+            if bug in needed:
+                continue
             fewer = tuple(b for b in found.bugs if b is not bug)
             if fewer and (smaller := self.accept(fewer, unit)):
-                return self.pruned(smaller, unit)
+                return self.pruned(smaller, unit, needed)
         return found
 
-    def with_equals(self, sets: Sequence[Found], unit: Unit) -> list[Found]:
+    def with_equals(self, sets: Sequence[Found], unit: Unit, needed: Bugs) -> list[Found]:
         """With the sets that differ from an accepted one in one bug and meet the tensors as well."""
-        pruned = self.distinct([self.pruned(found, unit) for found in sets])
+        pruned = self.distinct([self.pruned(found, unit, needed) for found in sets])
         more = list(pruned)
         for found in pruned[:2]:
             for kept in combinations(found.bugs, len(found.bugs) - 1):
+                if not set(map(id, needed)) <= set(map(id, kept)):
+                    continue
                 more += self.accepted(self.expand(kept, unit), unit)
         return self.distinct(more)
+
+
+def _stages_changed(change: Change, vae: nn.Module) -> frozenset[str]:
+    """``stages_changed``, with the halves of the VAE told apart by looking at what an edit does to them."""
+    stages = stages_changed(change)
+    if "vae" not in change.edit:
+        return stages
+    edited = own_modules(vae)
+    change.edit["vae"](edited)
+    before = dict(vae.named_modules())
+    changed = {name for name, module in edited.named_modules() if _state(module) != _state(before[name])}
+    wrapped = frozenset(change.wrap)
+    halves = {"decode" if name.startswith("decoder") else "image_latents" for name in changed if name}
+    return stages - ({"decode", "image_latents"} - halves - wrapped) if halves else stages
+
+
+def _state(module: nn.Module) -> list[object]:
+    """What an edit of a module can change: its class, its attributes, its hooks and its weights."""
+    held = {name: v for name, v in vars(module).items() if name not in ("_modules", "cache")}
+    items = [(name, sorted(map(id, v.values())) if isinstance(v, dict) else id(v)) for name, v in held.items()]
+    return [type(module), sorted(items, key=lambda item: item[0])]
 
 
 @dataclass(frozen=True)
@@ -307,17 +341,19 @@ def name_modules(
         tick: called at every pass.
     """
     wrong = set(judge.wrong)
+    clean = judge.ratios_with(()) if wrong else {}
+    touched: dict[int, set[str]] = {}
 
     def still_wrong(bugs: Sequence[Named], exact: bool = False) -> set[str]:
         """The modules that bugs leave wrong; all where they break one that was right."""
         tick()
         ratios = judge.ratios_with([change for _, change in bugs], exact)
-        broken = [n for n in ratios if n not in wrong and not ratios[n] <= max(THRESHOLD, 2 * judge.ratios[n])]
-        left = {n for n in wrong if not ratios[n] <= min(THRESHOLD, _MATERIAL * judge.ratios[n])}
-        doubtful = [n for n in left if ratios[n] <= min(_DOUBTFUL, _MATERIAL * judge.ratios[n])]
-        if any(not ratios[n] <= (THRESHOLD if exact else _DOUBTFUL) for n in broken):
+        if len(bugs) == 1:
+            touched[id(bugs[0][1])] = {n for n in wrong if ratios[n] != clean[n]}
+        limit = THRESHOLD if exact else _DOUBTFUL_MODULE
+        if any(n not in wrong and not ratios[n] <= max(limit, 2 * judge.ratios[n]) for n in ratios):
             return wrong
-        return still_wrong(bugs, exact=True) if (broken or doubtful) and not exact else left
+        return {n for n in wrong if not ratios[n] <= min(limit, _MATERIAL * judge.ratios[n])}
 
     picks: list[list[Named]] = []
     left = set(wrong)
@@ -325,29 +361,31 @@ def name_modules(
     while left and options:
         base = [pick[0] for pick in picks]
         tried = [(option, still_wrong([*base, option])) for option in options]
-        best = min((rest for _, rest in tried), key=len)
-        if not len(best) < len(left):
-            break
-        added: list[list[Named]] = []
-        rests = sorted({frozenset(rest) for _, rest in tried if rest < left}, key=len)
-        covered: set[str] = set()
-        for rest in rests:
+        added: list[tuple[list[Named], set[str]]] = []
+        for rest in sorted({frozenset(rest) for _, rest in tried if rest < left}, key=len):
             mended = left - rest
-            if mended & covered or {BUGS[n].decides for n in _names(tried, rest)} & _decided([*picks, *added]):
-                continue
-            covered |= mended
             equal = [option for option, other in tried if other == rest]
-            added.append([next(o for o in equal if o[0] == name) for name in _names(tried, rest)])
-        picks += added
-        decided = _decided(picks)
+            overlap = any(mended & other for _, other in added)
+            if overlap or {BUGS[name].decides for name, _ in equal} & _decided([*picks, *(pick for pick, _ in added)]):
+                continue
+            # Of a bug's variants that fit the one that changes the least is what can be said.
+            equal.sort(key=lambda option: len(stages_changed(option[1])))
+            names = dict.fromkeys(name for name, _ in equal)
+            added.append(([next(o for o in equal if o[0] == name) for name in names], mended))
+        # With the rounding of all of them: what then mends nothing was a coincidence.
+        remaining = still_wrong([*base, *(pick[0] for pick, _ in added)], exact=True)
+        added = [(pick, mended) for pick, mended in added if mended - remaining]
+        if not added:
+            break
+        picks += [pick for pick, _ in added]
         left = still_wrong([pick[0] for pick in picks], exact=True)
-        options = [(name, change) for name, change in options if BUGS[name].decides not in decided]
+        decided = _decided(picks)
+        options = [
+            (name, change)
+            for name, change in options
+            if BUGS[name].decides not in decided and touched.get(id(change), left) & left
+        ]
     return NamedModules(picks, [name for name in judge.wrong if name in left])
-
-
-def _names(tried: Sequence[tuple[Named, set[str]]], rest: frozenset[str]) -> list[str]:
-    """The names that leave the same modules wrong."""
-    return list(dict.fromkeys(name for (name, _), other in tried if other == rest))
 
 
 def _decided(picks: Sequence[Sequence[Named]]) -> set[str]:

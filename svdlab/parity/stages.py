@@ -48,8 +48,14 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     """Relative to ``wanted``; absolute, root mean square, where that is zero. NaN stays NaN and matches nothing."""
     if found.shape != wanted.shape:  # a bug can turn guidance off, and with it half of the batch
         return math.inf
-    found, wanted = found.double().cpu(), wanted.double().cpu()
-    return float((found - wanted).norm()) / (float(wanted.norm()) or math.sqrt(wanted.numel()))
+    found, wanted = found.cpu(), wanted.cpu()
+    # A difference of two close numbers is exact, so that only half precision needs a wider one.
+    wide_enough = torch.promote_types(torch.promote_types(found.dtype, wanted.dtype), torch.float32)
+    return _norm(found.to(wide_enough) - wanted.to(wide_enough)) / (_norm(wanted) or math.sqrt(wanted.numel()))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 class Chain:
