@@ -213,11 +213,24 @@ def compare(
 @click.argument("reference")
 @click.argument("candidate")
 @click.option("--truth", metavar="TRACE", help="The reference in float64, from the same inputs.")
+@click.option(
+    "--candidate-truth",
+    metavar="TRACE",
+    help="The candidate's own code in float64, from the same inputs: how much it rounds.",
+)
 @JSON
 @MODEL
 @DEVICE
-def diagnose(reference: str, candidate: str, truth: str | None, json_path: str | None, model: str, device: str) -> None:
-    """Name the known bug, or the two, that explain a candidate's trace."""
+def diagnose(
+    reference: str,
+    candidate: str,
+    truth: str | None,
+    candidate_truth: str | None,
+    json_path: str | None,
+    model: str,
+    device: str,
+) -> None:
+    """Judge every stage of a candidate's trace from its own tensors, and name every known bug in it."""
     from svdlab.parity.diagnose import diagnose as explain
     from svdlab.parity.trace import DTYPES, Trace
     from svdlab.svd.pipeline import SVDPipeline
@@ -226,7 +239,8 @@ def diagnose(reference: str, candidate: str, truth: str | None, json_path: str |
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
     pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device)
-    found = explain(one, other, exact, pipe=pipe, progress=True)
+    own = None if candidate_truth is None else Trace.open(candidate_truth)
+    found = explain(one, other, exact, pipe=pipe, candidate_truth=own, progress=True)
     click.echo(found.summary())
     if json_path:
         write_json(json_path, found.to_dict())

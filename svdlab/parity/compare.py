@@ -351,7 +351,7 @@ def compare(
     for other in (truth, perturbed):
         if other is not None:
             check_settings(reference, other)
-            _check_same_run(reference, other)
+            check_same_run(reference, other)
     if truth is not None and truth.dtype != "float64":
         wider = torch.finfo(DTYPES[truth.dtype]).eps < torch.finfo(DTYPES[reference.dtype]).eps
         if not wider:
@@ -383,7 +383,7 @@ def compare(
     )
 
 
-def _check_same_run(reference: Trace, other: Trace) -> None:
+def check_same_run(reference: Trace, other: Trace) -> None:
     """What measures the floor is the reference's own generation: the same code on the same random draws.
 
     Raises:

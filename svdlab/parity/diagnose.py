@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.candidate import capture
-from svdlab.parity.compare import THRESHOLD, Comparison, compare
+from svdlab.parity.compare import THRESHOLD, Comparison, check_same_run, check_settings, compare
 from svdlab.parity.modules import ModuleJudge, network_of, next_taps
 from svdlab.parity.naming import Bugs, Found, Named, Namer, name_modules
 from svdlab.parity.probes import INPUTS, execution_key
@@ -67,6 +68,7 @@ class StageVerdict:
             left, those that make the other wrong modules right.
         modules: taps of wrong modules that no bug makes right, in the order in which they run.
         next_taps: taps that divide what is left unexplained.
+        untold: bugs with a random draw of the port's own that the values do not contradict, and are too few to prove.
         relation: how the tensor ``related``, the first that no bug explains, follows from the right one, if it does.
     """
 
@@ -80,6 +82,7 @@ class StageVerdict:
     next_taps: tuple[str, ...] = ()
     relation: Relation | None = None
     related: str | None = None
+    untold: tuple[str, ...] = ()
 
     @property
     def explained(self) -> bool:
@@ -213,6 +216,8 @@ def _left_of(stage: StageVerdict) -> str:
             f" and {len(stage.modules) - 1} more modules" if len(stage.modules) > 1 else ""
         )
     text = f"{where}; no bug of the catalogue explains " + ("it" if not stage.bugs else "what is left of it")
+    if stage.untold:
+        text += f"; it may be {' or '.join(stage.untold)}: too few values to tell a random draw"
     if stage.relation:
         text += f"; {stage.related} is {stage.relation.text}"
     return text + (f"; taps to write next: {', '.join(stage.next_taps)}" if stage.next_taps else "")
@@ -224,6 +229,7 @@ def diagnose(
     truth: Trace | None = None,
     *,
     pipe: SVDPipeline,
+    candidate_truth: Trace | None = None,
     max_bugs: int = 3,
     progress: bool = False,
 ) -> Diagnosis:
@@ -234,6 +240,8 @@ def diagnose(
         candidate: the port's trace of the same generation; any of the probes.
         truth: the reference in float64, for the chain's verdict; stages have floors of their own.
         pipe: svdlab with the same weights, in the reference's dtype.
+        candidate_truth: the candidate's own code in float64 on the same inputs, for code that rounds more than
+            diffusers because it works in another order.
         max_bugs: the largest set that is tried inside one stage; over stages there is no limit.
         progress: show a bar over replays.
 
@@ -243,8 +251,14 @@ def diagnose(
     """
     comparison = compare(reference, candidate, truth)
     reference.require(["input.image", "input.clip_pixels", "input.noise", "input.latents"], "to replay")
+    if candidate_truth is not None:
+        check_settings(candidate, candidate_truth)
+        check_same_run(candidate, candidate_truth)
+        if candidate_truth.dtype != "float64":
+            raise SvdlabError(f"{candidate_truth.label}: dtype {candidate_truth.dtype}, allowed: float64")
     with tqdm(desc="replays", unit="replay", disable=not progress) as bar:
-        return _Diagnoser(reference, candidate, comparison, pipe, max_bugs, bar.update).run()
+        judge = StageJudge(reference, candidate, pipe, candidate_truth, bar.update)
+        return _Diagnoser(judge, comparison, max_bugs, bar.update).run()
 
 
 @dataclass
@@ -260,17 +274,9 @@ class _Named:
 
 
 class _Diagnoser:
-    def __init__(
-        self,
-        reference: Trace,
-        candidate: Trace,
-        comparison: Comparison,
-        pipe: SVDPipeline,
-        max_bugs: int,
-        tick: Callable[[], object],
-    ) -> None:
-        self.candidate, self.comparison, self.pipe, self.tick = candidate, comparison, pipe, tick
-        self.judge = StageJudge(reference, candidate, pipe, tick)
+    def __init__(self, judge: StageJudge, comparison: Comparison, max_bugs: int, tick: Callable[[], object]) -> None:
+        self.judge, self.comparison, self.tick = judge, comparison, tick
+        self.candidate, self.pipe = judge.candidate, judge.pipe
         self.units = self.judge.units()
         self.namer = Namer(self.judge, self.units, max_bugs, tick)
         self.modules: dict[str, ModuleJudge] = {}
@@ -293,7 +299,7 @@ class _Diagnoser:
         ratio, probe = self.confirm(chosen, named) if chosen else (None, None)
         inputs = self.judge.differing_inputs
         if not named:
-            verdict = "parity" if self.comparison.verdict == "parity" and not inputs else "unknown"
+            verdict = "parity" if self.chain_is_right() and not inputs else "unknown"
         elif complete and not inputs and ratio is not None and ratio <= THRESHOLD:
             verdict = "explained"
         else:
@@ -308,6 +314,12 @@ class _Diagnoser:
             inputs,
             self.namer.tried,
         )
+
+    def chain_is_right(self) -> bool:
+        """Parity over the whole chain, or no more than the candidate's own rounding where that is known."""
+        probes = self.comparison.probes
+        floors = {p.name: max(p.floor, self.judge.candidate_rounding(p.name)) for p in probes}
+        return all(p.divergence <= THRESHOLD * floors[p.name] for p in probes)
 
     def judges_of(self, unit: Unit) -> list[ModuleJudge]:
         """The module judges of the networks that a unit runs."""
@@ -367,7 +379,7 @@ class _Diagnoser:
             found, right = self.judge.known[name], self.judge.exact.expected(name)
             if found.shape == right.shape:
                 result.related = name
-                result.relation = relate(found, right, self.namer.floor(name), axes_of(name))
+                result.relation = relate(found, right, self.judge.floor(name), axes_of(name))
 
     def alternatives(self, unit: Unit, result: _Named) -> list[Found]:
         """Where the modules leave alternatives: each set with each of them that makes the unit right, too."""
@@ -476,6 +488,7 @@ class _Diagnoser:
                     tuple(made.next_taps),
                     made.relation,
                     made.related,
+                    tuple(sorted(self.namer.untold)) if stage.name == "image_latents" and not made.sets else (),
                 )
             )
         return verdicts

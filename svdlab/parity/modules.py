@@ -67,7 +67,8 @@ class ModuleJudge:
         own = self._own_distances()
         self.order = list(self.right)
         for name, exact in self.right.items():
-            self.floors[name] = max(distance(work[name], exact), own.get(name, 0.0), self.stages.resolution)
+            rounding = max(distance(work[name], exact), self.stages.candidate_rounding(self.taps[name]))
+            self.floors[name] = max(rounding, own.get(name, 0.0), self.stages.resolution)
             self.ratios[name] = distance(self.found[name], exact) / self.floors[name]
         self.ratios = {name: r for name, r in self.ratios.items() if not self._unsure(name)}
         return self.ratios

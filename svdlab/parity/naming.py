@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from svdlab.parity.bugs import BUGS, sample_posterior
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.modules import ModuleJudge
-from svdlab.parity.stages import StageJudge, Unit, distance, stages_changed
+from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
 from svdlab.svd.modules import own_modules
 from svdlab.svd.stages import Change
 
@@ -34,6 +34,8 @@ _MATERIAL = 0.5
 _BEAM, _PREDICTED = 4, 24
 # A random draw: bounds in standard errors, the largest value, and how many values tell its spread.
 _SIGMAS, _LARGEST, _ENOUGH = 3.0, 6.0, 200
+# Noise that the port did not replay: how often its spread is measured, and how many deviations from it tell.
+_ENCODES, _FAR = 16, 4.0
 _SAMPLE = 2**16
 
 Named = tuple[str, Change]
@@ -85,6 +87,8 @@ class Namer:
     ) -> None:
         self.judge, self.units, self.largest, self.tick = judge, units, largest, tick
         self.tried: list[tuple[str, ...]] = []
+        # Bugs with a random draw of the port's own that would pass, where too few values tell.
+        self.untold: set[str] = set()
         self.closest: dict[frozenset[str], _Tried] = {}
         self._changed = {
             id(variant): _stages_changed(variant, judge.pipe.vae) for bug in BUGS.values() for variant in bug.variants
@@ -172,7 +176,26 @@ class Namer:
             return None
         if not is_unit_gaussian((found - centre) / spread, centre):
             return None
+        if found.numel() < _ENOUGH or self.may_be_other_noise((found - centre) / spread, centre, spread, changes):
+            self.untold.add(name)
+            return None
         return Change(wrap={"image_latents": lambda pipe, stage, *inputs: found.to(stage(*inputs))})
+
+    def may_be_other_noise(self, z: Tensor, centre: Tensor, spread: Tensor, changes: Sequence[Change]) -> bool:
+        """Whether noise of the port's own, added to the pixels where it belongs, spreads the latents as much.
+
+        That is a port which did not replay ``input.noise``, and no bug. Its spread is measured by encoding other noise.
+        """
+        generator, noise = torch.Generator().manual_seed(0), self.judge.work.value("input.noise")
+        spreads = []
+        for _ in range(_ENCODES):
+            drawn = torch.randn(noise.shape, generator=generator).to(noise)
+            known = {**self.judge.known, "input.noise": drawn}
+            chain = Chain(self.judge.pipe, self.judge.settings, known, self.judge.guided, changes)
+            made = chain.expected("image_latents").double().cpu()
+            spreads.append(_log_variances((made - centre) / spread))
+        mean, deviation = torch.stack(spreads).mean(0), torch.stack(spreads).std(0)
+        return bool(((_log_variances(z) - mean).abs() <= _FAR * deviation).all())
 
     # --- replaying ---
 
@@ -227,7 +250,7 @@ class Namer:
 
     def accepted(self, tried: Iterable[_Tried], unit: Unit) -> list[Found]:
         """The sets that make the unit right, best first, one for each set of names."""
-        floor = self.floor(unit.wrong[0])
+        floor = self.judge.floor(unit.wrong[0])
         sets = []
         for one in tried:
             if one.distance <= THRESHOLD * floor or (one.distance <= _DOUBTFUL * floor and one.distance <= _ANOTHER):
@@ -247,11 +270,6 @@ class Namer:
         fewest = min((len(names) for names in best), default=0)
         return sorted((f for names, f in best.items() if len(names) == fewest), key=lambda f: f.ratio)
 
-    def floor(self, probe: str) -> float:
-        """What rounding does there without any bug."""
-        rounding = distance(self.judge.work.expected(probe), self.judge.exact.expected(probe))
-        return max(rounding, self.judge.own_distance(probe), self.judge.resolution)
-
     def accept(self, bugs: Bugs, unit: Unit) -> Found | None:
         """The set as an explanation of a unit, or None where it is none."""
         changes = self.concrete(bugs)
@@ -266,6 +284,12 @@ class Namer:
         worst = max(ratios, key=lambda n: ratios[n])
         if not ratios[worst] <= _MATERIAL * unit.ratio:
             return None
+        for name in unit.wrong:
+            # A bug that itself rounds has a floor that covers any small error: the distance has to fall, too.
+            found = self.judge.known[name]
+            left = min(distance(found, chain.expected(name)) for chain in (work, exact))
+            if not left <= _MATERIAL * distance(found, self.judge.exact.expected(name)):
+                return None
         changed = stages_changed(*changes)
         for other in self.units:
             if other is unit or other.wrong or not other.stages & changed:
@@ -393,13 +417,11 @@ def _decided(picks: Sequence[Sequence[Named]]) -> set[str]:
 
 
 def is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
-    """Whether ``z`` (B, 4, h, w) looks like independent unit draws, and has values enough to tell.
+    """Whether ``z`` (B, 4, h, w) looks like independent unit draws.
 
     Mean and variance, of all values and of each channel, and the largest value; no trace of the picture in it, and none
     of a value's neighbours.
     """
-    if z.numel() < _ENOUGH:
-        return False
     parts = [z, *z.unbind(1)]
     others = [(z, centre), (z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :])]
     return (
@@ -408,6 +430,11 @@ def is_unit_gaussian(z: Tensor, centre: Tensor) -> bool:
         and float(z.abs().max()) <= _LARGEST
         and all(abs(_correlation(a, b)) <= _SIGMAS / math.sqrt(a.numel()) for a, b in others if a.numel() > 2)
     )
+
+
+def _log_variances(z: Tensor) -> Tensor:
+    """Of all values and of each channel; (5,) for (B, 4, h, w)."""
+    return torch.stack([z.var(), *z.var((0, 2, 3))]).clamp_min(1e-30).log()
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -322,6 +322,7 @@ class StageJudge:
         reference: diffusers' trace with its inputs.
         candidate: the port's trace of the same generation; any of the probes.
         pipe: svdlab with the same weights, in the reference's dtype.
+        candidate_truth: the candidate's code in float64 on the same inputs: how far its own rounding moves it.
         tick: called whenever a stage has been judged.
 
     Raises:
@@ -329,9 +330,15 @@ class StageJudge:
     """
 
     def __init__(
-        self, reference: Trace, candidate: Trace, pipe: SVDPipeline, tick: Callable[[], object] = lambda: None
+        self,
+        reference: Trace,
+        candidate: Trace,
+        pipe: SVDPipeline,
+        candidate_truth: Trace | None = None,
+        tick: Callable[[], object] = lambda: None,
     ) -> None:
         self.reference, self.candidate, self.pipe, self.tick = reference, candidate, pipe, tick
+        self.candidate_truth = candidate_truth
         self.settings = pipe.resolve(reference.settings.replace(dtype=reference.dtype))
         self.exact_pipe = SVDPipeline(copy.deepcopy(pipe.components)).to(torch.float64)
         probes = [name for name in candidate if not is_tap(name) and name in reference]
@@ -369,12 +376,20 @@ class StageJudge:
                 self._own[name] = distance(self.reference[name], self.own.expected(name))
         return self._own[name]
 
+    def candidate_rounding(self, name: str) -> float:
+        """How far the candidate's own rounding moves a tensor, where its float64 trace is given."""
+        exact = self.candidate_truth
+        return 0.0 if exact is None or name not in exact else distance(self.candidate[name], exact[name])
+
+    def floor(self, name: str, work: Chain | None = None, exact: Chain | None = None) -> float:
+        """What rounding explains of one tensor; NaN where the stage's own result is not finite."""
+        rounding = distance((work or self.work).expected(name), (exact or self.exact).expected(name))
+        floor = max(rounding, self.own_distance(name), self.candidate_rounding(name), self.resolution)
+        return floor if math.isfinite(rounding) else math.nan
+
     def ratio(self, name: str, work: Chain | None = None, exact: Chain | None = None) -> float:
         """The candidate's distance over the floor, of one tensor."""
-        work, exact = work or self.work, exact or self.exact
-        wanted = exact.expected(name)
-        floor = max(distance(work.expected(name), wanted), self.own_distance(name), self.resolution)
-        return distance(self.known[name], wanted) / floor if math.isfinite(floor) else math.nan
+        return distance(self.known[name], (exact or self.exact).expected(name)) / self.floor(name, work, exact)
 
     def units(self) -> list[Unit]:
         """Judge every tensor that the candidate holds.
