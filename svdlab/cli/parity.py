@@ -5,6 +5,7 @@ Exit code 0 is parity (or a trace written), 1 divergence, 2 bad input.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,7 +14,7 @@ import click
 
 from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_folder, write_json, write_text
 from svdlab.samples import read_image, sample_picture
 from svdlab.svd.settings import GenerationSettings
 
@@ -218,6 +219,7 @@ def compare(
     metavar="TRACE",
     help="The candidate's own code in float64, from the same inputs: how much it rounds.",
 )
+@click.option("--junit", metavar="FILE", help="Write one test case for each stage, for continuous integration.")
 @JSON
 @MODEL
 @DEVICE
@@ -226,6 +228,7 @@ def diagnose(
     candidate: str,
     truth: str | None,
     candidate_truth: str | None,
+    junit: str | None,
     json_path: str | None,
     model: str,
     device: str,
@@ -236,6 +239,7 @@ def diagnose(
     from svdlab.svd.pipeline import SVDPipeline
 
     check_folder(json_path)
+    check_folder(junit)
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
     pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device)
@@ -243,5 +247,7 @@ def diagnose(
     found = explain(one, other, exact, pipe=pipe, candidate_truth=own, progress=True)
     click.echo(found.summary())
     if json_path:
-        write_json(json_path, found.to_dict())
+        write_json(json_path, {**found.to_dict(), "command": shlex.join(["svdlab", *sys.argv[1:]])})
+    if junit:
+        write_text(junit, found.to_junit())
     sys.exit(0 if found.verdict == "parity" else 1)

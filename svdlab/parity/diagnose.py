@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import islice, product
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 from tqdm.auto import tqdm
 
@@ -27,6 +28,7 @@ from svdlab.parity.probes import INPUTS, execution_key
 from svdlab.parity.relations import Relation, axes_of, relate
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
 from svdlab.parity.trace import Trace
+from svdlab.parity.writer import version_of
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.stages import STAGE, STAGES
 
@@ -197,11 +199,27 @@ class Diagnosis:
             "closest": self.closest and {"bugs": list(self.closest[0]), "unexplained": self.closest[1]},
             "tried": [list(names) for names in self.tried],
             "floor": self.comparison.floor_from,
+            "versions": {name: version_of(name) for name in ("svdlab", "torch", "diffusers")},
         }
 
     def to_json(self) -> str:
         """The same as text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_junit(self) -> str:
+        """One test case for each stage, for continuous integration: XML that JUnit's readers read."""
+        left = [stage for stage in self.stages if stage.status == "not_covered"]
+        counts = {"tests": len(self.stages), "failures": len(self.wrong), "errors": 0, "skipped": len(left)}
+        attributes = {"name": "svdlab diagnose", **{key: str(count) for key, count in counts.items()}}
+        suite = ElementTree.Element("testsuite", attributes)
+        for stage in self.stages:
+            case = ElementTree.SubElement(suite, "testcase", classname="stages", name=stage.stage)
+            if stage.status == "not_covered":
+                ElementTree.SubElement(case, "skipped", message="not covered by the trace")
+            elif stage.status == "wrong":
+                named = " or ".join(" + ".join(names) for names in stage.bugs)
+                ElementTree.SubElement(case, "failure", message=named if stage.explained else _left_of(stage))
+        return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
     def _repr_html_(self) -> str:
         return "".join(f"<p>{escape(line)}</p>" for line in self.summary().splitlines())

@@ -185,11 +185,14 @@ def _resize_image(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
 
 
 def _clip_pixels(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
-    return {
-        name: torch.cat(
-            [chain.pipe.clip_pixels(source[None], chain.settings) for source in chain.value("input.source")]
-        )
-    }
+    made = []
+    for i, source in enumerate(chain.value("input.source")):
+        pipe = chain.pipe
+        if "input.image" in chain.known:  # a bug may read the frame: the one that is there
+            frame = chain.value("input.image")[i, None]
+            pipe = pipe.with_stage(resize_image=lambda source, settings, frame=frame: frame)
+        made.append(pipe.clip_pixels(source[None], chain.settings))
+    return {name: torch.cat(made)}
 
 
 def _image_embedding(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
