@@ -75,28 +75,30 @@ def main() -> None:
     PAGE.write_text(
         f"""# The catalogue of bugs
 
-`svdlab diagnose` names these bugs in a port's trace, `SVDPipeline.with_bugs` injects them, and the notebooks' sliders show what they do.
-This page is generated: `python docs/make_catalogue.py`.
+`svdlab diagnose` names these bugs in a port's trace, `SVDPipeline.with_bugs` injects them, and the notebooks' sliders
+show what they do. This page is generated: `python docs/make_catalogue.py`.
 
 - [The bugs](#the-bugs)
 - [What the usual threshold says of each](#what-the-usual-threshold-says-of-each)
 
 ## The bugs
 
-{len(BUGS)} bugs, in the catalogue's order, which is nearly the pipeline's. The stage is the first one whose result the bug changes; "right in" is
-where diffusers, or transformers for CLIP, does it right; "met in" is a port, a report or a document, where one is known. Many are met in several forms, such as
-another eps or another filter: `svdlab/parity/bugs.py` has them all, and the diagnosis tries each.
+{len(BUGS)} bugs, in the catalogue's order, which is nearly the pipeline's. The stage is the first one whose result the
+bug changes; "right in" is where diffusers, or transformers for CLIP, does it right; "met in" is a port, a report or a
+document, where one is known. Many are met in several forms, such as another eps or another filter:
+`svdlab/parity/bugs.py` has them all, and the diagnosis tries each.
 
 {bug_table().to_markdown()}
 ## What the usual threshold says of each
 
-Each bug alone in svdlab, in its first form, against diffusers on the embedded checkpoint: {settings.num_frames} frames of \
-{settings.width}x{settings.height}, {settings.num_inference_steps} steps, seed {settings.seed}, {settings.dtype},
+Each bug alone in svdlab, in its first form, against diffusers on the embedded checkpoint: {settings.num_frames} frames
+of {settings.width}x{settings.height}, {settings.num_inference_steps} steps, seed {settings.seed}, {settings.dtype},
 the other settings at their defaults. Measured on: {on}.
 
-The noise ratio is the largest of any tensor: its distance from diffusers in float64, over diffusers' own; parity is at most {THRESHOLD:g}. The first divergence is the
-first tensor above that. The usual threshold is a mean squared error of the frames, in about [-1, 1], below {MSE_BAR:g}: **of the {len(shown)} bugs that
-show at these settings it misses {missed}**. A clip of more frames or steps, or another checkpoint, gives other figures.
+The noise ratio is the largest of any tensor: its distance from diffusers in float64, over diffusers' own; parity is at
+most {THRESHOLD:g}. The first divergence is the first tensor above that. The usual threshold is a mean squared error of
+the frames, in about [-1, 1], below {MSE_BAR:g}: **of the {len(shown)} bugs that show at these settings it misses
+{missed}**. A clip of more frames or steps, or another checkpoint, gives other figures.
 
 {figure_table(rows).to_markdown()}""",
         encoding="utf-8",
