@@ -18,6 +18,7 @@ from svdlab.parity.compare import compare
 from svdlab.parity.diagnose import CatalogueRow, Diagnosis, diagnose, row_of
 from svdlab.parity.lab import Lab
 from svdlab.parity.trace import Trace
+from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 from svdlab.tables import Cell, Column, Table
 
@@ -56,15 +57,7 @@ class Demo:
 
     def table(self) -> Table:
         """What the usual threshold says of each bug, and of all together."""
-        missed = sum(row.passes_mse_bar for row in self.alone)
-        rows = [(row.bug, BUGS[row.bug].stage, row) for row in self.alone]
-        rows += [(f"the {missed} that pass", "together", self.missed)] if self.missed else []
-        rows.append((f"all {len(self.alone)}", "together", self.port))
-        return Table(
-            ["bug", "stage", Column("frames MSE", "right"), "MSE < 1e-3"],
-            [(name, stage, f"{row.frames_mse:.1e}", _said(row)) for name, stage, row in rows],
-            "A port, played by svdlab, against diffusers: what the usual threshold on the frames says",
-        )
+        return threshold_table(self.alone, self.missed, self.port)
 
     def summary(self) -> str:
         """The diagnosis, and how many of the port's bugs it names."""
@@ -77,6 +70,43 @@ class Demo:
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as ``svdlab diagnose --json`` writes it, and under "port" what was injected."""
         return {**self.diagnosis.to_dict(), "port": {**_row_dict(self.port), "alone": [*map(_row_dict, self.alone)]}}
+
+
+def play(pipe: SVDPipeline, reference: Trace, truth: Trace, *bugs: str) -> tuple[Trace, CatalogueRow]:
+    """A port with bugs, played by svdlab: its trace, and what the usual threshold and the noise ratio say of it.
+
+    Args:
+        pipe: svdlab with the weights of the reference.
+        reference: diffusers' trace with its source image; ``truth`` the same in float64.
+        bugs: names of ``bugs.BUGS``; none: svdlab as it is. The row's ``bug`` has " + " between them.
+
+    Raises:
+        SvdlabError: bugs that are not known or exclude each other.
+    """
+    trace = capture(pipe.with_bugs(*bugs), replay=reference, preprocess=True)
+    return trace, row_of(" + ".join(bugs), compare(reference, trace, truth))
+
+
+def play_each(
+    pipe: SVDPipeline, reference: Trace, truth: Trace, *bugs: str
+) -> tuple[list[CatalogueRow], CatalogueRow | None]:
+    """Every bug alone, and together those that the usual threshold misses alone, None for fewer than two: ``play``."""
+    alone = [play(pipe, reference, truth, name)[1] for name in bugs]
+    passing = [row.bug for row in alone if row.passes_mse_bar]
+    return alone, play(pipe, reference, truth, *passing)[1] if len(passing) > 1 else None
+
+
+def threshold_table(alone: Sequence[CatalogueRow], missed: CatalogueRow | None, port: CatalogueRow) -> Table:
+    """What the usual threshold says of each bug alone, of those that it misses, and of all: see ``Demo``."""
+    passing = sum(row.passes_mse_bar for row in alone)
+    rows = [(row.bug, BUGS[row.bug].stage, row) for row in alone]
+    rows += [(f"the {passing} that pass", "together", missed)] if missed else []
+    rows.append((f"all {len(alone)}", "together", port))
+    return Table(
+        ["bug", "stage", Column("frames MSE", "right"), "MSE < 1e-3"],
+        [(name, stage, f"{row.frames_mse:.1e}", _said(row)) for name, stage, row in rows],
+        "A port, played by svdlab, against diffusers: what the usual threshold on the frames says",
+    )
 
 
 def demo(
@@ -101,18 +131,12 @@ def demo(
     settings = lab.pipe.resolve(settings)
     reference, truth = lab.reference(settings), lab.truth(settings)
 
-    def port(*names: str) -> tuple[CatalogueRow, Trace]:
-        trace = capture(lab.pipe.with_bugs(*names), replay=reference, preprocess=True)
-        return row_of(" + ".join(names), compare(reference, trace, truth)), trace
-
-    whole, trace = port(*bugs)
+    trace, whole = play(lab.pipe, reference, truth, *bugs)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, made in (("reference", reference), ("truth", truth), ("port", trace)):
             made.save(Path(folder) / f"{name}.safetensors")
-    alone = [port(name)[0] for name in bugs]
-    passing = [row.bug for row in alone if row.passes_mse_bar]
-    missed = port(*passing)[0] if len(passing) > 1 else None
+    alone, missed = play_each(lab.pipe, reference, truth, *bugs)
     return Demo(alone, missed, whole, diagnose(reference, trace, truth, pipe=lab.pipe, progress=progress))
 
 
