@@ -217,7 +217,7 @@ def compare(
 @MODEL
 @DEVICE
 def diagnose(reference: str, candidate: str, truth: str | None, json_path: str | None, model: str, device: str) -> None:
-    """Name the known bug, or the two, that explain a candidate's trace."""
+    """Judge every stage from the candidate's own tensors, and name the bugs of each wrong one."""
     from svdlab.parity.diagnose import diagnose as explain
     from svdlab.parity.trace import DTYPES, Trace
     from svdlab.svd.pipeline import SVDPipeline
