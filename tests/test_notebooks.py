@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from svdlab.parity.bugs import BUGS
+from svdlab.parity.demo import SIX
 from svdlab.report.run import run_report
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -57,3 +58,16 @@ def test_a_fix_is_told_in_full(path: Path) -> None:
     bugs, sliders = (ast.literal_eval(given[name]) for name in ("bugs", "sliders"))
     assert bugs and all(bug in BUGS and f"`{bug}`" in story for bug in bugs), "every bug of the sliders is told"
     assert {"fps", "min_guidance_scale", "max_guidance_scale"} <= set(sliders)
+
+
+def test_the_hidden_bugs_are_those_of_the_demo() -> None:
+    (path,) = (p for p in NOTEBOOKS if p.stem == "09_diagnose_a_port")
+    cells = json.loads(path.read_text())["cells"]
+    (parameters,) = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    given = {node.targets[0].id: node.value for node in ast.parse("".join(parameters["source"])).body}  # type: ignore[attr-defined]
+    assert ast.literal_eval(given["hidden_bugs"]) == list(SIX)
+    assert list(given) == "model device dtype num_inference_steps num_frames seed".split() + [
+        "hidden_bugs",
+        "port_trace",
+        "reference_trace",
+    ]

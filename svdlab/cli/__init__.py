@@ -19,6 +19,7 @@ _COMMANDS = {
     "bench": ("svdlab.cli.bench", "time svdlab against diffusers"),
     "bundle": ("svdlab.cli.bundle", "one stage or module in plain files, for a port's unit tests"),
     "compare": ("svdlab.cli.parity", "the verdict on two traces, and where they part"),
+    "demo": ("svdlab.cli.demo", "a port with six bugs, diagnosed"),
     "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
     "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),
     "generate": ("svdlab.cli.generate", "one clip from one image"),
