@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from svdlab.parity.compare import Comparison, bound, compare, resolution
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.three_way import three_way
 from svdlab.parity.trace import Trace
+from svdlab.parity.writer import versions_of_run
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import write_random_checkpoint
@@ -52,6 +54,12 @@ class Run:
 def run(tiny: Path, photo: Any) -> Run:
     with torch.no_grad():
         return Run(tiny, photo)
+
+
+def relabelled(trace: Trace, **digests: str) -> Trace:
+    """The trace in memory with other digests."""
+    known = {"digests": trace.digests | digests, "versions": trace.versions}
+    return Trace(dict(trace), trace.settings, trace.implementation, dtype=trace.dtype, **known)
 
 
 def altered(trace: Trace, settings: GenerationSettings | None = None, **changes: Any) -> Trace:
@@ -300,6 +308,23 @@ def test_a_rerun_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> N
         compare(run.reference, off(run.reference), perturbed=capture_diffusers(pipe, replay=run.reference, perturb=0))
 
 
+@pytest.mark.parametrize("field", ["checkpoint", "inputs"])
+def test_a_floor_of_other_digests_is_refused(run: Run, field: str) -> None:
+    """Whatever the values say: a truth of almost the same weights widens floors by less than is noticed."""
+    ours, other = "0a" * 32, "0b" * 32
+    reference = relabelled(run.reference, **{field: ours})
+    same, wrong = (relabelled(run.truth, **{field: digest}) for digest in (ours, other))
+    assert compare(reference, run.svdlab, same).verdict == "parity"
+    assert compare(reference, relabelled(run.svdlab, **{field: other}), same).verdict == "parity"
+    message = rf"^diffusers float64 .*: digests: {field} is 0b0b.*, allowed: 0a0a.*, as in diffusers float32"
+    with pytest.raises(SvdlabError, match=message):
+        compare(reference, run.svdlab, wrong)
+    moved = relabelled(run.reference, **{field: other})
+    with pytest.raises(SvdlabError, match=rf"digests: {field} is 0b0b"):
+        compare(reference, run.svdlab, perturbed=moved)
+    compare(reference, run.svdlab, altered(run.truth))  # without digests the other checks stand alone
+
+
 def test_values_whose_squares_overflow_are_no_parity(run: Run) -> None:
     huge = altered(run.reference, latents__001=run.reference["latents.001"].double() * 1e200)
     with pytest.raises(SvdlabError, match=r"latents\.001: values too large"):
@@ -341,6 +366,8 @@ def test_json_holds_the_contract(run: Run) -> None:
     assert data["verdict"] == "parity" and data["first_divergence"] is None
     assert set(data["probes"][0]) >= {"name", "divergence", "floor", "ratio", "max_abs", "mse"}
     assert [p["name"] for p in data["probes"]] == list(run.reference.probes)
+    assert data["versions"] == dict.fromkeys(("compare", "reference", "candidate", "truth"), versions_of_run())
+    assert data["digests"]["truth"] == data["digests"]["reference"] == run.reference.digests != {}
 
 
 def test_tables_and_plots(run: Run) -> None:
@@ -410,6 +437,18 @@ def test_commands(tiny: Path, photo: Any, tmp_path: Path) -> None:
     assert invoke("compare", r, c, "--truth", t, "--json", js) == 0
     assert json.loads(js.read_text())["verdict"] == "parity"
     assert invoke("compare", r, c, "--rerun", *model) == 0
+    assert invoke("compare", r, c, "--rerun") == 2, "the embedded checkpoint is not that of the reference"
+    # Weights that no tensor shows to be others.
+    shutil.copytree(tiny, tmp_path / "almost")
+    weights = tmp_path / "almost" / "unet" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-4] ^= 1
+    weights.write_bytes(raw)
+    almost = ("--model", tmp_path / "almost")
+    assert invoke("compare", r, c, "--rerun", *almost) == 2
+    inputs = ("--implementation", "diffusers", "--out", bad, "--inputs", r, "--dtype", "float64")
+    assert invoke("trace", *inputs, *almost) == 0
+    assert invoke("compare", r, c, "--truth", bad) == 2
     assert invoke("compare", r, c) == 0
 
     altered(Trace.open(c), sigmas=Trace.open(c)["sigmas"] * 1.1).save(bad)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
+from svdlab.parity.digests import DIGESTS
 from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, execution_key, probe_of
 from svdlab.parity.trace import DTYPES, FORMAT, METADATA_KEY, Trace
-from svdlab.parity.writer import TraceWriter
+from svdlab.parity.writer import TraceWriter, versions_of_run
 from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=16, width=24, num_frames=3, num_inference_steps=2)
@@ -77,11 +78,13 @@ def test_a_trace_comes_back_from_disk(tmp_path: Path, dtype: str) -> None:
     held = tensors(DTYPES[dtype])
     held["sigmas"] = held["sigmas"].float()  # dtypes are mixed in one file
     held["guidance_scale"] = held["guidance_scale"].double()
-    made = Trace(held, SETTINGS, "port", implementation_version="1.2", dtype=dtype)
+    known = {"digests": {"inputs": "0f" * 32}, "versions": {"port": "1.2", "torch": "2"}}
+    made = Trace(held, SETTINGS, "port", implementation_version="1.2", dtype=dtype, **known)
     path = tmp_path / "t.safetensors"
     back = made.save(path)
     assert (back.settings, back.dtype, back.implementation) == (SETTINGS, dtype, "port")
     assert back.implementation_version == "1.2"
+    assert (back.digests, back.versions) == (known["digests"], known["versions"])
     assert list(back) == sorted(held, key=execution_key)
     for name, tensor in held.items():
         assert back[name].dtype == tensor.dtype
@@ -166,6 +169,11 @@ GARBAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no settings": (lambda p: write(p, settings=None), "settings: got None"),
     "bad settings": (lambda p: write(p, settings={"fps": 0}), "settings: fps"),
     "unresolved": (lambda p: write(p, settings={}), "settings: height is null"),
+    "digests": (lambda p: write(p, digests=["ab"]), "digests: got list, allowed: an object"),
+    "unknown digest": (lambda p: write(p, digests={"input": "ab" * 32}), "allowed: checkpoint, inputs"),
+    "short digest": (lambda p: write(p, digests={"inputs": "ab"}), "digests: inputs: got 'ab', allowed: 64"),
+    "no digest": (lambda p: write(p, digests={"inputs": 1}), "digests: inputs: got 1, allowed: 64"),
+    "versions": (lambda p: write(p, versions={"torch": 2}), "versions: got something else, allowed: an object of"),
     "empty trace": (lambda p: write(p, {}), "empty trace"),
     "no order": (lambda p: write(p, order=None), "order: got None"),
     "order leaves out": (lambda p: write(p, order=["sigmas"]), "order: leaves out"),
@@ -316,7 +324,8 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
     assert block, "docs/trace-format.md shows a real header"
     example = json.loads(block[1])
     settings = GenerationSettings.from_json(json.dumps(example["settings"]))
-    assert set(example) == set(TraceWriter(SETTINGS, "port").header())
+    assert set(example) == {*TraceWriter(SETTINGS, "port").header(), "digests", "versions"}
+    assert set(example["digests"]) == set(DIGESTS) and set(example["versions"]) == set(versions_of_run())
     assert set(example["settings"]) == set(GenerationSettings.model_fields)
     sizes = {"B": 1, "V": 1, "G": 2, "H0": 9, "W0": 9, "P": 224, "D": 32, "L": 4, "2L": 8, "h": 8, "w": 8}
     sizes |= {"F": settings.num_frames, "H": settings.height, "W": settings.width, "S": 1, "S+1": 2}

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
+from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.probes import probe_of
 from svdlab.parity.replay import replay_inputs
 from svdlab.parity.trace import Trace, dtype_name
-from svdlab.parity.writer import TraceWriter, version_of
+from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
 from svdlab.svd.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def capture(
     until: str | None = None,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Trace:
     """Run svdlab and record every tensor of ``docs/trace-format.md``.
 
@@ -48,6 +50,7 @@ def capture(
         path: stream to this file instead of keeping the tensors in memory (see :class:`TraceWriter` for the
             bound).
         progress: show a bar over the denoising steps.
+        checkpoint: the folder that the pipeline was loaded from: its digest goes into the trace.
 
     Raises:
         SvdlabError: no image and nothing to replay, or a replay that lacks an input, or a pattern that names
@@ -71,7 +74,14 @@ def capture(
         # All frames at once gives what the exact decode gives, which does not call the modules whose hooks record.
         run_settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
     writer = TraceWriter(
-        settings, "svdlab", implementation_version=version_of("svdlab"), dtype=settings.dtype, path=path, until=until
+        settings,
+        "svdlab",
+        implementation_version=version_of("svdlab"),
+        dtype=settings.dtype,
+        digests={} if checkpoint is None else {"checkpoint": checkpoint_digest(checkpoint)},
+        versions=versions_of_run(),
+        path=path,
+        until=until,
     )
     step = 0
     with (
@@ -99,6 +109,7 @@ def capture(
                 step = at or 0
             if base == "latents":
                 bar.update()
+            writer.digest_input(name, tensor)
             writer.put(name, tensor)
 
         for name, module in chosen.items():

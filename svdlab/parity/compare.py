@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from svdlab.errors import SvdlabError
 from svdlab.parity.probes import CONDITIONING, INPUTS, execution_key, is_tap, probe_of, short
 from svdlab.parity.trace import DTYPES, Trace
+from svdlab.parity.writer import versions_of_run
 from svdlab.svd.images import to_unit
 from svdlab.tables import Cell, Column, Style, Table
 
@@ -188,6 +189,11 @@ class Comparison:
             "passes_mse_bar": self.passes_mse_bar,
             "missing": self.missing,
             "extra": self.extra,
+            "versions": {
+                "compare": versions_of_run(),
+                **{role: trace.versions for role, trace in self.traces.items()},
+            },
+            "digests": {role: trace.digests for role, trace in self.traces.items()},
             "probes": [asdict(p) for p in self.probes],
             "modules": [asdict(m) for m in self.modules],
         }
@@ -345,7 +351,8 @@ def compare(
     Raises:
         SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a
             truth that is not wider than the reference, that did not replay its inputs, that another
-            implementation made, or whose distance from it no rounding explains.
+            implementation made, whose digests of checkpoint or inputs are others, or whose distance from it no
+            rounding explains.
     """
     check_settings(reference, candidate)
     for other in (truth, perturbed):
@@ -383,6 +390,12 @@ def compare(
     )
 
 
+_DIGEST_REASONS = {
+    "checkpoint": "it was made with another checkpoint ('--model')",
+    "inputs": "it was made from another image or other draws, allowed: a run that replays its inputs ('--inputs')",
+}
+
+
 def _check_same_run(reference: Trace, other: Trace) -> None:
     """What measures the floor is the reference's own generation: the same code on the same random draws.
 
@@ -402,6 +415,13 @@ def _check_same_run(reference: Trace, other: Trace) -> None:
             raise SvdlabError(
                 f"{other.label}: {name} is not that of {reference.label}, allowed: a run that replays its inputs "
                 "('svdlab trace --inputs')"
+            )
+    for name, reason in _DIGEST_REASONS.items():
+        a, b = reference.digests.get(name), other.digests.get(name)
+        if a is not None and b is not None and a != b:
+            raise SvdlabError(
+                f"{other.label}: digests: {name} is {b[:12]}..., allowed: {a[:12]}..., as in {reference.label}; "
+                f"{reason}"
             )
 
 

@@ -107,6 +107,7 @@ class Recorder:
                 drawn = self.replay[name].to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if tuple(drawn.shape) != tuple(shape):
                     raise SvdlabError(f"{name}: the replayed shape {tuple(drawn.shape)}, allowed: {tuple(shape)}")
+            self.writer.digest_input(name, drawn)
             return self.record(name, self._nudged(drawn))
 
         return randn_tensor
@@ -129,7 +130,9 @@ class Recorder:
         if self.replay and "input.source" not in self.replay:
             return
         levels = np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
-        self.record("input.source", torch.from_numpy(levels / np.float32(255)))
+        source = torch.from_numpy(levels / np.float32(255))
+        self.writer.digest_input("input.source", source)
+        self.record("input.source", source)
 
     def _pil_to_float64(self, original: Callable[..., Any], images: Any) -> np.ndarray:
         images = images if isinstance(images, list) else [images]
