@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from svdlab.cli import parity as commands
 from svdlab.errors import SvdlabError
 from svdlab.notebook.figures import plot_divergence
 from svdlab.parity.candidate import capture
-from svdlab.parity.compare import Comparison, bound, compare, resolution
+from svdlab.parity.compare import Comparison, Coverage, bound, compare, resolution
+from svdlab.parity.probes import SHAPES
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.three_way import three_way
 from svdlab.parity.trace import Trace
@@ -206,6 +208,18 @@ def test_a_partial_trace_compares_on_what_it_has(run: Run) -> None:
     assert comparison.verdict == "parity" and [p.name for p in comparison.probes] == list(keep)
     assert "frames" in comparison.missing and "latents.000" not in comparison.missing
     assert f"{len(comparison.missing)} probes missing" in comparison.summary()
+    assert comparison.coverage.judged == ["sigmas", "latents"] and not comparison.coverage.complete
+    assert len(comparison.coverage.missing) == 15 and "frames" in comparison.coverage.missing
+    assert comparison.summary().startswith("parity on 2 of 17 kinds of probe (partial: missing input.source, ")
+    assert "parity:" not in comparison.summary() and comparison.summary() in comparison._repr_html_()
+    data = comparison.to_dict()
+    assert data["verdict"] == "parity" and data["summary"] == comparison.summary()
+    assert data["coverage"] == asdict(comparison.coverage)
+    one_step_less = compare(run.reference, altered(run.svdlab, noise_pred__001=None), run.truth)
+    assert not one_step_less.coverage.missing and not one_step_less.coverage.complete
+    assert one_step_less.summary().startswith("parity on 17 of 17 kinds of probe (partial: missing noise_pred.001): ")
+    whole = compare(run.reference, run.svdlab, run.truth)
+    assert whole.coverage == Coverage(list(SHAPES), [], True) and whole.summary().startswith("parity: worst")
     back = compare(few, run.reference)
     assert "frames" in back.extra and not back.missing
     none = Trace({"unet.conv_in.000": run.svdlab["unet.conv_in.000"]}, SETTINGS, "port")

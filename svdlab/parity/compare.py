@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.probes import CONDITIONING, INPUTS, execution_key, is_tap, probe_of, short
+from svdlab.parity.probes import CONDITIONING, INPUTS, SHAPES, execution_key, is_tap, probe_of, short
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.parity.writer import versions_of_run
 from svdlab.svd.images import to_unit
@@ -105,6 +105,21 @@ class ProbeResult:
     zero_reference: bool = False
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the reference was compared.
+
+    Attributes:
+        judged: kinds of probe, named without their steps, of which both traces have at least one.
+        missing: kinds that only the reference has.
+        complete: whether the candidate has every probe of the reference, at every step.
+    """
+
+    judged: list[str]
+    missing: list[str]
+    complete: bool
+
+
 @dataclass
 class Comparison:
     """What comparing two traces says; prints as a table in a terminal (rich) and in a notebook.
@@ -133,6 +148,15 @@ class Comparison:
     def verdict(self) -> Literal["parity", "divergence"]:
         """Over the probes; taps locate a divergence, they do not make one."""
         return "divergence" if self.first_divergence else "parity"
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which kinds of the reference's probes were compared; parity is said of these alone."""
+        judged = {kind_of(p.name) for p in self.probes}
+        every = judged | {kind_of(name) for name in self.missing}
+        kinds = [kind for kind in SHAPES if kind in every]
+        missing = [kind for kind in kinds if kind not in judged]
+        return Coverage([kind for kind in kinds if kind in judged], missing, not self.missing)
 
     @property
     def first_divergence(self) -> str | None:
@@ -177,6 +201,8 @@ class Comparison:
         """What ``--json`` writes."""
         return {
             "verdict": self.verdict,
+            "summary": self.summary(),
+            "coverage": asdict(self.coverage),
             "first_divergence": self.first_divergence,
             "first_module": self.first_module,
             "floor_from": self.floor_from,
@@ -203,9 +229,14 @@ class Comparison:
         return json.dumps(self.to_dict(), indent=2)
 
     def summary(self) -> str:
-        """The answer in one line."""
-        worst = self.worst
-        text = f"{self.verdict}: worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
+        """The answer in one line; parity over a part of the reference's probes says over which part."""
+        worst, coverage = self.worst, self.coverage
+        text: str = self.verdict
+        if not coverage.complete:
+            kinds = len(coverage.judged) + len(coverage.missing)
+            lacks = _some(coverage.missing or self.missing)
+            text += f" on {len(coverage.judged)} of {kinds} kinds of probe (partial: missing {lacks})"
+        text += f": worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
         if self.first_divergence:
             text = f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
         if self.first_module:
@@ -306,6 +337,11 @@ def _texts(result: ProbeResult) -> list[str]:
         "" if result.cosine is None else f"{result.cosine:.4f}",
         "" if result.psnr is None else f"{result.psnr:.1f}",
     ]
+
+
+def kind_of(probe: str) -> str:
+    """A probe's name without its step."""
+    return (probe_of(probe) or (probe, None))[0]
 
 
 def _some(names: Sequence[str]) -> str:
