@@ -274,13 +274,67 @@ def test_bad_traces_are_one_line(run: Run) -> None:
     ):
         compare(run.reference, run.svdlab, run.reference)
     bad = altered(run.reference, frames=run.reference["frames"] * float("nan"))
-    with pytest.raises(
-        SvdlabError, match=r"^diffusers float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
-    ):
-        compare(run.reference, bad, run.truth)
+    message = r"^diffusers float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
+    for arguments in ((bad, run.svdlab, run.truth), (run.reference, run.svdlab, None)):
+        with pytest.raises(SvdlabError, match=message):
+            compare(*arguments, perturbed=None if arguments[2] else bad)
+    wide = altered(run.truth, frames=run.truth["frames"] * float("inf"))
+    with pytest.raises(SvdlabError, match=r"^diffusers float64 \(in memory\): frames: 9216 of 9216 values are NaN"):
+        compare(run.reference, run.svdlab, wide)
     two = {"added_time_ids": torch.ones(2, 3)}
     with pytest.raises(SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"):
         compare(run.reference, Trace(two, SETTINGS, "port"))
+
+
+def overflowed(trace: Trace, *names: str) -> Trace:
+    """The trace in memory with infinity for the first value and NaN for the second of some tensors."""
+    held = {name: trace[name].clone() for name in trace}
+    for name in names:
+        held[name].view(-1)[0], held[name].view(-1)[1] = float("inf"), float("nan")
+    return Trace(held, trace.settings, "port", dtype="float16")
+
+
+def test_a_candidate_that_overflows_is_located(run: Run) -> None:
+    """The first of them, how many, and how near the reference is to what the candidate's dtype holds."""
+    few = altered(run.svdlab, **{name.replace(".", "__"): None for name in run.svdlab.taps})
+    bad = overflowed(few, "noise_pred_cond.001", "latents.001", "frames")
+    result = compare(run.reference, bad, run.truth)
+    assert result.verdict == "divergence" and not result.passes_mse_bar
+    assert result.first_divergence == result.first_non_finite == "noise_pred_cond.001"
+    assert result["noise_pred_cond.001"].non_finite == 2 and result["noise_pred_uncond.001"].non_finite == 0
+    assert result["frames"].ratio == math.inf
+    largest = run.reference["noise_pred_cond.001"].abs().max()
+    count = run.reference["noise_pred_cond.001"].numel()
+    assert (
+        f"NaN or infinity first at noise_pred_cond.001, 2 of {count} values, the 18 tensors compared before it are "
+        f"finite; the reference's largest |value| there is {largest:.5g}, float16 holds 65504" in result.summary()
+    )
+    data = json.loads(result.to_json(), parse_constant=pytest.fail)
+    at = {p["name"]: p for p in data["probes"]}
+    assert data["first_non_finite"] == "noise_pred_cond.001" and data["frames_mse"] is None
+    assert (at["frames"]["ratio"], at["frames"]["psnr"], at["frames"]["non_finite"]) == (None, None, 2)
+    assert "inf" in result._repr_html_()
+    whole = compare(run.reference, few, run.truth)
+    assert plot_divergence(whole, result, "overflow").axes
+    assert result["frames"].floor == whole["frames"].floor
+    assert whole.first_non_finite is None and whole.to_dict()["first_non_finite"] is None
+    assert "the first tensor compared" in compare(run.reference, overflowed(few, "input.source"), run.truth).summary()
+
+
+def test_an_overflow_in_a_module_is_located_there(run: Run) -> None:
+    tap = "unet.mid_block.resnets.0.temporal_res_block.conv1.000"
+    result = compare(run.reference, overflowed(run.svdlab, tap, "noise_pred_uncond.000"), run.truth)
+    assert result.first_non_finite == result.first_module == tap
+
+
+def test_commands_take_an_overflow(run: Run, tmp_path: Path) -> None:
+    r, c, js = (tmp_path / name for name in ("r.safetensors", "c.safetensors", "c.json"))
+    run.reference.save(r)
+    overflowed(run.svdlab, "latents.000").save(c)
+    assert invoke("compare", r, c, "--json", js) == 1
+    assert json.loads(js.read_text(), parse_constant=pytest.fail)["first_non_finite"] == "latents.000"
+    assert invoke("diagnose", r, c, "--model", run.folder) in (1, 2), "a verdict or a line, and no traceback"
+    assert invoke("compare", c, r) == 2
 
 
 def off(trace: Trace) -> Trace:

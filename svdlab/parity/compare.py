@@ -91,6 +91,9 @@ class ProbeResult:
         cosine: of the angle between candidate and reference; None when one of them is zero.
         psnr: of the frames in dB, in [0, 1] after clamping; None for other probes and for equal frames.
         zero_reference: the truth is all zeros, and distances are root mean squares instead of relative.
+        non_finite: how many of the candidate's values are NaN or infinite. With any, divergence, ratio, ``max_abs`` and
+            ``mse`` are infinite and the rest is None; ``to_dict`` has None for all of them.
+        reference_max: the reference's largest magnitude.
     """
 
     name: str
@@ -103,6 +106,8 @@ class ProbeResult:
     psnr: float | None
     floor_from: Floor
     zero_reference: bool = False
+    non_finite: int = 0
+    reference_max: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,11 @@ class Comparison:
         return next((p.name for p in self.probes if p.ratio > self.threshold), None)
 
     @property
+    def first_non_finite(self) -> str | None:
+        """The first probe or tap, in execution order, in which the candidate has NaN or infinity."""
+        return next((r.name for r in self._ordered() if r.non_finite), None)
+
+    @property
     def first_module(self) -> str | None:
         """The first diverging tap, where it runs before the first diverging probe: the module that does it.
 
@@ -205,13 +215,14 @@ class Comparison:
             "coverage": asdict(self.coverage),
             "first_divergence": self.first_divergence,
             "first_module": self.first_module,
+            "first_non_finite": self.first_non_finite,
             "floor_from": self.floor_from,
             "threshold": self.threshold,
             "dtype": self.dtype,
             "reference": self.reference,
             "candidate": self.candidate,
             "truth": self.truth,
-            "frames_mse": self.frames_mse,
+            "frames_mse": _number(self.frames_mse),
             "passes_mse_bar": self.passes_mse_bar,
             "missing": self.missing,
             "extra": self.extra,
@@ -220,13 +231,13 @@ class Comparison:
                 **{role: trace.versions for role, trace in self.traces.items()},
             },
             "digests": {role: trace.digests for role, trace in self.traces.items()},
-            "probes": [asdict(p) for p in self.probes],
-            "modules": [asdict(m) for m in self.modules],
+            "probes": [{k: _number(v) for k, v in asdict(p).items()} for p in self.probes],
+            "modules": [{k: _number(v) for k, v in asdict(m).items()} for m in self.modules],
         }
 
     def to_json(self) -> str:
         """:meth:`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def summary(self) -> str:
         """The answer in one line; parity over a part of the reference's probes says over which part."""
@@ -241,9 +252,25 @@ class Comparison:
             text = f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
         if self.first_module:
             text += f", in module {self.first_module}"
+        if self.first_non_finite:
+            text += f"; {self._non_finite_text()}"
         if self.missing:
             text += f"; {len(self.missing)} probes missing in {self.candidate}: {_some(self.missing)}"
         return text
+
+    def _non_finite_text(self) -> str:
+        results = list(self._ordered())
+        at = next(i for i, r in enumerate(results) if r.non_finite)
+        result = results[at]
+        candidate = self.traces.get("candidate")
+        size = "" if candidate is None else f" of {math.prod(candidate.shape(result.name))}"
+        text = f"NaN or infinity first at {result.name}, {result.non_finite}{size} values"
+        text += f", the {at} tensors compared before it are finite" if at else ", the first tensor compared"
+        dtype = self.dtype if candidate is None else candidate.dtype
+        limit = torch.finfo(DTYPES[dtype]).max
+        return (
+            text + f"; the reference's largest |value| there is {result.reference_max:.5g}, {dtype} holds {limit:.5g}"
+        )
 
     def floor_text(self) -> str:
         """How the floor was found, in words."""
@@ -280,12 +307,16 @@ class Comparison:
     def _title(self) -> str:
         return f"{self.candidate} against {self.reference}"
 
+    def _ordered(self) -> list[ProbeResult]:
+        """Probes and taps in execution order."""
+        return sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
+
     def _results(self, every: bool) -> Iterator[ProbeResult | None]:
         """The results in execution order, with None where some are left out."""
-        results = sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
+        results = self._ordered()
         shown = set(range(len(results)))
         if not every and len(results) > 48:
-            marked = {self.first_divergence, self.first_module, self.worst.name}
+            marked = {self.first_divergence, self.first_module, self.first_non_finite, self.worst.name}
             marks = [i for i, result in enumerate(results) if result.name in marked]
             near = [i for m in marks for i in range(m - 2, m + 3)]
             shown = {*range(20), *range(len(results) - 6, len(results)), *near}
@@ -339,6 +370,11 @@ def _texts(result: ProbeResult) -> list[str]:
     ]
 
 
+def _number(value: Any) -> Any:
+    """What JSON can hold: None for infinity and NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def kind_of(probe: str) -> str:
     """A probe's name without its step."""
     return (probe_of(probe) or (probe, None))[0]
@@ -377,7 +413,7 @@ def compare(
 
     Args:
         reference: of the working dtype.
-        candidate: what is judged; it may hold only some probes.
+        candidate: what is judged; it may hold only some probes, and NaN and infinity.
         truth: the reference in a wider dtype (float64), from the same inputs.
         perturbed: without a truth, the reference once more with everything moved by one unit in the last
             place (``reference.capture_diffusers(perturb=...)``).
@@ -385,10 +421,10 @@ def compare(
         progress: show a bar.
 
     Raises:
-        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a
-            truth that is not wider than the reference, that did not replay its inputs, that another
-            implementation made, whose digests of checkpoint or inputs are others, or whose distance from it no
-            rounding explains.
+        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity in the reference, the truth or
+            the rerun, no probe in common, a truth that is not wider than the reference, that did not replay its
+            inputs, that another implementation made, whose digests of checkpoint or inputs are others, or whose
+            distance from it no rounding explains.
     """
     check_settings(reference, candidate)
     for other in (truth, perturbed):
@@ -484,17 +520,21 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
                 f"{trace.label}: {name}: shape {trace.shape(name)}, allowed: {reference.shape(name)}, "
                 f"as in {reference.label}"
             )
-    r, c = reference[name].reshape(-1), candidate[name].reshape(-1)
+    r, c = reference[name].reshape(-1), candidate.raw(name).reshape(-1)
     other = None if second is None else second[name].reshape(-1)
     # What the distances are measured from: the truth where there is one, else the reference.
     origin = other if floor_from == "truth" else None
     sums = torch.zeros(7, dtype=torch.float64)
-    max_abs, clamped = 0.0, 0.0
+    max_abs, clamped, reference_max, non_finite = 0.0, 0.0, 0.0, 0
     for start in range(0, r.numel(), BLOCK):
         part = slice(start, start + BLOCK)
         rb, cb = r[part].double(), c[part].double()
         ob = rb if origin is None else origin[part].double()
         fb = rb if other is None else other[part].double()
+        finite = cb.isfinite()
+        if not bool(finite.all()):
+            non_finite += int((~finite).sum())
+            cb = cb.where(finite, 0.0)
         difference = cb - rb
         sums += torch.stack(
             [
@@ -508,6 +548,7 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
             ]
         )
         max_abs = max(max_abs, float(difference.abs().max()))
+        reference_max = max(reference_max, float(rb.abs().max()))
         if name == "frames":
             clamped += float((to_unit(cb) - to_unit(rb)).square().sum())
     size, far, own, squared, rr, cc, rc = sums.tolist()
@@ -523,6 +564,9 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
     if second is not None and not is_tap(name):
         _check_plausible(name, floor, reference, second)
     divergence = math.sqrt(far) / scale
+    if non_finite:
+        divergence = max_abs = squared = math.inf
+        rr, clamped = 0.0, 0.0
     return ProbeResult(
         name=name,
         divergence=divergence,
@@ -534,4 +578,6 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
         psnr=10 * math.log10(r.numel() / clamped) if clamped else None,
         floor_from=floor_from,
         zero_reference=zero,
+        non_finite=non_finite,
+        reference_max=reference_max,
     )

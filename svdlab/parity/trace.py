@@ -201,13 +201,21 @@ class Trace(Mapping[str, Tensor]):
             KeyError: the trace does not hold it.
             SvdlabError: it holds NaN or infinity.
         """
-        if name not in self._shapes:
-            raise KeyError(name)
-        tensor = self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
+        tensor = self.raw(name)
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise SvdlabError(f"{self.label}: {name}: {bad} of {tensor.numel()} values are NaN or infinite")
         return tensor
+
+    def raw(self, name: str) -> Tensor:
+        """Load one tensor as it is: NaN and infinity, which a candidate may hold, included.
+
+        Raises:
+            KeyError: the trace does not hold it.
+        """
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.order)
@@ -235,7 +243,7 @@ class Trace(Mapping[str, Tensor]):
             path=path,
         ) as writer:
             for name in self.order:
-                writer.put(name, self[name])
+                writer.put(name, self.raw(name))
         return writer.trace
 
     def require(self, names: Sequence[str], purpose: str) -> None:
