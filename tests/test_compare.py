@@ -286,6 +286,38 @@ def test_bad_traces_are_one_line(run: Run) -> None:
         compare(run.reference, Trace(two, SETTINGS, "port"))
 
 
+def test_optional_probes_are_judged_where_both_traces_have_them(run: Run, photo: Any) -> None:
+    reference = capture_diffusers(run.pipe, photo, SETTINGS, optional=True)
+    wide = load_diffusers(run.folder, torch.float64, weights_dtype=torch.float32)
+    truth = capture_diffusers(wide, replay=reference, optional=True)
+    pipe = SVDPipeline.from_pretrained(run.folder)
+    candidate = capture(pipe, photo, SETTINGS, optional=True)
+    assert {n for n in reference if n not in run.reference} == {
+        "latents.init",
+        "denoised.000",
+        "denoised.001",
+        "frames_8bit",
+    }
+    sigmas = reference["sigmas"]
+    torch.testing.assert_close(reference["latents.init"], reference["input.latents"] * (sigmas[0] ** 2 + 1).sqrt())
+    torch.testing.assert_close(reference["denoised.001"], reference["latents.001"])  # the last sigma is zero
+    shown = (to_unit(reference["frames"]) * 255).round()
+    assert torch.equal(reference["frames_8bit"], shown) and shown.max() > 1
+    equal = altered(truth, frames_8bit=reference["frames_8bit"])  # no value of the reference rounds otherwise
+    for second in ({"truth": truth}, {"truth": equal}, {}):
+        result = compare(reference, candidate, **second)
+        assert result.verdict == "parity" and result.coverage.complete, result.summary()
+        assert {"latents.init", "frames_8bit"} <= {p.name for p in result.probes} and not result.missing
+        flipped = candidate["frames_8bit"].clone()
+        flipped.view(-1)[0] += 1
+        assert compare(reference, altered(candidate, frames_8bit=flipped), **second).verdict == "parity"
+        wrong = altered(candidate, frames_8bit=candidate["frames_8bit"] + 1)
+        assert compare(reference, wrong, **second).first_divergence == "frames_8bit"
+    unscaled = capture(pipe.with_bugs("init_noise_unscaled"), photo, SETTINGS, optional=True)
+    assert compare(reference, unscaled, truth).first_divergence == "latents.init"
+    assert compare(reference, run.svdlab, truth).coverage.complete
+
+
 def overflowed(trace: Trace, *names: str) -> Trace:
     """The trace in memory with infinity for the first value and NaN for the second of some tensors."""
     held = {name: trace[name].clone() for name in trace}

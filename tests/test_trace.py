@@ -19,7 +19,18 @@ from torch import Tensor
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
 from svdlab.parity.digests import DIGESTS
-from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, execution_key, probe_of
+from svdlab.parity.probes import (
+    CONDITIONING,
+    EVERY_SHAPE,
+    FRAMES,
+    INPUTS,
+    PER_STEP,
+    SHAPES,
+    STEP,
+    execution_key,
+    is_optional,
+    probe_of,
+)
 from svdlab.parity.trace import DTYPES, FORMAT, METADATA_KEY, Trace
 from svdlab.parity.writer import TraceWriter, versions_of_run
 from svdlab.svd.settings import GenerationSettings
@@ -133,6 +144,41 @@ def test_execution_order() -> None:
         "frames",
     ]
     assert sorted(reversed(names), key=execution_key) == names
+
+
+def test_optional_probes_have_their_places() -> None:
+    names = ["sigmas", "guidance_scale", "latents.init", "model_input.000", "unet.conv_in.000", "noise_pred.000"]
+    names += ["denoised.000", "latents.000", "model_input.001", "denoised.001", "latents.001", "frames", "frames_8bit"]
+    assert sorted(reversed(names), key=execution_key) == names
+    assert {name for name in names if is_optional(name)} == {
+        "latents.init",
+        "denoised.000",
+        "denoised.001",
+        "frames_8bit",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("latents.init", (1, 3, 4, 2, 2), r"latents\.init: shape \(1, 3, 4, 2, 2\), allowed: \(1, 3, 4, 2, 3\)"),
+        ("denoised.001", (1, 4, 3, 2, 3), r"denoised\.001: shape .* allowed: \(1, 3, 4, 2, 3\)"),
+        ("denoised.002", (1, 3, 4, 2, 3), r"denoised\.002: step 2"),
+        ("denoised", (1, 3, 4, 2, 3), "'denoised': neither a probe nor a tap"),
+        ("frames_8bit", (1, 3, 16, 24, 3), r"frames_8bit: shape .* allowed: \(1, 3, 3, 16, 24\)"),
+    ],
+)
+def test_optional_probes_are_checked(tmp_path: Path, name: str, shape: tuple[int, ...], message: str) -> None:
+    good = {"latents.init": (1, 3, 4, 2, 3), "denoised.001": (1, 3, 4, 2, 3), "frames_8bit": (1, 3, 3, 16, 24)}
+    held = tensors() | {probe: torch.ones(size) for probe, size in good.items()}
+    path = tmp_path / "t.safetensors"
+    assert list(Trace.open(write(path, held))) == sorted(held, key=execution_key)
+    order = sorted(held, key=execution_key)
+    i = order.index("denoised.001")
+    with pytest.raises(SvdlabError, match=r"denoised\.001 after latents\.001, allowed: execution order"):
+        Trace.open(write(path, held, order=[*order[:i], order[i + 1], order[i], *order[i + 2 :]]))
+    with pytest.raises(SvdlabError, match=message):
+        Trace.open(write(path, held | {name: torch.ones(shape)}))
 
 
 def replaced(**changes: Tensor | None) -> dict[str, Tensor]:
@@ -340,8 +386,8 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
 
 def test_every_probe_is_documented_with_its_shape() -> None:
     text = documented()
-    for name, shape in SHAPES.items():
-        shown = f"{name}.NNN" if name in STEP else name
+    for name, shape in EVERY_SHAPE.items():
+        shown = f"{name}.NNN" if name in PER_STEP else name
         spec = ", ".join(str(d) for d in shape) + ("," if len(shape) == 1 else "")
         assert f"| `{shown}` | ({spec}) |" in text, f"{shown} ({spec})"
     assert f"`{METADATA_KEY}`" in text and f'"format": {FORMAT}' in text

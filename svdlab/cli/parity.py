@@ -101,6 +101,7 @@ def _check_writer(path: str, json_path: str | None) -> NoReturn:
 @IMAGE
 @_TAPS
 @_UNTIL
+@click.option("--optional", is_flag=True, help="Record the optional probes of the trace format, too.")
 @JSON
 @MODEL
 @DEVICE
@@ -114,6 +115,7 @@ def trace(
     image: str | None,
     taps: Sequence[str],
     until: str | None,
+    optional: bool,
     json_path: str | None,
     model: str,
     device: str,
@@ -145,6 +147,7 @@ def trace(
         "until": until,
         "path": out,
         "checkpoint": checkpoint_folder(model),
+        "optional": optional,
     }
     if implementation == "svdlab":
         from svdlab.parity.candidate import capture

@@ -18,7 +18,9 @@ from svdlab.parity.probes import probe_of
 from svdlab.parity.replay import replay_inputs
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
+from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import Change
 
 if TYPE_CHECKING:
     from svdlab.svd.pipeline import SVDPipeline
@@ -36,6 +38,7 @@ def capture(
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    optional: bool = False,
 ) -> Trace:
     """Run svdlab and record every tensor of ``docs/trace-format.md``.
 
@@ -51,6 +54,7 @@ def capture(
             bound).
         progress: show a bar over the denoising steps.
         checkpoint: the folder that the pipeline was loaded from: its digest goes into the trace.
+        optional: record ``latents.init`` and ``frames_8bit``, too.
 
     Raises:
         SvdlabError: no image and nothing to replay, or a replay that lacks an input, or a pattern that names
@@ -64,6 +68,9 @@ def capture(
         inputs = pipe.prepare(image, settings, torch.Generator().manual_seed(settings.seed))
     else:
         raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
+    if optional:
+        # Around whatever stands there.
+        pipe = pipe.with_changes(Change(wrap={"initial_latents": lambda _, stage, *given: record_init(stage(*given))}))
     if taps:
         # Another thread may be running these networks: the hooks go on modules of this capture's own.
         pipe = pipe.with_own_modules()
@@ -111,6 +118,12 @@ def capture(
                 bar.update()
             writer.digest_input(name, tensor)
             writer.put(name, tensor)
+            if optional and name == "frames":
+                writer.put("frames_8bit", torch.from_numpy(to_levels(tensor)).movedim(-1, -3).float())
+
+        def record_init(latents: Tensor) -> Tensor:
+            writer.put("latents.init", latents)
+            return latents
 
         for name, module in chosen.items():
             module.register_forward_hook(partial(record_tap, name))

@@ -25,7 +25,17 @@ import torch
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.probes import CONDITIONING, INPUTS, SHAPES, execution_key, is_tap, probe_of, short
+from svdlab.parity.probes import (
+    CONDITIONING,
+    EVERY_SHAPE,
+    INPUTS,
+    OPTIONAL_CONDITIONING,
+    execution_key,
+    is_optional,
+    is_tap,
+    probe_of,
+    short,
+)
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.parity.writer import versions_of_run
 from svdlab.svd.images import to_unit
@@ -36,6 +46,8 @@ THRESHOLD = 4.0
 # The usual threshold elsewhere, on the mean squared error of the frames.
 MSE_BAR = 1e-3
 BLOCK = 2**22
+# 8-bit levels in a unit of the frames, which go from -1 to 1.
+LEVELS = 127.5
 # A measured floor above this many times ``bound`` is no rounding. The worst that is: 72 in float32, two steps of a flat
 # image without noise augmentation, whose group norms divide by almost nothing; 3 in the half dtypes, twelve steps.
 IMPLAUSIBLE = {"float64": 160.0, "float32": 160.0, "float16": 8.0, "bfloat16": 8.0}
@@ -71,8 +83,11 @@ def bound(name: str, dtype: str) -> float:
     the embedded checkpoint (7.9), where two bare files may diverge by rounding alone. A bug that moves the result by
     less than 4 times the bound passes; a truth shows it.
     """
+    if name == "frames_8bit":
+        # A pixel changes its level with a probability of its error in levels; against grey.
+        return math.sqrt(bound("frames", dtype) / LEVELS)
     probe = probe_of(name)
-    scalar = probe is not None and (probe[0] in INPUTS or probe[0] in CONDITIONING)
+    scalar = probe is not None and any(probe[0] in kinds for kinds in (INPUTS, CONDITIONING, OPTIONAL_CONDITIONING))
     scalar = scalar and name not in ("input.clip_pixels", "image_embeddings", "image_latents")
     return resolution(dtype) * (1.0 if scalar else NETWORK_GROWTH[dtype])
 
@@ -131,7 +146,7 @@ class Comparison:
 
     Attributes:
         probes: every probe that both traces have, in execution order; ``modules`` likewise for inner taps.
-        missing: probes of the reference that the candidate lacks; ``extra`` the reverse.
+        missing: probes of the reference, but for optional ones, that the candidate lacks; ``extra`` the reverse.
         floor_from: "truth", "perturbed" or "bound": how the floor was found.
         reference, candidate, truth: the traces' labels.
         traces: the traces themselves, where the caller may want to look closer.
@@ -159,7 +174,7 @@ class Comparison:
         """Which kinds of the reference's probes were compared; parity is said of these alone."""
         judged = {kind_of(p.name) for p in self.probes}
         every = judged | {kind_of(name) for name in self.missing}
-        kinds = [kind for kind in SHAPES if kind in every]
+        kinds = [kind for kind in EVERY_SHAPE if kind in every]
         missing = [kind for kind in kinds if kind not in judged]
         return Coverage([kind for kind in kinds if kind in judged], missing, not self.missing)
 
@@ -448,7 +463,7 @@ def compare(
     return Comparison(
         probes=[results[n] for n in probes],
         modules=[results[n] for n in common if is_tap(n)],
-        missing=[n for n in order if n not in candidate],
+        missing=[n for n in order if n not in candidate and not is_optional(n)],
         extra=[n for n in candidate.probes if n not in reference],
         floor_from=floor_from,  # type: ignore[arg-type]
         dtype=reference.dtype,
@@ -560,8 +575,12 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
     # The CLIP resize loses digits in its sampling positions, which no perturbation of its input shows.
     bounded = floor_from == "bound" or (floor_from == "perturbed" and name == "input.clip_pixels")
     lowest = bound(name, reference.dtype) if bounded else resolution(reference.dtype)
+    if name == "frames_8bit":
+        # Levels round to nothing or to one: no less than one of all values that falls to the other side, and without a
+        # measurement as many as ``bound`` expects.
+        lowest = max(1.0, LEVELS * lowest * math.sqrt(r.numel()) if bounded else 1.0) / scale
     floor = max(math.sqrt(own) / scale, lowest)
-    if second is not None and not is_tap(name):
+    if second is not None and not is_tap(name) and floor > lowest:  # what it measured is the floor
         _check_plausible(name, floor, reference, second)
     divergence = math.sqrt(far) / scale
     if non_finite:

@@ -193,6 +193,7 @@ def capture_diffusers(
     perturb: int | None = None,
     implementation: str = "diffusers",
     checkpoint: str | os.PathLike[str] | None = None,
+    optional: bool = False,
 ) -> Trace:
     """Run a diffusers ``StableVideoDiffusionPipeline`` and record every tensor of ``docs/trace-format.md``.
 
@@ -213,6 +214,7 @@ def capture_diffusers(
         implementation: what the trace calls it.
         checkpoint: the folder that the pipeline was loaded from: its digest goes into the trace, and ``compare``
             refuses a truth or a rerun of another one.
+        optional: record the optional probes, too: ``latents.init``, ``denoised.NNN`` and ``frames_8bit``.
 
     Raises:
         SvdlabError: a setting at which diffusers fails, no image and nothing to replay, a replay that lacks
@@ -242,7 +244,7 @@ def capture_diffusers(
         bar = stack.enter_context(
             tqdm(total=settings.num_steps, desc=f"{implementation} {settings.dtype}", disable=not progress)
         )
-        recorder = Recorder(pipe, settings, tensors, writer, stack, perturb)
+        recorder = Recorder(pipe, settings, tensors, writer, stack, perturb, optional)
         for name, module in chosen.items():
             recorder.tap(name, module)
         stack.enter_context(_quiet())
