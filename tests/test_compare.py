@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from svdlab.cli import parity as commands
 from svdlab.errors import SvdlabError
 from svdlab.notebook.figures import plot_divergence
 from svdlab.parity.candidate import capture
-from svdlab.parity.compare import Comparison, bound, compare, resolution
+from svdlab.parity.compare import Comparison, Coverage, bound, compare, resolution
+from svdlab.parity.probes import SHAPES
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
 from svdlab.parity.three_way import three_way
 from svdlab.parity.trace import Trace
+from svdlab.parity.writer import versions_of_run
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import write_random_checkpoint
@@ -52,6 +56,12 @@ class Run:
 def run(tiny: Path, photo: Any) -> Run:
     with torch.no_grad():
         return Run(tiny, photo)
+
+
+def relabelled(trace: Trace, **digests: str) -> Trace:
+    """The trace in memory with other digests."""
+    known = {"digests": trace.digests | digests, "versions": trace.versions}
+    return Trace(dict(trace), trace.settings, trace.implementation, dtype=trace.dtype, **known)
 
 
 def altered(trace: Trace, settings: GenerationSettings | None = None, **changes: Any) -> Trace:
@@ -198,6 +208,18 @@ def test_a_partial_trace_compares_on_what_it_has(run: Run) -> None:
     assert comparison.verdict == "parity" and [p.name for p in comparison.probes] == list(keep)
     assert "frames" in comparison.missing and "latents.000" not in comparison.missing
     assert f"{len(comparison.missing)} probes missing" in comparison.summary()
+    assert comparison.coverage.judged == ["sigmas", "latents"] and not comparison.coverage.complete
+    assert len(comparison.coverage.missing) == 15 and "frames" in comparison.coverage.missing
+    assert comparison.summary().startswith("parity on 2 of 17 kinds of probe (partial: missing input.source, ")
+    assert "parity:" not in comparison.summary() and comparison.summary() in comparison._repr_html_()
+    data = comparison.to_dict()
+    assert data["verdict"] == "parity" and data["summary"] == comparison.summary()
+    assert data["coverage"] == asdict(comparison.coverage)
+    one_step_less = compare(run.reference, altered(run.svdlab, noise_pred__001=None), run.truth)
+    assert not one_step_less.coverage.missing and not one_step_less.coverage.complete
+    assert one_step_less.summary().startswith("parity on 17 of 17 kinds of probe (partial: missing noise_pred.001): ")
+    whole = compare(run.reference, run.svdlab, run.truth)
+    assert whole.coverage == Coverage(list(SHAPES), [], True) and whole.summary().startswith("parity: worst")
     back = compare(few, run.reference)
     assert "frames" in back.extra and not back.missing
     none = Trace({"unet.conv_in.000": run.svdlab["unet.conv_in.000"]}, SETTINGS, "port")
@@ -252,13 +274,99 @@ def test_bad_traces_are_one_line(run: Run) -> None:
     ):
         compare(run.reference, run.svdlab, run.reference)
     bad = altered(run.reference, frames=run.reference["frames"] * float("nan"))
-    with pytest.raises(
-        SvdlabError, match=r"^diffusers float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
-    ):
-        compare(run.reference, bad, run.truth)
+    message = r"^diffusers float32 \(in memory\): frames: 9216 of 9216 values are NaN or infinite$"
+    for arguments in ((bad, run.svdlab, run.truth), (run.reference, run.svdlab, None)):
+        with pytest.raises(SvdlabError, match=message):
+            compare(*arguments, perturbed=None if arguments[2] else bad)
+    wide = altered(run.truth, frames=run.truth["frames"] * float("inf"))
+    with pytest.raises(SvdlabError, match=r"^diffusers float64 \(in memory\): frames: 9216 of 9216 values are NaN"):
+        compare(run.reference, run.svdlab, wide)
     two = {"added_time_ids": torch.ones(2, 3)}
     with pytest.raises(SvdlabError, match=r"added_time_ids: shape \(2, 3\), allowed: \(1, 3\), as in diffusers"):
         compare(run.reference, Trace(two, SETTINGS, "port"))
+
+
+def test_optional_probes_are_judged_where_both_traces_have_them(run: Run, photo: Any) -> None:
+    reference = capture_diffusers(run.pipe, photo, SETTINGS, optional=True)
+    wide = load_diffusers(run.folder, torch.float64, weights_dtype=torch.float32)
+    truth = capture_diffusers(wide, replay=reference, optional=True)
+    pipe = SVDPipeline.from_pretrained(run.folder)
+    candidate = capture(pipe, photo, SETTINGS, optional=True)
+    assert {n for n in reference if n not in run.reference} == {
+        "latents.init",
+        "denoised.000",
+        "denoised.001",
+        "frames_8bit",
+    }
+    sigmas = reference["sigmas"]
+    torch.testing.assert_close(reference["latents.init"], reference["input.latents"] * (sigmas[0] ** 2 + 1).sqrt())
+    torch.testing.assert_close(reference["denoised.001"], reference["latents.001"])  # the last sigma is zero
+    shown = (to_unit(reference["frames"]) * 255).round()
+    assert torch.equal(reference["frames_8bit"], shown) and shown.max() > 1
+    equal = altered(truth, frames_8bit=reference["frames_8bit"])  # no value of the reference rounds otherwise
+    for second in ({"truth": truth}, {"truth": equal}, {}):
+        result = compare(reference, candidate, **second)
+        assert result.verdict == "parity" and result.coverage.complete, result.summary()
+        assert {"latents.init", "frames_8bit"} <= {p.name for p in result.probes} and not result.missing
+        flipped = candidate["frames_8bit"].clone()
+        flipped.view(-1)[0] += 1
+        assert compare(reference, altered(candidate, frames_8bit=flipped), **second).verdict == "parity"
+        wrong = altered(candidate, frames_8bit=candidate["frames_8bit"] + 1)
+        assert compare(reference, wrong, **second).first_divergence == "frames_8bit"
+    unscaled = capture(pipe.with_bugs("init_noise_unscaled"), photo, SETTINGS, optional=True)
+    assert compare(reference, unscaled, truth).first_divergence == "latents.init"
+    assert compare(reference, run.svdlab, truth).coverage.complete
+
+
+def overflowed(trace: Trace, *names: str) -> Trace:
+    """The trace in memory with infinity for the first value and NaN for the second of some tensors."""
+    held = {name: trace[name].clone() for name in trace}
+    for name in names:
+        held[name].view(-1)[0], held[name].view(-1)[1] = float("inf"), float("nan")
+    return Trace(held, trace.settings, "port", dtype="float16")
+
+
+def test_a_candidate_that_overflows_is_located(run: Run) -> None:
+    """The first of them, how many, and how near the reference is to what the candidate's dtype holds."""
+    few = altered(run.svdlab, **{name.replace(".", "__"): None for name in run.svdlab.taps})
+    bad = overflowed(few, "noise_pred_cond.001", "latents.001", "frames")
+    result = compare(run.reference, bad, run.truth)
+    assert result.verdict == "divergence" and not result.passes_mse_bar
+    assert result.first_divergence == result.first_non_finite == "noise_pred_cond.001"
+    assert result["noise_pred_cond.001"].non_finite == 2 and result["noise_pred_uncond.001"].non_finite == 0
+    assert result["frames"].ratio == math.inf
+    largest = run.reference["noise_pred_cond.001"].abs().max()
+    count = run.reference["noise_pred_cond.001"].numel()
+    assert (
+        f"NaN or infinity first at noise_pred_cond.001, 2 of {count} values, the 18 tensors compared before it are "
+        f"finite; the reference's largest |value| there is {largest:.5g}, float16 holds 65504" in result.summary()
+    )
+    data = json.loads(result.to_json(), parse_constant=pytest.fail)
+    at = {p["name"]: p for p in data["probes"]}
+    assert data["first_non_finite"] == "noise_pred_cond.001" and data["frames_mse"] is None
+    assert (at["frames"]["ratio"], at["frames"]["psnr"], at["frames"]["non_finite"]) == (None, None, 2)
+    assert "inf" in result._repr_html_()
+    whole = compare(run.reference, few, run.truth)
+    assert plot_divergence(whole, result, "overflow").axes
+    assert result["frames"].floor == whole["frames"].floor
+    assert whole.first_non_finite is None and whole.to_dict()["first_non_finite"] is None
+    assert "the first tensor compared" in compare(run.reference, overflowed(few, "input.source"), run.truth).summary()
+
+
+def test_an_overflow_in_a_module_is_located_there(run: Run) -> None:
+    tap = "unet.mid_block.resnets.0.temporal_res_block.conv1.000"
+    result = compare(run.reference, overflowed(run.svdlab, tap, "noise_pred_uncond.000"), run.truth)
+    assert result.first_non_finite == result.first_module == tap
+
+
+def test_commands_take_an_overflow(run: Run, tmp_path: Path) -> None:
+    r, c, js = (tmp_path / name for name in ("r.safetensors", "c.safetensors", "c.json"))
+    run.reference.save(r)
+    overflowed(run.svdlab, "latents.000").save(c)
+    assert invoke("compare", r, c, "--json", js) == 1
+    assert json.loads(js.read_text(), parse_constant=pytest.fail)["first_non_finite"] == "latents.000"
+    assert invoke("diagnose", r, c, "--model", run.folder) in (1, 2), "a verdict or a line, and no traceback"
+    assert invoke("compare", c, r) == 2
 
 
 def off(trace: Trace) -> Trace:
@@ -298,6 +406,23 @@ def test_a_rerun_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> N
     pipe = load_diffusers(write_random_checkpoint(tmp_path, seed=9))
     with pytest.raises(SvdlabError, match="another checkpoint"):
         compare(run.reference, off(run.reference), perturbed=capture_diffusers(pipe, replay=run.reference, perturb=0))
+
+
+@pytest.mark.parametrize("field", ["checkpoint", "inputs"])
+def test_a_floor_of_other_digests_is_refused(run: Run, field: str) -> None:
+    """Whatever the values say: a truth of almost the same weights widens floors by less than is noticed."""
+    ours, other = "0a" * 32, "0b" * 32
+    reference = relabelled(run.reference, **{field: ours})
+    same, wrong = (relabelled(run.truth, **{field: digest}) for digest in (ours, other))
+    assert compare(reference, run.svdlab, same).verdict == "parity"
+    assert compare(reference, relabelled(run.svdlab, **{field: other}), same).verdict == "parity"
+    message = rf"^diffusers float64 .*: digests: {field} is 0b0b.*, allowed: 0a0a.*, as in diffusers float32"
+    with pytest.raises(SvdlabError, match=message):
+        compare(reference, run.svdlab, wrong)
+    moved = relabelled(run.reference, **{field: other})
+    with pytest.raises(SvdlabError, match=rf"digests: {field} is 0b0b"):
+        compare(reference, run.svdlab, perturbed=moved)
+    compare(reference, run.svdlab, altered(run.truth))  # without digests the other checks stand alone
 
 
 def test_values_whose_squares_overflow_are_no_parity(run: Run) -> None:
@@ -341,6 +466,8 @@ def test_json_holds_the_contract(run: Run) -> None:
     assert data["verdict"] == "parity" and data["first_divergence"] is None
     assert set(data["probes"][0]) >= {"name", "divergence", "floor", "ratio", "max_abs", "mse"}
     assert [p["name"] for p in data["probes"]] == list(run.reference.probes)
+    assert data["versions"] == dict.fromkeys(("compare", "reference", "candidate", "truth"), versions_of_run())
+    assert data["digests"]["truth"] == data["digests"]["reference"] == run.reference.digests != {}
 
 
 def test_tables_and_plots(run: Run) -> None:
@@ -410,6 +537,18 @@ def test_commands(tiny: Path, photo: Any, tmp_path: Path) -> None:
     assert invoke("compare", r, c, "--truth", t, "--json", js) == 0
     assert json.loads(js.read_text())["verdict"] == "parity"
     assert invoke("compare", r, c, "--rerun", *model) == 0
+    assert invoke("compare", r, c, "--rerun") == 2, "the embedded checkpoint is not that of the reference"
+    # Weights that no tensor shows to be others.
+    shutil.copytree(tiny, tmp_path / "almost")
+    weights = tmp_path / "almost" / "unet" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-4] ^= 1
+    weights.write_bytes(raw)
+    almost = ("--model", tmp_path / "almost")
+    assert invoke("compare", r, c, "--rerun", *almost) == 2
+    inputs = ("--implementation", "diffusers", "--out", bad, "--inputs", r, "--dtype", "float64")
+    assert invoke("trace", *inputs, *almost) == 0
+    assert invoke("compare", r, c, "--truth", bad) == 2
     assert invoke("compare", r, c) == 0
 
     altered(Trace.open(c), sigmas=Trace.open(c)["sigmas"] * 1.1).save(bad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from pieces import in_pieces
+from safetensors.torch import load_file, save_file
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.candidate import capture
+from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.probes import INPUTS, SHAPES, STEP
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-from svdlab.parity.trace import Trace
+from svdlab.parity.trace import DTYPES, Trace
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=32, width=32, num_frames=3, num_inference_steps=2, seed=3)
@@ -74,6 +79,62 @@ def test_the_trace_is_what_diffusers_does(diffusers: Any, reference: Trace, phot
     assert list(reference.probes[: len(INPUTS)]) == list(INPUTS)
     once, steps = SHAPES.keys() - STEP.keys(), (f"{name}.{step:03d}" for name in STEP for step in range(2))
     assert set(reference) == {*once, *steps}
+
+
+def digested(folder: Path, photo: Any, dtype: str, which: str, replay: Trace | None = None) -> Trace:
+    """A trace of a folder's weights up to the draws, by either implementation."""
+    settings = SETTINGS.replace(dtype=dtype)
+    arguments: dict[str, Any] = {"until": "input.latents", "checkpoint": folder, "replay": replay}
+    if which == "svdlab":
+        return capture(SVDPipeline.from_pretrained(folder, dtype=DTYPES[dtype]), photo, settings, **arguments)
+    return capture_diffusers(load_diffusers(folder, DTYPES[dtype]), photo, settings, **arguments)
+
+
+def test_digests_are_of_the_weights_and_of_the_inputs(tiny: Path, photo: Any, tmp_path: Path) -> None:
+    """The same for both implementations and every dtype; another for other weights, another image, another seed."""
+    made = {(d, w): digested(tiny, photo, d, w) for d in ("float32", "bfloat16") for w in ("diffusers", "svdlab")}
+    assert len({t.digests["checkpoint"] for t in made.values()}) == 1
+    first = made["float32", "diffusers"]
+    assert first.digests["inputs"] == made["float32", "svdlab"].digests["inputs"]
+    truth = digested(tiny, None, "float64", "diffusers", first)
+    assert truth.digests == first.digests and truth.versions == first.versions
+    assert first.versions["torch"] == torch.__version__ and set(first.versions) == {"svdlab", "torch", "diffusers"}
+    assert digested(tiny, photo.rotate(180), "float32", "svdlab").digests["inputs"] != first.digests["inputs"]
+    assert digested(write_random_checkpoint(tmp_path / "w", seed=5), photo, "float32", "svdlab").digests == {
+        "checkpoint": checkpoint_digest(tmp_path / "w"),
+        "inputs": first.digests["inputs"],
+    }
+    assert checkpoint_digest(tmp_path / "w") != first.digests["checkpoint"]
+
+
+def test_a_rerun_with_perturbed_inputs_has_the_inputs_of_what_it_reruns(diffusers: Any, reference: Trace) -> None:
+    moved = capture_diffusers(diffusers, replay=reference, perturb=0, until="image_embeddings")
+    assert not torch.equal(moved["input.latents"], reference["input.latents"])
+    assert moved.digests == reference.digests and set(moved.digests) == {"inputs"}
+    assert not capture_diffusers(diffusers, replay=reference, until="input.noise").digests
+
+
+def test_the_digest_of_a_checkpoint_is_of_every_byte_and_not_of_the_files(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    shutil.copytree(tiny, folder)
+    one = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(one)
+    assert checkpoint_digest(folder) == checkpoint_digest(tiny)
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, one.parent / file)
+    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (one.parent / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    one.unlink()
+    assert checkpoint_digest(folder) == checkpoint_digest(tiny)
+    raw = bytearray((one.parent / "b.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (one.parent / "b.safetensors").write_bytes(raw)
+    assert checkpoint_digest(folder) != checkpoint_digest(tiny)
+    (one.parent / "b.safetensors").write_bytes(raw[:-1])
+    with pytest.raises(SvdlabError, match=r"b\.safetensors: not a whole safetensors file"):
+        checkpoint_digest(folder)
 
 
 def test_guidance_and_the_model_input_are_as_the_probes_say(reference: Trace) -> None:

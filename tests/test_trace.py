@@ -18,9 +18,21 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
-from svdlab.parity.probes import CONDITIONING, FRAMES, INPUTS, SHAPES, STEP, execution_key, probe_of
+from svdlab.parity.digests import DIGESTS
+from svdlab.parity.probes import (
+    CONDITIONING,
+    EVERY_SHAPE,
+    FRAMES,
+    INPUTS,
+    PER_STEP,
+    SHAPES,
+    STEP,
+    execution_key,
+    is_optional,
+    probe_of,
+)
 from svdlab.parity.trace import DTYPES, FORMAT, METADATA_KEY, Trace
-from svdlab.parity.writer import TraceWriter
+from svdlab.parity.writer import TraceWriter, versions_of_run
 from svdlab.svd.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(height=16, width=24, num_frames=3, num_inference_steps=2)
@@ -77,11 +89,13 @@ def test_a_trace_comes_back_from_disk(tmp_path: Path, dtype: str) -> None:
     held = tensors(DTYPES[dtype])
     held["sigmas"] = held["sigmas"].float()  # dtypes are mixed in one file
     held["guidance_scale"] = held["guidance_scale"].double()
-    made = Trace(held, SETTINGS, "port", implementation_version="1.2", dtype=dtype)
+    known = {"digests": {"inputs": "0f" * 32}, "versions": {"port": "1.2", "torch": "2"}}
+    made = Trace(held, SETTINGS, "port", implementation_version="1.2", dtype=dtype, **known)
     path = tmp_path / "t.safetensors"
     back = made.save(path)
     assert (back.settings, back.dtype, back.implementation) == (SETTINGS, dtype, "port")
     assert back.implementation_version == "1.2"
+    assert (back.digests, back.versions) == (known["digests"], known["versions"])
     assert list(back) == sorted(held, key=execution_key)
     for name, tensor in held.items():
         assert back[name].dtype == tensor.dtype
@@ -132,6 +146,41 @@ def test_execution_order() -> None:
     assert sorted(reversed(names), key=execution_key) == names
 
 
+def test_optional_probes_have_their_places() -> None:
+    names = ["sigmas", "guidance_scale", "latents.init", "model_input.000", "unet.conv_in.000", "noise_pred.000"]
+    names += ["denoised.000", "latents.000", "model_input.001", "denoised.001", "latents.001", "frames", "frames_8bit"]
+    assert sorted(reversed(names), key=execution_key) == names
+    assert {name for name in names if is_optional(name)} == {
+        "latents.init",
+        "denoised.000",
+        "denoised.001",
+        "frames_8bit",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("latents.init", (1, 3, 4, 2, 2), r"latents\.init: shape \(1, 3, 4, 2, 2\), allowed: \(1, 3, 4, 2, 3\)"),
+        ("denoised.001", (1, 4, 3, 2, 3), r"denoised\.001: shape .* allowed: \(1, 3, 4, 2, 3\)"),
+        ("denoised.002", (1, 3, 4, 2, 3), r"denoised\.002: step 2"),
+        ("denoised", (1, 3, 4, 2, 3), "'denoised': neither a probe nor a tap"),
+        ("frames_8bit", (1, 3, 16, 24, 3), r"frames_8bit: shape .* allowed: \(1, 3, 3, 16, 24\)"),
+    ],
+)
+def test_optional_probes_are_checked(tmp_path: Path, name: str, shape: tuple[int, ...], message: str) -> None:
+    good = {"latents.init": (1, 3, 4, 2, 3), "denoised.001": (1, 3, 4, 2, 3), "frames_8bit": (1, 3, 3, 16, 24)}
+    held = tensors() | {probe: torch.ones(size) for probe, size in good.items()}
+    path = tmp_path / "t.safetensors"
+    assert list(Trace.open(write(path, held))) == sorted(held, key=execution_key)
+    order = sorted(held, key=execution_key)
+    i = order.index("denoised.001")
+    with pytest.raises(SvdlabError, match=r"denoised\.001 after latents\.001, allowed: execution order"):
+        Trace.open(write(path, held, order=[*order[:i], order[i + 1], order[i], *order[i + 2 :]]))
+    with pytest.raises(SvdlabError, match=message):
+        Trace.open(write(path, held | {name: torch.ones(shape)}))
+
+
 def replaced(**changes: Tensor | None) -> dict[str, Tensor]:
     held = {**tensors(), **{k.replace("__", "."): v for k, v in changes.items()}}
     return {k: v for k, v in held.items() if v is not None}
@@ -166,6 +215,11 @@ GARBAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no settings": (lambda p: write(p, settings=None), "settings: got None"),
     "bad settings": (lambda p: write(p, settings={"fps": 0}), "settings: fps"),
     "unresolved": (lambda p: write(p, settings={}), "settings: height is null"),
+    "digests": (lambda p: write(p, digests=["ab"]), "digests: got list, allowed: an object"),
+    "unknown digest": (lambda p: write(p, digests={"input": "ab" * 32}), "allowed: checkpoint, inputs"),
+    "short digest": (lambda p: write(p, digests={"inputs": "ab"}), "digests: inputs: got 'ab', allowed: 64"),
+    "no digest": (lambda p: write(p, digests={"inputs": 1}), "digests: inputs: got 1, allowed: 64"),
+    "versions": (lambda p: write(p, versions={"torch": 2}), "versions: got something else, allowed: an object of"),
     "empty trace": (lambda p: write(p, {}), "empty trace"),
     "no order": (lambda p: write(p, order=None), "order: got None"),
     "order leaves out": (lambda p: write(p, order=["sigmas"]), "order: leaves out"),
@@ -316,7 +370,8 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
     assert block, "docs/trace-format.md shows a real header"
     example = json.loads(block[1])
     settings = GenerationSettings.from_json(json.dumps(example["settings"]))
-    assert set(example) == set(TraceWriter(SETTINGS, "port").header())
+    assert set(example) == {*TraceWriter(SETTINGS, "port").header(), "digests", "versions"}
+    assert set(example["digests"]) == set(DIGESTS) and set(example["versions"]) == set(versions_of_run())
     assert set(example["settings"]) == set(GenerationSettings.model_fields)
     sizes = {"B": 1, "V": 1, "G": 2, "H0": 9, "W0": 9, "P": 224, "D": 32, "L": 4, "2L": 8, "h": 8, "w": 8}
     sizes |= {"F": settings.num_frames, "H": settings.height, "W": settings.width, "S": 1, "S+1": 2}
@@ -331,8 +386,8 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
 
 def test_every_probe_is_documented_with_its_shape() -> None:
     text = documented()
-    for name, shape in SHAPES.items():
-        shown = f"{name}.NNN" if name in STEP else name
+    for name, shape in EVERY_SHAPE.items():
+        shown = f"{name}.NNN" if name in PER_STEP else name
         spec = ", ".join(str(d) for d in shape) + ("," if len(shape) == 1 else "")
         assert f"| `{shown}` | ({spec}) |" in text, f"{shown} ({spec})"
     assert f"`{METADATA_KEY}`" in text and f'"format": {FORMAT}' in text

@@ -102,6 +102,7 @@ def _check_writer(path: str, json_path: str | None) -> NoReturn:
 @IMAGE
 @_TAPS
 @_UNTIL
+@click.option("--optional", is_flag=True, help="Record the optional probes of the trace format, too.")
 @JSON
 @MODEL
 @DEVICE
@@ -115,6 +116,7 @@ def trace(
     image: str | None,
     taps: Sequence[str],
     until: str | None,
+    optional: bool,
     json_path: str | None,
     model: str,
     device: str,
@@ -130,6 +132,7 @@ def trace(
     if out is None:
         raise SvdlabError("--out: is missing, allowed: the trace to write")
     from svdlab.parity.trace import DTYPES, Trace
+    from svdlab.svd.checkpoint import checkpoint_folder
 
     if inputs is not None and image is not None:
         raise SvdlabError("--image: not together with --inputs, which replays that trace's image")
@@ -144,24 +147,25 @@ def trace(
         "taps": taps,
         "until": until,
         "path": out,
+        "checkpoint": checkpoint_folder(model),
+        "optional": optional,
     }
     if implementation == "svdlab":
         from svdlab.parity.candidate import capture
         from svdlab.svd.pipeline import SVDPipeline
 
-        pipe = SVDPipeline.from_pretrained(model, dtype=settings.torch_dtype, device=device)
+        pipe = SVDPipeline.from_pretrained(shared["checkpoint"], dtype=settings.torch_dtype, device=device)
         made = capture(pipe, picture, settings, progress=True, **shared)
     else:
         import torch
 
         from svdlab.parity.reference import capture_diffusers, load_diffusers
-        from svdlab.svd.checkpoint import checkpoint_folder
 
         # A truth has the weights of the run that it is the truth of.
         weights = settings.torch_dtype if replay is None else DTYPES[replay.dtype]
         if torch.finfo(weights).eps < torch.finfo(settings.torch_dtype).eps:
             weights = settings.torch_dtype
-        diffusers = load_diffusers(checkpoint_folder(model), settings.torch_dtype, device, weights_dtype=weights)
+        diffusers = load_diffusers(shared["checkpoint"], settings.torch_dtype, device, weights_dtype=weights)
         made = capture_diffusers(diffusers, picture, settings, progress=True, **shared)
     click.echo(f"{out}: {len(made.probes)} probes, {len(made.taps)} taps, {made.implementation} {made.dtype}")
     if json_path:
@@ -205,8 +209,9 @@ def compare(
         from svdlab.parity.reference import capture_diffusers, load_diffusers
         from svdlab.svd.checkpoint import checkpoint_folder
 
-        diffusers = load_diffusers(checkpoint_folder(model), DTYPES[one.dtype], device)
-        perturbed = capture_diffusers(diffusers, replay=one, perturb=0, progress=True)
+        folder = checkpoint_folder(model)
+        diffusers = load_diffusers(folder, DTYPES[one.dtype], device)
+        perturbed = capture_diffusers(diffusers, replay=one, perturb=0, progress=True, checkpoint=folder)
     _report(compare_traces(one, other, exact, perturbed=perturbed, progress=True), json_path, every)
 
 

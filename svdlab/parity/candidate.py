@@ -13,11 +13,14 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
+from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.probes import probe_of
 from svdlab.parity.replay import replay_inputs
 from svdlab.parity.trace import Trace, dtype_name
-from svdlab.parity.writer import TraceWriter, version_of
+from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
+from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.stages import Change
 
 if TYPE_CHECKING:
     from svdlab.svd.pipeline import SVDPipeline
@@ -34,6 +37,8 @@ def capture(
     until: str | None = None,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    optional: bool = False,
 ) -> Trace:
     """Run svdlab and record every tensor of ``docs/trace-format.md``.
 
@@ -48,6 +53,8 @@ def capture(
         path: stream to this file instead of keeping the tensors in memory (see :class:`TraceWriter` for the
             bound).
         progress: show a bar over the denoising steps.
+        checkpoint: the folder that the pipeline was loaded from: its digest goes into the trace.
+        optional: record ``latents.init`` and ``frames_8bit``, too.
 
     Raises:
         SvdlabError: no image and nothing to replay, or a replay that lacks an input, or a pattern that names
@@ -61,6 +68,9 @@ def capture(
         inputs = pipe.prepare(image, settings, torch.Generator().manual_seed(settings.seed))
     else:
         raise SvdlabError("image: got none, allowed: an image, or a trace to replay")
+    if optional:
+        # Around whatever stands there.
+        pipe = pipe.with_changes(Change(wrap={"initial_latents": lambda _, stage, *given: record_init(stage(*given))}))
     if taps:
         # Another thread may be running these networks: the hooks go on modules of this capture's own.
         pipe = pipe.with_own_modules()
@@ -71,7 +81,14 @@ def capture(
         # All frames at once gives what the exact decode gives, which does not call the modules whose hooks record.
         run_settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
     writer = TraceWriter(
-        settings, "svdlab", implementation_version=version_of("svdlab"), dtype=settings.dtype, path=path, until=until
+        settings,
+        "svdlab",
+        implementation_version=version_of("svdlab"),
+        dtype=settings.dtype,
+        digests={} if checkpoint is None else {"checkpoint": checkpoint_digest(checkpoint)},
+        versions=versions_of_run(),
+        path=path,
+        until=until,
     )
     step = 0
     with (
@@ -99,7 +116,14 @@ def capture(
                 step = at or 0
             if base == "latents":
                 bar.update()
+            writer.digest_input(name, tensor)
             writer.put(name, tensor)
+            if optional and name == "frames":
+                writer.put("frames_8bit", torch.from_numpy(to_levels(tensor)).movedim(-1, -3).float())
+
+        def record_init(latents: Tensor) -> Tensor:
+            writer.put("latents.init", latents)
+            return latents
 
         for name, module in chosen.items():
             module.register_forward_hook(partial(record_tap, name))

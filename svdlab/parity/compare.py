@@ -25,8 +25,19 @@ import torch
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
-from svdlab.parity.probes import CONDITIONING, INPUTS, execution_key, is_tap, probe_of, short
+from svdlab.parity.probes import (
+    CONDITIONING,
+    EVERY_SHAPE,
+    INPUTS,
+    OPTIONAL_CONDITIONING,
+    execution_key,
+    is_optional,
+    is_tap,
+    probe_of,
+    short,
+)
 from svdlab.parity.trace import DTYPES, Trace
+from svdlab.parity.writer import versions_of_run
 from svdlab.svd.images import to_unit
 from svdlab.tables import Cell, Column, Style, Table
 
@@ -35,6 +46,8 @@ THRESHOLD = 4.0
 # The usual threshold elsewhere, on the mean squared error of the frames.
 MSE_BAR = 1e-3
 BLOCK = 2**22
+# 8-bit levels in a unit of the frames, which go from -1 to 1.
+LEVELS = 127.5
 # A measured floor above this many times ``bound`` is no rounding. The worst that is: 72 in float32, two steps of a flat
 # image without noise augmentation, whose group norms divide by almost nothing; 3 in the half dtypes, twelve steps.
 IMPLAUSIBLE = {"float64": 160.0, "float32": 160.0, "float16": 8.0, "bfloat16": 8.0}
@@ -70,8 +83,11 @@ def bound(name: str, dtype: str) -> float:
     the embedded checkpoint (7.9), where two bare files may diverge by rounding alone. A bug that moves the result by
     less than 4 times the bound passes; a truth shows it.
     """
+    if name == "frames_8bit":
+        # A pixel changes its level with a probability of its error in levels; against grey.
+        return math.sqrt(bound("frames", dtype) / LEVELS)
     probe = probe_of(name)
-    scalar = probe is not None and (probe[0] in INPUTS or probe[0] in CONDITIONING)
+    scalar = probe is not None and any(probe[0] in kinds for kinds in (INPUTS, CONDITIONING, OPTIONAL_CONDITIONING))
     scalar = scalar and name not in ("input.clip_pixels", "image_embeddings", "image_latents")
     return resolution(dtype) * (1.0 if scalar else NETWORK_GROWTH[dtype])
 
@@ -90,6 +106,9 @@ class ProbeResult:
         cosine: of the angle between candidate and reference; None when one of them is zero.
         psnr: of the frames in dB, in [0, 1] after clamping; None for other probes and for equal frames.
         zero_reference: the truth is all zeros, and distances are root mean squares instead of relative.
+        non_finite: how many of the candidate's values are NaN or infinite. With any, divergence, ratio, ``max_abs`` and
+            ``mse`` are infinite and the rest is None; ``to_dict`` has None for all of them.
+        reference_max: the reference's largest magnitude.
     """
 
     name: str
@@ -102,6 +121,23 @@ class ProbeResult:
     psnr: float | None
     floor_from: Floor
     zero_reference: bool = False
+    non_finite: int = 0
+    reference_max: float = 0.0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the reference was compared.
+
+    Attributes:
+        judged: kinds of probe, named without their steps, of which both traces have at least one.
+        missing: kinds that only the reference has.
+        complete: whether the candidate has every probe of the reference, at every step.
+    """
+
+    judged: list[str]
+    missing: list[str]
+    complete: bool
 
 
 @dataclass
@@ -110,7 +146,7 @@ class Comparison:
 
     Attributes:
         probes: every probe that both traces have, in execution order; ``modules`` likewise for inner taps.
-        missing: probes of the reference that the candidate lacks; ``extra`` the reverse.
+        missing: probes of the reference, but for optional ones, that the candidate lacks; ``extra`` the reverse.
         floor_from: "truth", "perturbed" or "bound": how the floor was found.
         reference, candidate, truth: the traces' labels.
         traces: the traces themselves, where the caller may want to look closer.
@@ -134,9 +170,23 @@ class Comparison:
         return "divergence" if self.first_divergence else "parity"
 
     @property
+    def coverage(self) -> Coverage:
+        """Which kinds of the reference's probes were compared; parity is said of these alone."""
+        judged = {kind_of(p.name) for p in self.probes}
+        every = judged | {kind_of(name) for name in self.missing}
+        kinds = [kind for kind in EVERY_SHAPE if kind in every]
+        missing = [kind for kind in kinds if kind not in judged]
+        return Coverage([kind for kind in kinds if kind in judged], missing, not self.missing)
+
+    @property
     def first_divergence(self) -> str | None:
         """The first probe, in execution order, whose ratio is above the threshold."""
         return next((p.name for p in self.probes if p.ratio > self.threshold), None)
+
+    @property
+    def first_non_finite(self) -> str | None:
+        """The first probe or tap, in execution order, in which the candidate has NaN or infinity."""
+        return next((r.name for r in self._ordered() if r.non_finite), None)
 
     @property
     def first_module(self) -> str | None:
@@ -176,37 +226,66 @@ class Comparison:
         """What ``--json`` writes."""
         return {
             "verdict": self.verdict,
+            "summary": self.summary(),
+            "coverage": asdict(self.coverage),
             "first_divergence": self.first_divergence,
             "first_module": self.first_module,
+            "first_non_finite": self.first_non_finite,
             "floor_from": self.floor_from,
             "threshold": self.threshold,
             "dtype": self.dtype,
             "reference": self.reference,
             "candidate": self.candidate,
             "truth": self.truth,
-            "frames_mse": self.frames_mse,
+            "frames_mse": _number(self.frames_mse),
             "passes_mse_bar": self.passes_mse_bar,
             "missing": self.missing,
             "extra": self.extra,
-            "probes": [asdict(p) for p in self.probes],
-            "modules": [asdict(m) for m in self.modules],
+            "versions": {
+                "compare": versions_of_run(),
+                **{role: trace.versions for role, trace in self.traces.items()},
+            },
+            "digests": {role: trace.digests for role, trace in self.traces.items()},
+            "probes": [{k: _number(v) for k, v in asdict(p).items()} for p in self.probes],
+            "modules": [{k: _number(v) for k, v in asdict(m).items()} for m in self.modules],
         }
 
     def to_json(self) -> str:
         """:meth:`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def summary(self) -> str:
-        """The answer in one line."""
-        worst = self.worst
-        text = f"{self.verdict}: worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
+        """The answer in one line; parity over a part of the reference's probes says over which part."""
+        worst, coverage = self.worst, self.coverage
+        text: str = self.verdict
+        if not coverage.complete:
+            kinds = len(coverage.judged) + len(coverage.missing)
+            lacks = _some(coverage.missing or self.missing)
+            text += f" on {len(coverage.judged)} of {kinds} kinds of probe (partial: missing {lacks})"
+        text += f": worst ratio {worst.ratio:.2f} at {worst.name}, {len(self.probes)} probes"
         if self.first_divergence:
             text = f"divergence: first at {self.first_divergence}, ratio {self[self.first_divergence].ratio:.3g}"
         if self.first_module:
             text += f", in module {self.first_module}"
+        if self.first_non_finite:
+            text += f"; {self._non_finite_text()}"
         if self.missing:
             text += f"; {len(self.missing)} probes missing in {self.candidate}: {_some(self.missing)}"
         return text
+
+    def _non_finite_text(self) -> str:
+        results = list(self._ordered())
+        at = next(i for i, r in enumerate(results) if r.non_finite)
+        result = results[at]
+        candidate = self.traces.get("candidate")
+        size = "" if candidate is None else f" of {math.prod(candidate.shape(result.name))}"
+        text = f"NaN or infinity first at {result.name}, {result.non_finite}{size} values"
+        text += f", the {at} tensors compared before it are finite" if at else ", the first tensor compared"
+        dtype = self.dtype if candidate is None else candidate.dtype
+        limit = torch.finfo(DTYPES[dtype]).max
+        return (
+            text + f"; the reference's largest |value| there is {result.reference_max:.5g}, {dtype} holds {limit:.5g}"
+        )
 
     def floor_text(self) -> str:
         """How the floor was found, in words."""
@@ -243,12 +322,16 @@ class Comparison:
     def _title(self) -> str:
         return f"{self.candidate} against {self.reference}"
 
+    def _ordered(self) -> list[ProbeResult]:
+        """Probes and taps in execution order."""
+        return sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
+
     def _results(self, every: bool) -> Iterator[ProbeResult | None]:
         """The results in execution order, with None where some are left out."""
-        results = sorted([*self.probes, *self.modules], key=lambda r: execution_key(r.name))
+        results = self._ordered()
         shown = set(range(len(results)))
         if not every and len(results) > 48:
-            marked = {self.first_divergence, self.first_module, self.worst.name}
+            marked = {self.first_divergence, self.first_module, self.first_non_finite, self.worst.name}
             marks = [i for i, result in enumerate(results) if result.name in marked]
             near = [i for m in marks for i in range(m - 2, m + 3)]
             shown = {*range(20), *range(len(results) - 6, len(results)), *near}
@@ -302,6 +385,16 @@ def _texts(result: ProbeResult) -> list[str]:
     ]
 
 
+def _number(value: Any) -> Any:
+    """What JSON can hold: None for infinity and NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def kind_of(probe: str) -> str:
+    """A probe's name without its step."""
+    return (probe_of(probe) or (probe, None))[0]
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -335,7 +428,7 @@ def compare(
 
     Args:
         reference: of the working dtype.
-        candidate: what is judged; it may hold only some probes.
+        candidate: what is judged; it may hold only some probes, and NaN and infinity.
         truth: the reference in a wider dtype (float64), from the same inputs.
         perturbed: without a truth, the reference once more with everything moved by one unit in the last
             place (``reference.capture_diffusers(perturb=...)``).
@@ -343,9 +436,10 @@ def compare(
         progress: show a bar.
 
     Raises:
-        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity, no probe in common, a
-            truth that is not wider than the reference, that did not replay its inputs, that another
-            implementation made, or whose distance from it no rounding explains.
+        SvdlabError: settings that differ, a tensor of another shape, NaN or infinity in the reference, the truth or
+            the rerun, no probe in common, a truth that is not wider than the reference, that did not replay its
+            inputs, that another implementation made, whose digests of checkpoint or inputs are others, or whose
+            distance from it no rounding explains.
     """
     check_settings(reference, candidate)
     for other in (truth, perturbed):
@@ -369,7 +463,7 @@ def compare(
     return Comparison(
         probes=[results[n] for n in probes],
         modules=[results[n] for n in common if is_tap(n)],
-        missing=[n for n in order if n not in candidate],
+        missing=[n for n in order if n not in candidate and not is_optional(n)],
         extra=[n for n in candidate.probes if n not in reference],
         floor_from=floor_from,  # type: ignore[arg-type]
         dtype=reference.dtype,
@@ -381,6 +475,12 @@ def compare(
             k: v for k, v in (("reference", reference), ("candidate", candidate), ("truth", truth)) if v is not None
         },
     )
+
+
+_DIGEST_REASONS = {
+    "checkpoint": "it was made with another checkpoint ('--model')",
+    "inputs": "it was made from another image or other draws, allowed: a run that replays its inputs ('--inputs')",
+}
 
 
 def check_same_run(reference: Trace, other: Trace) -> None:
@@ -402,6 +502,13 @@ def check_same_run(reference: Trace, other: Trace) -> None:
             raise SvdlabError(
                 f"{other.label}: {name} is not that of {reference.label}, allowed: a run that replays its inputs "
                 "('svdlab trace --inputs')"
+            )
+    for name, reason in _DIGEST_REASONS.items():
+        a, b = reference.digests.get(name), other.digests.get(name)
+        if a is not None and b is not None and a != b:
+            raise SvdlabError(
+                f"{other.label}: digests: {name} is {b[:12]}..., allowed: {a[:12]}..., as in {reference.label}; "
+                f"{reason}"
             )
 
 
@@ -428,17 +535,21 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
                 f"{trace.label}: {name}: shape {trace.shape(name)}, allowed: {reference.shape(name)}, "
                 f"as in {reference.label}"
             )
-    r, c = reference[name].reshape(-1), candidate[name].reshape(-1)
+    r, c = reference[name].reshape(-1), candidate.raw(name).reshape(-1)
     other = None if second is None else second[name].reshape(-1)
     # What the distances are measured from: the truth where there is one, else the reference.
     origin = other if floor_from == "truth" else None
     sums = torch.zeros(7, dtype=torch.float64)
-    max_abs, clamped = 0.0, 0.0
+    max_abs, clamped, reference_max, non_finite = 0.0, 0.0, 0.0, 0
     for start in range(0, r.numel(), BLOCK):
         part = slice(start, start + BLOCK)
         rb, cb = r[part].double(), c[part].double()
         ob = rb if origin is None else origin[part].double()
         fb = rb if other is None else other[part].double()
+        finite = cb.isfinite()
+        if not bool(finite.all()):
+            non_finite += int((~finite).sum())
+            cb = cb.where(finite, 0.0)
         difference = cb - rb
         sums += torch.stack(
             [
@@ -452,6 +563,7 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
             ]
         )
         max_abs = max(max_abs, float(difference.abs().max()))
+        reference_max = max(reference_max, float(rb.abs().max()))
         if name == "frames":
             clamped += float((to_unit(cb) - to_unit(rb)).square().sum())
     size, far, own, squared, rr, cc, rc = sums.tolist()
@@ -463,10 +575,17 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
     # The CLIP resize loses digits in its sampling positions, which no perturbation of its input shows.
     bounded = floor_from == "bound" or (floor_from == "perturbed" and name == "input.clip_pixels")
     lowest = bound(name, reference.dtype) if bounded else resolution(reference.dtype)
+    if name == "frames_8bit":
+        # Levels round to nothing or to one: no less than one of all values that falls to the other side, and without a
+        # measurement as many as ``bound`` expects.
+        lowest = max(1.0, LEVELS * lowest * math.sqrt(r.numel()) if bounded else 1.0) / scale
     floor = max(math.sqrt(own) / scale, lowest)
-    if second is not None and not is_tap(name):
+    if second is not None and not is_tap(name) and floor > lowest:  # what it measured is the floor
         _check_plausible(name, floor, reference, second)
     divergence = math.sqrt(far) / scale
+    if non_finite:
+        divergence = max_abs = squared = math.inf
+        rr, clamped = 0.0, 0.0
     return ProbeResult(
         name=name,
         divergence=divergence,
@@ -478,4 +597,6 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
         psnr=10 * math.log10(r.numel() / clamped) if clamped else None,
         floor_from=floor_from,
         zero_reference=zero,
+        non_finite=non_finite,
+        reference_max=reference_max,
     )

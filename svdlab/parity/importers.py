@@ -24,7 +24,7 @@ from torch import Tensor
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps
 from svdlab.parity.foreign import Source, expand, listed
-from svdlab.parity.probes import SHAPES, STEP, check_shapes, execution_key, probe_of, short
+from svdlab.parity.probes import EVERY_SHAPE, PER_STEP, check_shapes, execution_key, probe_of, short
 from svdlab.parity.trace import CODES, Trace
 from svdlab.parity.writer import TraceWriter
 
@@ -199,7 +199,7 @@ def _texts(entry: Entry) -> list[str]:
 
 def _split(name: str) -> tuple[str | None, bool, int | None]:
     """(name without step or None where it is none, whether every step has one, the step if named)."""
-    if name in STEP or (taps.layout_of(name) and taps.is_per_step(name)):
+    if name in PER_STEP or (taps.layout_of(name) and taps.is_per_step(name)):
         return name, True, None
     if (probe := probe_of(name)) is not None:
         return probe[0], probe[1] is not None, probe[1]
@@ -216,7 +216,9 @@ def base_of(name: str) -> str:
 def has_both_halves(base: str) -> bool:
     """Whether a trace has both halves of the guidance in this tensor's batch."""
     return (
-        SHAPES[base][0] == "G" if base in SHAPES else base.startswith("unet.") and taps.layout_of(base) != "positions"
+        EVERY_SHAPE[base][0] == "G"
+        if base in EVERY_SHAPE
+        else base.startswith("unet.") and taps.layout_of(base) != "positions"
     )
 
 
@@ -231,9 +233,9 @@ def letters_of(base: str, tokens: bool = True) -> str:
         base: the name.
         tokens: whether a tap of the image encoder has an axis of tokens; some have.
     """
-    if base in SHAPES:
+    if base in EVERY_SHAPE:
         # A square, the CLIP pixels' P x P, is height and width.
-        return "".join(_LETTERS.get(dim, "C") for dim in SHAPES[base]).replace("CCC", "CHW")
+        return "".join(_LETTERS.get(dim, "C") for dim in EVERY_SHAPE[base]).replace("CCC", "CHW")
     layouts = {"activation": "NFCHW", "vector": "NC", "positions": "FC", "tokens": "NTC" if tokens else "NC"}
     return layouts[taps.layout_of(base) or ""]
 
@@ -245,18 +247,18 @@ def expected_shape(name: str, reference: Trace) -> tuple[int | None, ...] | None
     base, _, _ = _split(name)
     if base is None:
         return None
-    if base not in SHAPES:
+    if base not in EVERY_SHAPE:
         return next((reference.shape(tap) for tap in reference.taps if (taps.split(tap) or ("",))[0] == base), None)
     settings = reference.settings
     sizes: dict[str, int] = {"F": settings.num_frames or 0, "H": settings.height or 0, "W": settings.width or 0}
     sizes |= {"S": settings.num_steps, "S+1": settings.num_steps + 1}
     for probe in reference.probes:
-        sizes |= zip(map(str, SHAPES[(probe_of(probe) or ("",))[0]]), reference.shape(probe), strict=True)
+        sizes |= zip(map(str, EVERY_SHAPE[(probe_of(probe) or ("",))[0]]), reference.shape(probe), strict=True)
     if "B" in sizes:
         sizes.setdefault("V", sizes["B"] * settings.num_videos_per_prompt)
     if "L" in sizes:
         sizes.setdefault("2L", 2 * sizes["L"])
-    return tuple(dim if isinstance(dim, int) else sizes.get(dim) for dim in SHAPES[base])
+    return tuple(dim if isinstance(dim, int) else sizes.get(dim) for dim in EVERY_SHAPE[base])
 
 
 def arrange(tensor: Tensor, entry: Entry, base: str, frames: int, step: int | None = None) -> Tensor:

@@ -52,7 +52,7 @@ class ModuleJudge:
         steps = {split[1] for name in names if (split := tapping.split(name)) and split[1] is not None}
         self.step = min(steps, default=0)
         self.taps = {base: name for name in names for base, step in [_split(name)] if step in (None, self.step)}
-        self.found = {base: candidate[name] for base, name in self.taps.items()}
+        self.found = {base: candidate.raw(name) for base, name in self.taps.items()}
         self.output = _OUTPUT.get(network) or f"noise_pred{'_cond' if stages.guided else ''}.{self.step:03}"
         self.work_pipe, self.exact_pipe = _plain(stages.pipe), _plain(stages.exact_pipe)
         self.order: list[str] = []

@@ -41,6 +41,13 @@ STEP = {
 }
 FRAMES = {"frames": ("V", "F", 3, "H", "W")}
 SHAPES: Mapping[str, tuple[int | str, ...]] = {**INPUTS, **CONDITIONING, **STEP, **FRAMES}
+# What a capture records only when it is asked to: for ports that have these tensors and not their neighbours.
+OPTIONAL_CONDITIONING = {"latents.init": ("V", "F", "L", "h", "w")}
+OPTIONAL_STEP = {"denoised": ("V", "F", "L", "h", "w")}
+OPTIONAL_FRAMES = {"frames_8bit": ("V", "F", 3, "H", "W")}
+OPTIONAL: Mapping[str, tuple[int | str, ...]] = {**OPTIONAL_CONDITIONING, **OPTIONAL_STEP, **OPTIONAL_FRAMES}
+EVERY_SHAPE: Mapping[str, tuple[int | str, ...]] = {**SHAPES, **OPTIONAL}
+PER_STEP = (*STEP, *OPTIONAL_STEP)
 
 
 def _order(probes: Mapping[str, object], per_step: bool = False) -> tuple[str, ...]:
@@ -48,26 +55,41 @@ def _order(probes: Mapping[str, object], per_step: bool = False) -> tuple[str, .
     names: list[str] = []
     for stage in STAGES:
         # What the UNet computes once for all steps is no probe itself.
-        writes = [
-            name for name in stage.writes if name in probes or (name == "conditioning" and probes is CONDITIONING)
-        ]
+        writes = [name for name in stage.writes if name in probes or (name == "conditioning" and "sigmas" in probes)]
         if writes and stage.network:
             names.append(f"taps of {stage.network}{' at a step' * per_step}")
         names += writes
     return tuple(names)
 
 
-_PHASES = (tuple(INPUTS), _order(CONDITIONING), _order(STEP, per_step=True), _order(FRAMES))
+def _with_denoised(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The Euler step makes the denoised latents before the next ones."""
+    at = names.index("latents")
+    return (*names[:at], *OPTIONAL_STEP, *names[at:])
+
+
+_PHASES = (
+    tuple(INPUTS),
+    _order({**CONDITIONING, **OPTIONAL_CONDITIONING}),
+    _with_denoised(_order(STEP, per_step=True)),
+    (*_order(FRAMES), *OPTIONAL_FRAMES),
+)
 _FREE_PHASES = (0, 1)  # a port may order its inputs, and its conditioning, as it likes
 _PLACE = {name: (phase, index) for phase, names in enumerate(_PHASES) for index, name in enumerate(names)}
-_STEP_PROBE = re.compile(rf"({'|'.join(STEP)})\.(\d{{3,}})")
+_STEP_PROBE = re.compile(rf"({'|'.join(PER_STEP)})\.(\d{{3,}})")
 
 
 def probe_of(name: str) -> tuple[str, int | None] | None:
     """Split a probe's name: ``latents.003`` -> ("latents", 3), ``frames`` -> ("frames", None); or None."""
     if match := _STEP_PROBE.fullmatch(name):
         return match[1], int(match[2])
-    return (name, None) if name in SHAPES and name not in STEP else None
+    return (name, None) if name in EVERY_SHAPE and name not in PER_STEP else None
+
+
+def is_optional(name: str) -> bool:
+    """Whether ``name`` is a probe that a capture records only when it is asked to."""
+    probe = probe_of(name)
+    return probe is not None and probe[0] in OPTIONAL
 
 
 def is_tap(name: str) -> bool:
@@ -151,7 +173,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], settings: GenerationSett
     for name in sorted(shapes, key=execution_key):
         shape = shapes[name]
         if (probe := probe_of(name)) is not None:
-            (_, step), spec = probe, SHAPES[probe[0]]
+            (_, step), spec = probe, EVERY_SHAPE[probe[0]]
         else:
             tap, step = taps.split(name) or ("", None)
             spec = taps.shape_of(tap) or ("*",) * len(shape)

@@ -31,6 +31,7 @@ class Recorder:
         writer: where everything is recorded; it ends the run when it has what was asked for.
         stack: closed when the capture ends.
         perturb: a seed to move every input and every layer's output by one unit in the last place, or None.
+        optional: record the optional probes, too.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Recorder:
         writer: TraceWriter,
         stack: ExitStack,
         perturb: int | None,
+        optional: bool = False,
     ) -> None:
         self.pipe, self.settings, self.replay = pipe, settings, replay
         self.writer, self.stack = writer, stack
@@ -48,6 +50,10 @@ class Recorder:
         self.guided = False
         self.decoder_frames = settings.num_frames or 1
         self.nudge = Nudge(perturb) if perturb is not None else None
+        self.optional = optional
+        if optional:
+            self._wrap(pipe, "prepare_latents", self._prepare_latents)
+            self._wrap(pipe.scheduler, "step", self._scheduler_step)
 
         vae_dtype = pipe.vae.dtype
         stack.callback(lambda: pipe.vae.dtype == vae_dtype or pipe.vae.to(dtype=vae_dtype))
@@ -107,6 +113,7 @@ class Recorder:
                 drawn = self.replay[name].to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
                 if tuple(drawn.shape) != tuple(shape):
                     raise SvdlabError(f"{name}: the replayed shape {tuple(drawn.shape)}, allowed: {tuple(shape)}")
+            self.writer.digest_input(name, drawn)
             return self.record(name, self._nudged(drawn))
 
         return randn_tensor
@@ -129,7 +136,9 @@ class Recorder:
         if self.replay and "input.source" not in self.replay:
             return
         levels = np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
-        self.record("input.source", torch.from_numpy(levels / np.float32(255)))
+        source = torch.from_numpy(levels / np.float32(255))
+        self.writer.digest_input("input.source", source)
+        self.record("input.source", source)
 
     def _pil_to_float64(self, original: Callable[..., Any], images: Any) -> np.ndarray:
         images = images if isinstance(images, list) else [images]
@@ -199,8 +208,19 @@ class Recorder:
 
         return callback
 
+    def _prepare_latents(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return self.record("latents.init", original(*args, **kwargs))
+
+    def _scheduler_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        self.record(f"denoised.{self.step:03d}", output.pred_original_sample)
+        return output
+
     def _postprocess(self, original: Callable[..., Any], video: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.record("frames", video.permute(0, 2, 1, 3, 4))
+        if self.optional:
+            levels = [[np.asarray(frame) for frame in frames] for frames in original(video, output_type="pil")]
+            self.record("frames_8bit", torch.from_numpy(np.stack(levels)).movedim(-1, -3).float())
         return original(video, *args, **kwargs)
 
     def tap(self, name: str, module: nn.Module) -> None:

@@ -28,10 +28,11 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError, requires
 from svdlab.parity import taps as tapping
+from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.recorder import Recorder
 from svdlab.parity.replay import inputs_to_replay, replay_images, source_images
 from svdlab.parity.trace import Trace, dtype_name
-from svdlab.parity.writer import TraceWriter, version_of
+from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -191,6 +192,8 @@ def capture_diffusers(
     progress: bool = False,
     perturb: int | None = None,
     implementation: str = "diffusers",
+    checkpoint: str | os.PathLike[str] | None = None,
+    optional: bool = False,
 ) -> Trace:
     """Run a diffusers ``StableVideoDiffusionPipeline`` and record every tensor of ``docs/trace-format.md``.
 
@@ -209,6 +212,9 @@ def capture_diffusers(
             at random. How far the result moves is what rounding alone can do (``compare``'s floor without a
             truth).
         implementation: what the trace calls it.
+        checkpoint: the folder that the pipeline was loaded from: its digest goes into the trace, and ``compare``
+            refuses a truth or a rerun of another one.
+        optional: record the optional probes, too: ``latents.init``, ``denoised.NNN`` and ``frames_8bit``.
 
     Raises:
         SvdlabError: a setting at which diffusers fails, no image and nothing to replay, a replay that lacks
@@ -229,6 +235,8 @@ def capture_diffusers(
         implementation,
         implementation_version=version_of("diffusers"),
         dtype=settings.dtype,
+        digests={} if checkpoint is None else {"checkpoint": checkpoint_digest(checkpoint)},
+        versions=versions_of_run(),
         path=path,
         until=until,
     )
@@ -236,7 +244,7 @@ def capture_diffusers(
         bar = stack.enter_context(
             tqdm(total=settings.num_steps, desc=f"{implementation} {settings.dtype}", disable=not progress)
         )
-        recorder = Recorder(pipe, settings, tensors, writer, stack, perturb)
+        recorder = Recorder(pipe, settings, tensors, writer, stack, perturb, optional)
         for name, module in chosen.items():
             recorder.tap(name, module)
         stack.enter_context(_quiet())

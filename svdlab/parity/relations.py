@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps
-from svdlab.parity.probes import SHAPES, probe_of, short
+from svdlab.parity.probes import EVERY_SHAPE, probe_of, short
 
 # The largest multiple of the floor that rounding explains, as in ``compare.THRESHOLD``.
 TOLERANCE = 4.0
@@ -98,9 +98,9 @@ def axes_of(name: str) -> tuple[str, ...]:
     Raises:
         SvdlabError: neither a probe nor a tap.
     """
-    if (probe := probe_of(name)) is not None or name in SHAPES:
+    if (probe := probe_of(name)) is not None or name in EVERY_SHAPE:
         axes: list[str] = []
-        for dim in SHAPES[probe[0] if probe else name]:
+        for dim in EVERY_SHAPE[probe[0] if probe else name]:
             # CLIP's square input has one name for both sides.
             axis = ("width" if "height" in axes else "height") if dim == "P" else _AXIS_OF[dim]
             axes.append(axis)

@@ -22,7 +22,7 @@ from torch import Tensor
 from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.compare import THRESHOLD, resolution
-from svdlab.parity.probes import INPUTS, execution_key, is_tap, probe_of
+from svdlab.parity.probes import INPUTS, execution_key, probe_of
 from svdlab.parity.replay import is_8bit, source_images
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.svd.pipeline import SVDPipeline
@@ -35,6 +35,12 @@ FOREIGN = 64.0
 _WIDE = {"input.source", "input.image", "input.clip_pixels", "input.noise", "sigmas", "timesteps"}
 _DRAWS = ("input.noise", "input.latents")
 _STAGE_OF = {name: stage.name for stage in STAGES for name in stage.writes}
+
+
+def _is_judged(name: str) -> bool:
+    """Whether a stage, or the preprocessing, writes or reads this very tensor."""
+    probe = probe_of(name)
+    return probe is not None and (probe[0] in _STAGE_OF or probe[0] in INPUTS)
 
 
 def stages_changed(*changes: Change) -> frozenset[str]:
@@ -344,11 +350,11 @@ class StageJudge:
         self.candidate_truth = candidate_truth
         self.settings = pipe.resolve(reference.settings.replace(dtype=reference.dtype))
         self.exact_pipe = SVDPipeline(copy.deepcopy(pipe.components)).to(torch.float64)
-        probes = [name for name in candidate if not is_tap(name) and name in reference]
+        probes = [name for name in candidate if name in reference and _is_judged(name)]
         draws = [name for name in INPUTS if name in reference and name not in probes]
         if "input.source" in reference and not is_8bit(reference["input.source"]):
             draws, probes = ([n for n in names if n != "input.source"] for names in (draws, probes))
-        known = {name: candidate[name] for name in probes}
+        known = {name: candidate.raw(name) for name in probes}
         own = {name: reference[name] for name in (*probes, *draws)}
         known.update({name: reference[name] for name in draws})
         self.guided = self._is_guided(known)
@@ -382,7 +388,7 @@ class StageJudge:
     def candidate_rounding(self, name: str) -> float:
         """How far the candidate's own rounding moves a tensor, where its float64 trace is given."""
         exact = self.candidate_truth
-        return 0.0 if exact is None or name not in exact else distance(self.candidate[name], exact[name])
+        return 0.0 if exact is None or name not in exact else distance(self.candidate.raw(name), exact[name])
 
     def floor(self, name: str, work: Chain | None = None, exact: Chain | None = None) -> float:
         """What rounding explains of one tensor; NaN where the stage's own result is not finite."""
@@ -402,6 +408,8 @@ class StageJudge:
         """
         ratios: dict[str, float] = {}
         for name in self.judged:
+            if not bool(torch.isfinite(self.exact.expected(name)).all()):
+                continue  # what went in is not finite: nothing can be said of the stage
             ratios[name] = self.ratio(name)
             rounding = distance(self.work.expected(name), self.exact.expected(name))
             if self.own_distance(name) > FOREIGN * max(rounding, self.resolution):
@@ -428,4 +436,4 @@ class StageJudge:
         """The random draws, and the image as given, in which the candidate differs from the reference."""
         names = [n for n in ("input.source", *_DRAWS) if n in self.candidate and n in self.reference]
         limit = THRESHOLD * torch.finfo(DTYPES[self.reference.dtype]).eps
-        return [n for n in names if not distance(self.candidate[n], self.reference[n]) <= limit]
+        return [n for n in names if not distance(self.candidate.raw(n), self.reference[n]) <= limit]

@@ -57,7 +57,7 @@ def three_way(
     def path(name: str) -> Path | None:
         return None if folder is None else Path(folder) / f"{name}.safetensors"
 
-    shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress}
+    shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress, "checkpoint": checkpoint}
     pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device)
     settings = pipe.resolve(settings)
     candidate = capture(pipe, image, settings, path=path("svdlab"), **shared)

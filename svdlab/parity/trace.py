@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
+from svdlab.parity.digests import check_digests, check_versions
 from svdlab.parity.probes import check_order, check_shapes, execution_key, is_tap, short
 from svdlab.svd.settings import GenerationSettings
 
@@ -63,6 +64,8 @@ class Trace(Mapping[str, Tensor]):
         settings: what made it, with height, width and number of frames resolved.
         implementation: "diffusers", "svdlab" or a port's own name; ``implementation_version`` its version.
         dtype: the dtype the networks ran in: "float64", "float32", "float16" or "bfloat16".
+        digests: sha256 of the "checkpoint" and of the "inputs" (``svdlab.parity.digests``), as far as they are known.
+        versions: of the packages that made it, by name; may be empty.
         path: the file, or None for a trace in memory.
         label: the file's name, or what it is, for tables and errors.
     """
@@ -77,6 +80,8 @@ class Trace(Mapping[str, Tensor]):
         *,
         implementation_version: str = "",
         dtype: str = "float32",
+        digests: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self._tensors: Mapping[str, Tensor] | None = dict(tensors)
         self._shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -87,6 +92,8 @@ class Trace(Mapping[str, Tensor]):
         self.dtype = dtype
         self.label = f"{implementation} {dtype} (in memory)"
         with _about(self.label):
+            self.digests = check_digests(dict(digests or {}))
+            self.versions = check_versions(dict(versions or {}))
             self.order = tuple(sorted(tensors, key=execution_key))
         self._check_contents()
 
@@ -141,6 +148,9 @@ class Trace(Mapping[str, Tensor]):
             raise SvdlabError(f"{self.label}: settings: got {header.get('settings')!r}, allowed: an object")
         with _about(f"{self.label}: settings"):
             self.settings = GenerationSettings.from_json(json.dumps(header["settings"]))
+        with _about(self.label):
+            self.digests = check_digests(header.get("digests"))
+            self.versions = check_versions(header.get("versions"))
         self.implementation = header["implementation"]
         self.implementation_version = header["implementation_version"]
         self.dtype = header["dtype"]
@@ -191,13 +201,21 @@ class Trace(Mapping[str, Tensor]):
             KeyError: the trace does not hold it.
             SvdlabError: it holds NaN or infinity.
         """
-        if name not in self._shapes:
-            raise KeyError(name)
-        tensor = self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
+        tensor = self.raw(name)
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise SvdlabError(f"{self.label}: {name}: {bad} of {tensor.numel()} values are NaN or infinite")
         return tensor
+
+    def raw(self, name: str) -> Tensor:
+        """Load one tensor as it is: NaN and infinity, which a candidate may hold, included.
+
+        Raises:
+            KeyError: the trace does not hold it.
+        """
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.order)
@@ -220,10 +238,12 @@ class Trace(Mapping[str, Tensor]):
             self.implementation,
             implementation_version=self.implementation_version,
             dtype=self.dtype,
+            digests=self.digests,
+            versions=self.versions,
             path=path,
         ) as writer:
             for name in self.order:
-                writer.put(name, self[name])
+                writer.put(name, self.raw(name))
         return writer.trace
 
     def require(self, names: Sequence[str], purpose: str) -> None:

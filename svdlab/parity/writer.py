@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path
+from svdlab.parity.digests import InputsDigest
 from svdlab.parity.probes import check_until, execution_key
 from svdlab.parity.trace import CODES, FORMAT, METADATA_KEY, Trace, dtype_name
 from svdlab.svd.settings import GenerationSettings
@@ -41,6 +43,8 @@ class TraceWriter:
         implementation: who made the tensors.
         implementation_version: its version.
         dtype: what the networks ran in.
+        digests: of the checkpoint and of the inputs, as far as they are known (``svdlab.parity.digests``).
+        versions: of the packages that make the tensors, by name.
         path: the file, or None to keep the tensors in memory.
         until: the probe behind which the capture is complete; None records everything.
     """
@@ -52,6 +56,8 @@ class TraceWriter:
         *,
         implementation_version: str = "",
         dtype: str = "float32",
+        digests: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
         path: str | os.PathLike[str] | None = None,
         until: str | None = None,
     ) -> None:
@@ -60,6 +66,9 @@ class TraceWriter:
         self.implementation = implementation
         self.implementation_version = implementation_version
         self.dtype = dtype
+        self.digests = dict(digests or {})
+        self.versions = dict(versions or {})
+        self._inputs = InputsDigest()
         self.path = None if path is None else Path(path)
         self.until = until
         self._stack = ExitStack()
@@ -92,6 +101,8 @@ class TraceWriter:
                     self.implementation,
                     implementation_version=self.implementation_version,
                     dtype=self.dtype,
+                    digests=self.digests,
+                    versions=self.versions,
                 )
             else:
                 self._assemble()
@@ -104,6 +115,12 @@ class TraceWriter:
         """The finished trace, after the ``with`` block."""
         assert self._trace is not None, "the writer is still open"
         return self._trace
+
+    def digest_input(self, name: str, tensor: Tensor) -> None:
+        """Take an input of this run into its digest, before it is recorded; tensors that are no inputs are ignored."""
+        self._inputs.add(name, tensor)
+        if self._inputs.hex is not None:
+            self.digests["inputs"] = self._inputs.hex
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Record one whole tensor.
@@ -163,12 +180,14 @@ class TraceWriter:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self._shape(name))
 
     def header(self) -> dict[str, Any]:
-        """What the metadata's JSON says."""
+        """What the metadata's JSON says; digests and versions where they are known."""
+        known = {"digests": self.digests, "versions": self.versions}
         return {
             "format": FORMAT,
             "implementation": self.implementation,
             "implementation_version": self.implementation_version,
             "dtype": self.dtype,
+            **{name: value for name, value in known.items() if value},
             "settings": json.loads(self.settings.to_json()),
             "order": sorted(self._pieces, key=execution_key),
         }
@@ -202,6 +221,11 @@ def _copy(source: BinaryIO, target: BinaryIO, offset: int, count: int) -> None:
         block = source.read(min(count, COPY_BYTES))
         target.write(block)
         count -= len(block)
+
+
+def versions_of_run() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    return {package: version_of(package) for package in ("svdlab", "torch", "diffusers")}
 
 
 def version_of(package: str) -> str:
