@@ -268,12 +268,12 @@ class Comparison:
         if self.first_module:
             text += f", in module {self.first_module}"
         if self.first_non_finite:
-            text += f"; {self._non_finite_text()}"
+            text += f"; {self.non_finite_text()}"
         if self.missing:
             text += f"; {len(self.missing)} probes missing in {self.candidate}: {_some(self.missing)}"
         return text
 
-    def _non_finite_text(self) -> str:
+    def non_finite_text(self) -> str:
         results = list(self._ordered())
         at = next(i for i, r in enumerate(results) if r.non_finite)
         result = results[at]

@@ -169,6 +169,8 @@ class Diagnosis:
                 lines += [] if stage.explained else [_left_of(stage)]
             if not self.wrong:
                 lines.append("every stage is right from the candidate's own tensors")
+        if self.comparison.first_non_finite:
+            lines.insert(0, self.comparison.non_finite_text())
         if self.inputs:
             lines.append(f"the candidate ran on another {', '.join(self.inputs)} than the reference")
         if self.confirmed_ratio is not None:

@@ -67,6 +67,8 @@ class ModuleJudge:
         own = self._own_distances()
         self.order = list(self.right)
         for name, exact in self.right.items():
+            if not bool(torch.isfinite(exact).all()):
+                continue  # what went in is not finite
             rounding = max(distance(work[name], exact), self.stages.candidate_rounding(self.taps[name]))
             self.floors[name] = max(rounding, own.get(name, 0.0), self.stages.resolution)
             self.ratios[name] = distance(self.found[name], exact) / self.floors[name]
