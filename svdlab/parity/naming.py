@@ -106,7 +106,7 @@ class Namer:
             Equal sets, best first; empty where nothing in the catalogue explains the unit.
         """
         base = tuple(b for b in base if self.changes_of(b) & unit.stages)
-        if base and (found := self.accept(base, unit)):
+        if base and (found := self.accept(base, unit, proven=bool(needed))):
             return [self.pruned(found, unit, needed)]
         for start in dict.fromkeys((len(base), 0)):
             if sets := self.search(base[:start], unit, needed):
@@ -270,8 +270,8 @@ class Namer:
         fewest = min((len(names) for names in best), default=0)
         return sorted((f for names, f in best.items() if len(names) == fewest), key=lambda f: f.ratio)
 
-    def accept(self, bugs: Bugs, unit: Unit) -> Found | None:
-        """The set as an explanation of a unit, or None where it is none."""
+    def accept(self, bugs: Bugs, unit: Unit, proven: bool = False) -> Found | None:
+        """The set as an explanation of a unit, or None where it is none; ``proven``: modules have shown it."""
         changes = self.concrete(bugs)
         if changes is None:
             return None
@@ -284,7 +284,7 @@ class Namer:
         worst = max(ratios, key=lambda n: ratios[n])
         if not ratios[worst] <= _MATERIAL * unit.ratio:
             return None
-        for name in unit.wrong:
+        for name in () if proven else unit.wrong:
             # A bug that itself rounds has a floor that covers any small error: the distance has to fall, too.
             found = self.judge.known[name]
             left = min(distance(found, chain.expected(name)) for chain in (work, exact))
