@@ -119,7 +119,8 @@ def encode_vae_image(change: Callable[[Any, Tensor, bool], Tensor]) -> Plant:
 
     def plant(pipe: Any, stack: ExitStack) -> None:
         def wrapper(original: Any, image: Any, device: Any, videos: int, guided: bool) -> Tensor:
-            return change(pipe, original(image, device, videos, guided), guided)
+            made = original(image, device=device, num_videos_per_prompt=videos, do_classifier_free_guidance=guided)
+            return change(pipe, made, guided)
 
         # The pipeline calls it with keywords.
         wrap(
