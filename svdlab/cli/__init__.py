@@ -33,6 +33,7 @@ _COMMANDS = {
     "sweep-compare": ("svdlab.cli.sweep", "two sweeps, point by point"),
     "trace": ("svdlab.cli.parity", "every intermediate tensor in one file"),
     "train-tiny": ("svdlab.cli.training", "train the embedded checkpoint"),
+    "weights": ("svdlab.cli.weights", "which weights a port loaded wrong"),
 }
 
 
