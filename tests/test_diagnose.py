@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -349,3 +351,68 @@ def test_the_module_agrees_with_compare(bench: Bench) -> None:
     found = bench.diagnose(candidate)
     comparison = compare(bench.reference, candidate, bench.truth)
     assert found.first_divergence == comparison.first_divergence and found.comparison.verdict == "divergence"
+
+
+def test_a_value_that_is_not_finite_accuses_its_stage_only(bench: Bench) -> None:
+    whole = bench.candidate("fps_not_decremented")
+    tensors = {name: whole[name].clone() for name in whole}
+    tensors["noise_pred_cond.001"][0, 1, 0, 0, 0] = math.nan
+    tensors["noise_pred.001"][0, 1, 0, 0, 0] = math.nan
+    found = bench.diagnose(Trace(tensors, whole.settings, "port", dtype=whole.dtype))
+    assert found.bugs == ["fps_not_decremented"] and found.verdict == "partly", found.summary()
+    assert {stage.stage for stage in found.wrong} <= {"time_ids", "condition", "predict_noise"}
+    assert found.summary().splitlines()[1].startswith("NaN or infinity first at noise_pred_cond.001, 1 of")
+    json.loads(found.to_json())
+
+
+def test_the_next_taps_close_in_on_the_module(tiny: Path, photo: Any) -> None:
+    """Each round writes the taps that the last one asked for, until one module is left."""
+    settings = SETTINGS.replace(height=32, width=32, num_inference_steps=1)
+    taps: set[str] = set()
+    for _ in range(6):
+        at = Bench(tiny, photo, settings, taps=tuple(taps))
+        found = at.diagnose(at.candidate("reflect_padding"), max_bugs=1)
+        stage = next(s for s in found.wrong if s.stage == "predict_noise")
+        if not stage.next_taps:
+            break
+        assert len(stage.next_taps) <= 4 and not taps & set(stage.next_taps)
+        taps |= set(stage.next_taps)
+    assert found.first_module == UNKNOWN["reflect_padding"].first_module, (taps, found.summary())
+
+
+def test_the_candidate_s_own_rounding(bench: Bench) -> None:
+    """Code that rounds more than diffusers is excused by its own float64 trace, and a bug in it is not."""
+    clean = bench.candidate()
+
+    def rounded(trace: Trace) -> Trace:
+        tensors = {name: trace[name].clone() for name in trace}
+        noise = torch.randn(tensors["frames"].shape, generator=torch.Generator().manual_seed(3))
+        tensors["frames"] += 2e-5 * tensors["frames"].norm() / noise.norm() * noise
+        return Trace(tensors, trace.settings, trace.implementation, dtype=trace.dtype)
+
+    def exact(trace: Trace) -> Trace:
+        tensors = {name: trace[name].double() for name in trace}
+        return Trace(tensors, trace.settings, trace.implementation, dtype="float64")
+
+    port = rounded(clean)
+    assert [stage.stage for stage in bench.diagnose(port, max_bugs=1).wrong] == ["decode"]
+    assert bench.diagnose(port, candidate_truth=exact(clean)).verdict == "parity"
+    broken = bench.candidate("decode_unscaled")
+    found = bench.diagnose(rounded(broken), candidate_truth=exact(broken))
+    assert found.bugs == ["decode_unscaled"], found.summary()
+    with pytest.raises(SvdlabError, match="allowed: float64"):
+        bench.diagnose(port, candidate_truth=clean)
+
+
+def test_a_reference_of_another_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
+    other = SVDPipeline.from_pretrained(write_random_checkpoint(tmp_path, seed=99))
+    with pytest.raises(SvdlabError, match="is not what the checkpoint gives"):
+        diagnose(bench.reference, bench.candidate("fps_not_decremented"), pipe=other)
+
+
+def test_a_result_for_continuous_integration(bench: Bench) -> None:
+    found = bench.diagnose(bench.candidate("fps_not_decremented", "stale_latents"))
+    suite = ElementTree.fromstring(found.to_junit())
+    failed = {case.get("name"): case[0].get("message") for case in suite if len(case) and case[0].tag == "failure"}
+    assert set(failed) == {"time_ids", "model_input"} and suite.get("failures") == "2"
+    assert failed["time_ids"] == "fps_not_decremented" and "no bug of the catalogue" in str(failed["model_input"])

@@ -381,7 +381,7 @@ class _Diagnoser:
         if not result.sets:
             networks = dict.fromkeys(STAGE[s].network for s in unit.blamed if STAGE[s].network)
             for network in networks:
-                result.next_taps += next_taps(self.modules.get(network), self.pipe, network)
+                result.next_taps += next_taps(self.judge, self.modules.get(network), network)
             self.relate(unit, result)
         return result
 

@@ -190,30 +190,34 @@ class _Forced:
         return {n: t.reshape(self.taps[n].shape) if t.numel() == self.taps[n].numel() else t for n, t in made.items()}
 
 
-def next_taps(judge: ModuleJudge | None, pipe: SVDPipeline, network: str, count: int = 4) -> list[str]:
-    """The few taps that divide what is left of a network's search.
+def next_taps(stages: StageJudge, judge: ModuleJudge | None, network: str, count: int = 4) -> list[str]:
+    """The few taps that divide what is left of the search for the first wrong module, evenly.
 
-    Without any taps: its blocks, evenly. With some: between the last right module before the first wrong one and that
-    one, at the finest level that is not tapped yet.
+    They lie between the last right tap before it and itself, in the order in which the modules finish. None where it is
+    the only module there.
     """
+    names = _order(stages, network)
+    if judge is None:
+        return _evenly(names, count)
+    tapped = [name for name in names if name in judge.found]
+    # Where all that is tapped is right, it is behind.
+    end = names.index(judge.wrong[0]) if judge.wrong else len(names)
+    before = [name for name in tapped if names.index(name) < end]
+    return _evenly(names[names.index(before[-1]) + 1 if before else 0 : end], count)
+
+
+def _order(stages: StageJudge, network: str) -> list[str]:
+    """The tapped modules of a network, in the order in which they finish."""
+    pipe = _plain(stages.pipe).with_own_modules()
+    settings = stages.settings.replace(decode="parity", decode_chunk_size=stages.settings.num_frames)
+    names: dict[str, None] = {}
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
-    names = [name for name, _ in tapping.modules(models) if network_of(name) == network]
-    if judge is None or not judge.ratios:
-        top = min(name.count(".") for name in names)
-        blocks = [n for n in names if n.count(".") <= max(top, 2 if network == "unet" else 3)]
-        return _evenly(blocks, count)
-    tapped = set(judge.ratios)
-    if not judge.wrong:
-        return []
-    wrong = judge.wrong[0]
-    inside = [n for n in names if n.startswith(f"{wrong}.") and n not in tapped]
-    if inside:
-        top = min(name.count(".") for name in inside)
-        return _evenly([n for n in inside if n.count(".") == top], count)
-    before = judge.order[: judge.order.index(wrong)]
-    last = before[-1] if before else ""
-    start = names.index(last) + 1 if last in names else 0
-    return _evenly([n for n in names[start : names.index(wrong)] if n not in tapped], count)
+    for name, module in tapping.modules(models):
+        if network_of(name) == network:
+            module.register_forward_hook(lambda module, args, output, name=name: names.setdefault(name))
+    output = _OUTPUT.get(network) or f"noise_pred{'_cond' if stages.guided else ''}.000"
+    Chain(pipe, settings, stages.known, stages.guided).expected(output)
+    return list(names)
 
 
 def _evenly(names: Sequence[str], count: int) -> list[str]:

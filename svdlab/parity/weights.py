@@ -54,10 +54,9 @@ class WeightsReport:
 
     def summary(self) -> str:
         """The answer in one line."""
-        counts = {
-            s: sum(r.status == s for r in self.results) for s in ("right", "rounded", "wrong", "missing", "extra")
-        }
-        return f"{len(self.results)} weights: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        counts = Counter(r.status for r in self.results)
+        parts = (f"{counts[status]} {status}" for status in get_args(Status) if counts[status])
+        return f"{len(self.results)} weights: {', '.join(parts)}"
 
     def table(self) -> Table:
         """One row for each weight that is not right."""
