@@ -37,7 +37,7 @@ DRAWN = ("image_latents_sampled", "noise_aug_after_encode")
 # Bugs that give the same tensors at these settings.
 EQUAL = {"clip_from_resized_frame": ("clip_no_antialias", "clip_from_resized_frame")}
 # Bugs that do nothing in float32, with one video, or with so few levels, or less than rounding at sigma 700.
-HARMLESS = ("init_noise_unscaled", "vae_not_upcast", "clips_repeated_after_guidance", "head_counts")
+HARMLESS = ("init_noise_unscaled", "timestep_in_half", "vae_not_upcast", "clips_repeated_after_guidance", "head_counts")
 # On random weights smaller than what rounding does in the whole stage, or a rounding itself: modules tell.
 FAINT = ("group_norm_eps:vae_temporal", "norm_statistics_in_half")
 # Within what rounding to the dtype of the trace does, in every module.
@@ -240,7 +240,7 @@ def test_a_port_s_own_noise_is_no_bug_of_the_latents(bench: Bench) -> None:
 
         return Planted(own_noise, "image_latents", "own noise")
 
-    for seed in range(4):
+    for seed in range(3):
         for other in ((), ("image_latents_scaled",)):
             with planted(bench.diffusers, *other), ExitStack() as stack:
                 plant(seed).plant(bench.diffusers, stack)
