@@ -362,7 +362,7 @@ def test_a_value_that_is_not_finite_accuses_its_stage_only(bench: Bench) -> None
     assert found.bugs == ["fps_not_decremented"] and found.verdict == "partly", found.summary()
     assert {stage.stage for stage in found.wrong} <= {"time_ids", "condition", "predict_noise"}
     assert found.summary().splitlines()[1].startswith("NaN or infinity first at noise_pred_cond.001, 1 of")
-    json.loads(found.to_json())
+    json.loads(found.to_json(), parse_constant=pytest.fail)
 
 
 def test_the_next_taps_close_in_on_the_module(tiny: Path, photo: Any) -> None:
@@ -416,3 +416,13 @@ def test_a_result_for_continuous_integration(bench: Bench) -> None:
     failed = {case.get("name"): case[0].get("message") for case in suite if len(case) and case[0].tag == "failure"}
     assert set(failed) == {"time_ids", "model_input"} and suite.get("failures") == "2"
     assert failed["time_ids"] == "fps_not_decremented" and "no bug of the catalogue" in str(failed["model_input"])
+
+
+def test_a_trace_that_leaves_nothing_to_confirm(bench_of: Callable[..., Bench]) -> None:
+    """A network that is explained in part, and no tensor behind it: nothing is left to replay."""
+    bench = bench_of("reflect_padding", tapped=True)
+    whole = bench.candidate("gelu_tanh", "reflect_padding")
+    kept = [name for name in whole if name.startswith(("unet.", "noise_pred_uncond.000", "noise_pred_cond.000"))]
+    found = bench.diagnose(Trace({n: whole[n] for n in kept}, whole.settings, "port", dtype=whole.dtype))
+    assert found.verdict == "partly" and found.bugs == ["gelu_tanh"], found.summary()
+    assert json.loads(found.to_json(), parse_constant=pytest.fail)["bugs"] == ["gelu_tanh"]

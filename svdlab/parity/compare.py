@@ -237,7 +237,7 @@ class Comparison:
             "reference": self.reference,
             "candidate": self.candidate,
             "truth": self.truth,
-            "frames_mse": _number(self.frames_mse),
+            "frames_mse": json_number(self.frames_mse),
             "passes_mse_bar": self.passes_mse_bar,
             "missing": self.missing,
             "extra": self.extra,
@@ -246,8 +246,8 @@ class Comparison:
                 **{role: trace.versions for role, trace in self.traces.items()},
             },
             "digests": {role: trace.digests for role, trace in self.traces.items()},
-            "probes": [{k: _number(v) for k, v in asdict(p).items()} for p in self.probes],
-            "modules": [{k: _number(v) for k, v in asdict(m).items()} for m in self.modules],
+            "probes": [{k: json_number(v) for k, v in asdict(p).items()} for p in self.probes],
+            "modules": [{k: json_number(v) for k, v in asdict(m).items()} for m in self.modules],
         }
 
     def to_json(self) -> str:
@@ -385,7 +385,7 @@ def _texts(result: ProbeResult) -> list[str]:
     ]
 
 
-def _number(value: Any) -> Any:
+def json_number(value: Any) -> Any:
     """What JSON can hold: None for infinity and NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

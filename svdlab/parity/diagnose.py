@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.candidate import capture
-from svdlab.parity.compare import THRESHOLD, Comparison, check_same_run, check_settings, compare
+from svdlab.parity.compare import THRESHOLD, Comparison, check_same_run, check_settings, compare, json_number
 from svdlab.parity.modules import ModuleJudge, network_of, next_taps
-from svdlab.parity.naming import Bugs, Found, Named, Namer, name_modules
+from svdlab.parity.naming import Bugs, Found, Named, NamedModules, Namer, name_modules
 from svdlab.parity.probes import INPUTS, execution_key
 from svdlab.parity.relations import Relation, axes_of, relate
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
@@ -70,7 +70,7 @@ class StageVerdict:
             left, those that make the other wrong modules right.
         modules: taps of wrong modules that no bug makes right, in the order in which they run.
         next_taps: taps that divide what is left unexplained.
-        untold: bugs with a random draw of the port's own that the values do not contradict, and are too few to prove.
+        untold: bugs with a random draw of the port's own that the values neither contradict nor prove.
         relation: how the tensor ``related``, the first that no bug explains, follows from the right one, if it does.
     """
 
@@ -191,9 +191,9 @@ class Diagnosis:
             "verdict": self.verdict,
             "first_divergence": self.first_divergence,
             "first_module": self.first_module,
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [{k: json_number(v) for k, v in asdict(stage).items()} for stage in self.stages],
             "bugs": self.bugs,
-            "confirmed_ratio": self.confirmed_ratio,
+            "confirmed_ratio": json_number(self.confirmed_ratio),
             "confirmed_at": self.confirmed_at,
             "coverage": self.coverage,
             "inputs": self.inputs,
@@ -237,7 +237,7 @@ def _left_of(stage: StageVerdict) -> str:
         )
     text = f"{where}; no bug of the catalogue explains " + ("it" if not stage.bugs else "what is left of it")
     if stage.untold:
-        text += f"; it may be {' or '.join(stage.untold)}: too few values to tell a random draw"
+        text += f"; it may be {' or '.join(stage.untold)}, which these values cannot tell"
     if stage.relation:
         text += f"; {stage.related} is {stage.relation.text}"
     return text + (f"; taps to write next: {', '.join(stage.next_taps)}" if stage.next_taps else "")
@@ -300,6 +300,7 @@ class _Diagnoser:
         self.units = self.judge.units()
         self.namer = Namer(self.judge, self.units, max_bugs, tick)
         self.modules: dict[str, ModuleJudge] = {}
+        self.modules_named: dict[str, NamedModules] = {}
         self.certain: Bugs = ()
 
     def run(self) -> Diagnosis:
@@ -357,8 +358,7 @@ class _Diagnoser:
         for judge in self.judges_of(unit):
             if not judge.wrong:
                 continue
-            options = self.namer.options((), Unit(frozenset(_stages_of(judge.network))))
-            made = name_modules(judge, options, self.tick)
+            made = self.named_modules(judge)
             result.partial += made.picks
             result.modules += [judge.taps[name] for name in made.left]
         picked = tuple(pick[0] for pick in result.partial)
@@ -384,6 +384,13 @@ class _Diagnoser:
                 result.next_taps += next_taps(self.judge, self.modules.get(network), network)
             self.relate(unit, result)
         return result
+
+    def named_modules(self, judge: ModuleJudge) -> NamedModules:
+        """What bugs explain of a network's wrong modules: once, however many units the network runs in."""
+        if judge.network not in self.modules_named:
+            options = self.namer.options((), Unit(frozenset(_stages_of(judge.network))))
+            self.modules_named[judge.network] = name_modules(judge, options, self.tick)
+        return self.modules_named[judge.network]
 
     def relate(self, unit: Unit, result: _Named) -> None:
         """Describe the first tensor that no bug explains: of the modules, where they are judged, else of the unit."""
@@ -442,8 +449,11 @@ class _Diagnoser:
             chosen.update({id(variant): (name, variant) for name, variant in bugs})
         return tuple(chosen.values())
 
-    def confirm(self, bugs: Bugs, named: Mapping[frozenset[str], _Named]) -> tuple[float, str]:
-        """Replay the chain from its inputs; what no bug explains is given the candidate's own result."""
+    def confirm(self, bugs: Bugs, named: Mapping[frozenset[str], _Named]) -> tuple[float, str] | tuple[None, None]:
+        """Replay the chain from its inputs; what no bug explains is given the candidate's own result.
+
+        Nothing where that leaves no tensor to compare.
+        """
         known = {name: tensor for name, tensor in self.judge.known.items() if name in INPUTS}
         preprocessed = {stage for stages in named for stage in stages} & {"resize_image", "clip_pixels"}
         for stage in preprocessed:
@@ -453,7 +463,9 @@ class _Diagnoser:
                 known.update({name: self.judge.known[name] for name in unit.ratios})
         changes = self.namer.concrete(bugs)
         assert changes is not None
-        work, exact = (Chain(p, self.judge.settings, known, self.judge.guided, changes) for p in self.pipes())
+        work, exact = (
+            Chain(p, self.judge.settings, known, self.judge.guided, changes) for p in (self.pipe, self.judge.exact_pipe)
+        )
         floors = {p.name: p.floor for p in self.comparison.probes}
         ratios = {}
         for name in self.judge.judged:
@@ -465,12 +477,10 @@ class _Diagnoser:
             ratios[name] = distance(self.judge.known[name], wanted) / floor
             if not ratios[name] <= THRESHOLD:
                 return ratios[name], name
+        if not ratios:
+            return None, None
         worst = max(ratios, key=lambda n: ratios[n])
         return ratios[worst], worst
-
-    def pipes(self) -> tuple[SVDPipeline, SVDPipeline]:
-        """In the working dtype and in float64."""
-        return self.judge.pipe, self.judge.exact_pipe
 
     def verdicts(self, named: Mapping[frozenset[str], _Named]) -> list[StageVerdict]:
         """Of every stage, from the units that it is in."""
@@ -494,7 +504,7 @@ class _Diagnoser:
             sets = [f.names for f in made.sets] or (
                 [tuple(dict.fromkeys(p[0][0] for p in made.partial if len(p) == 1))] if made.partial else []
             )
-            own = tuple(dict.fromkeys(self.of_stage(names, stage.name, unit) for names in sets))
+            own = tuple(dict.fromkeys(_of_stage(names, stage.name) for names in sets))
             others = self.guilty(unit, made) - {stage.name}
             verdicts.append(
                 StageVerdict(
@@ -523,9 +533,10 @@ class _Diagnoser:
                 guilty |= {first} if first in unit.stages else self.namer.changes_of(bug) - {"condition"}
         return frozenset(guilty) & unit.stages or unit.blamed
 
-    def of_stage(self, names: tuple[str, ...], stage: str, unit: Unit) -> tuple[str, ...]:
-        """The bugs of a set that can change a stage."""
-        return tuple(name for name in names if any(stage in stages_changed(variant) for variant in BUGS[name].variants))
+
+def _of_stage(names: tuple[str, ...], stage: str) -> tuple[str, ...]:
+    """The bugs of a set that can change a stage."""
+    return tuple(name for name in names if any(stage in stages_changed(variant) for variant in BUGS[name].variants))
 
 
 def _stages_of(network: str) -> list[str]:

@@ -87,9 +87,8 @@ class Namer:
     ) -> None:
         self.judge, self.units, self.largest, self.tick = judge, units, largest, tick
         self.tried: list[tuple[str, ...]] = []
-        # Bugs with a random draw of the port's own that would pass, where too few values tell.
+        # Bugs with a random draw of the port's own that the values neither contradict nor prove.
         self.untold: set[str] = set()
-        self.closest: dict[frozenset[str], _Tried] = {}
         self._changed = {
             id(variant): _stages_changed(variant, judge.pipe.vae) for bug in BUGS.values() for variant in bug.variants
         }
@@ -290,7 +289,7 @@ class Namer:
             left = min(distance(found, chain.expected(name)) for chain in (work, exact))
             if not left <= _MATERIAL * distance(found, self.judge.exact.expected(name)):
                 return None
-        changed = stages_changed(*changes)
+        changed = frozenset[str]().union(*(self.changes_of(bug) for bug in bugs))
         for other in self.units:
             if other is unit or other.wrong or not other.stages & changed:
                 continue
