@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Which extra of the package brings a module. Whatever else svdlab imports comes with svdlab itself.
 EXTRA_OF = {
@@ -16,6 +18,15 @@ EXTRA_OF = {
 
 class SvdlabError(ValueError):
     """Bad input: one line that names the field or file, what was got and what is allowed."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Say in an error what it is about: ``what`` stands before its line."""
+    try:
+        yield
+    except SvdlabError as error:
+        raise SvdlabError(f"{what}: {error}") from None
 
 
 def requires(*modules: str) -> None:

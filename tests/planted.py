@@ -135,15 +135,23 @@ def encode_vae_image(change: Callable[[Any, Tensor, bool], Tensor]) -> Plant:
     return plant
 
 
+def seen_pixels(pipe: Any, stack: ExitStack) -> dict[str, Tensor]:
+    """Holds under "image" what the preprocessing made last: the pixels before the noise augmentation."""
+    seen: dict[str, Tensor] = {}
+
+    def preprocess(original: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen["image"] = original(*args, **kwargs)
+        return seen["image"]
+
+    wrap(stack, pipe.video_processor, "preprocess", preprocess)
+    return seen
+
+
 def clean_pixels(after: Callable[[Tensor, float, bool], Tensor]) -> Plant:
     """Encode the pixels as they were before the noise augmentation, then do something to the latents."""
 
     def plant(pipe: Any, stack: ExitStack) -> None:
-        seen: dict[str, Tensor] = {}
-
-        def preprocess(original: Any, *args: Any, **kwargs: Any) -> Tensor:
-            seen["image"] = original(*args, **kwargs)
-            return seen["image"]
+        seen = seen_pixels(pipe, stack)
 
         def encode(original: Any, image: Tensor, **kwargs: Any) -> Tensor:
             clean = seen["image"].to(image)
@@ -151,7 +159,6 @@ def clean_pixels(after: Callable[[Tensor, float, bool], Tensor]) -> Plant:
             latents = original(clean, **kwargs)
             return after(latents, strength, kwargs["do_classifier_free_guidance"])
 
-        wrap(stack, pipe.video_processor, "preprocess", preprocess)
         wrap(stack, pipe, "_encode_vae_image", encode)
 
     return plant
@@ -584,17 +591,12 @@ def layer_norm_eps(name: str, value: float) -> Plant:
 
 def noise_on_unit_pixels(pipe: Any, stack: ExitStack) -> None:
     """The sum is taken in [0, 1], and brought to [-1, 1] behind it: what was added then counts twice."""
-    seen: dict[str, Tensor] = {}
-
-    def preprocess(original: Any, *args: Any, **kwargs: Any) -> Tensor:
-        seen["image"] = original(*args, **kwargs)
-        return seen["image"]
+    seen = seen_pixels(pipe, stack)
 
     def encode(original: Any, image: Tensor, **kwargs: Any) -> Tensor:
         clean = seen["image"].to(image)
         return original(((clean + 1) / 2 + (image - clean)) * 2 - 1, **kwargs)
 
-    wrap(stack, pipe.video_processor, "preprocess", preprocess)
     wrap(stack, pipe, "_encode_vae_image", encode)
 
 

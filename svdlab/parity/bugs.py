@@ -705,14 +705,7 @@ def _halves_exchanged(original: Any, self: Any, x: Tensor) -> Tensor:
 
 
 def _position_first(original: Any, self: Any, h: Tensor, conditioning: TransformerConditioning) -> Tensor:
-    layers = zip(
-        self.transformer_blocks,
-        self.temporal_transformer_blocks,
-        conditioning.spatial_tokens,
-        conditioning.temporal_tokens,
-        strict=True,
-    )
-    for spatial, temporal, spatial_token, temporal_token in layers:
+    for spatial, temporal, spatial_token, temporal_token in self.layers(conditioning):
         h = h + conditioning.frame_positions
         h = self.time_mixer(spatial(h, spatial_token), temporal(h, temporal_token))
     return h

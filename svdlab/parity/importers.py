@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, about
 from svdlab.parity import taps
 from svdlab.parity.foreign import Source, expand, listed
 from svdlab.parity.probes import EVERY_SHAPE, PER_STEP, check_shapes, execution_key, probe_of, short
@@ -375,7 +374,7 @@ class Item:
         tensors = []
         for source, key in self.parts:
             tensor = source.load(key, self.entry.dtype, self.entry.shape)
-            with _about(f"{source.label(key)}: as {self.name}"):
+            with about(f"{source.label(key)}: as {self.name}"):
                 tensors.append(arrange(tensor, self.entry, self.base, frames, self.step))
         if len({(t.shape, t.dtype) for t in tensors}) > 1:
             shapes = " and ".join(str(tuple(t.shape)) for t in tensors)
@@ -386,15 +385,6 @@ class Item:
     def where(self) -> str:
         """File and tensor."""
         return " and ".join(source.label(key) for source, key in self.parts)
-
-
-@contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Say in an error what it is about."""
-    try:
-        yield
-    except SvdlabError as error:
-        raise SvdlabError(f"{what}: {error}") from None
 
 
 @dataclass
@@ -450,7 +440,7 @@ def import_trace(
     ) as writer:
         for item in items:
             tensor = item.load(frames)
-            with _about(f"{item.where}: as {item.name}"):
+            with about(f"{item.where}: as {item.name}"):
                 writer.put(item.name, valued(tensor, item.entry, item.base))
     used = {(source.path, key) for item in items for source, key in item.parts}
     unused = [s.label(key) for s in sources for key in s.keys if (s.path, key) not in used]

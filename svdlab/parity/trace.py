@@ -9,7 +9,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, about
 from svdlab.parity.digests import check_digests, check_versions
 from svdlab.parity.probes import check_order, check_shapes, execution_key, is_tap, short
 from svdlab.svd.settings import GenerationSettings
@@ -45,15 +44,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _NAME_OF:
         raise SvdlabError(f"dtype: got {str(dtype).removeprefix('torch.')}, allowed: {', '.join(DTYPES)}")
     return _NAME_OF[dtype]
-
-
-@contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Say in an error what it is about."""
-    try:
-        yield
-    except SvdlabError as error:
-        raise SvdlabError(f"{what}: {error}") from None
 
 
 class Trace(Mapping[str, Tensor]):
@@ -91,7 +81,7 @@ class Trace(Mapping[str, Tensor]):
         self.implementation_version = implementation_version
         self.dtype = dtype
         self.label = f"{implementation} {dtype} (in memory)"
-        with _about(self.label):
+        with about(self.label):
             self.digests = check_digests(dict(digests or {}))
             self.versions = check_versions(dict(versions or {}))
             self.order = tuple(sorted(tensors, key=execution_key))
@@ -146,9 +136,9 @@ class Trace(Mapping[str, Tensor]):
             raise SvdlabError(f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}")
         if not isinstance(header.get("settings"), dict):
             raise SvdlabError(f"{self.label}: settings: got {header.get('settings')!r}, allowed: an object")
-        with _about(f"{self.label}: settings"):
+        with about(f"{self.label}: settings"):
             self.settings = GenerationSettings.from_json(json.dumps(header["settings"]))
-        with _about(self.label):
+        with about(self.label):
             self.digests = check_digests(header.get("digests"))
             self.versions = check_versions(header.get("versions"))
         self.implementation = header["implementation"]
@@ -176,7 +166,7 @@ class Trace(Mapping[str, Tensor]):
         for field in ("height", "width", "num_frames"):
             if getattr(self.settings, field) is None:
                 raise SvdlabError(f"{self.label}: settings: {field} is null, allowed: the resolved value")
-        with _about(self.label):
+        with about(self.label):
             check_order(self.order)
             check_shapes(self._shapes, self.settings)
 

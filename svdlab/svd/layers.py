@@ -7,7 +7,7 @@ caches or chunks. How it runs fast is ``svdlab.svd.kernels``'s business.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -362,16 +362,19 @@ class SpatioTemporalTransformer(nn.Module):
     def forward(self, x: Tensor, conditioning: TransformerConditioning) -> Tensor:
         return x + self.proj_out(self.blocks(self.proj_in(self.norm(x)), conditioning))
 
-    def blocks(self, h: Tensor, conditioning: TransformerConditioning) -> Tensor:
-        """Between the projections: a spatial and a temporal block in turn."""
-        layers = zip(
+    def layers(self, conditioning: TransformerConditioning) -> Iterator[tuple[nn.Module, nn.Module, Tensor, Tensor]]:
+        """Each layer's spatial and temporal block, and the image token of each (B, 1, 1, 1, C)."""
+        return zip(
             self.transformer_blocks,
             self.temporal_transformer_blocks,
             conditioning.spatial_tokens,
             conditioning.temporal_tokens,
             strict=True,
         )
-        for spatial, temporal, spatial_token, temporal_token in layers:
+
+    def blocks(self, h: Tensor, conditioning: TransformerConditioning) -> Tensor:
+        """Between the projections: a spatial and a temporal block in turn."""
+        for spatial, temporal, spatial_token, temporal_token in self.layers(conditioning):
             h = spatial(h, spatial_token)
             h = self.time_mixer(h, temporal(h + conditioning.frame_positions, temporal_token))
         return h
