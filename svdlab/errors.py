@@ -20,6 +20,12 @@ class SvdlabError(ValueError):
     """Bad input: one line that names the field or file, what was got and what is allowed."""
 
 
+def short(value: object) -> str:
+    """``repr``, cut to fit an error's one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 @contextmanager
 def about(what: str) -> Iterator[None]:
     """Say in an error what it is about: ``what`` stands before its line."""

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.parity.probes import (
     CONDITIONING,
     EVERY_SHAPE,
@@ -34,7 +34,6 @@ from svdlab.parity.probes import (
     is_optional,
     is_tap,
     probe_of,
-    short,
 )
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.parity.writer import versions_of_run

@@ -20,10 +20,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from svdlab.errors import SvdlabError, about
+from svdlab.errors import SvdlabError, about, short
 from svdlab.parity import taps
 from svdlab.parity.foreign import Source, expand, listed
-from svdlab.parity.probes import EVERY_SHAPE, PER_STEP, check_shapes, execution_key, probe_of, short
+from svdlab.parity.probes import EVERY_SHAPE, PER_STEP, check_shapes, execution_key, probe_of
 from svdlab.parity.trace import CODES, Trace
 from svdlab.parity.writer import TraceWriter
 

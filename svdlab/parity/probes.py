@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.parity import taps
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import STAGES
@@ -194,9 +194,3 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], settings: GenerationSett
         if not good:
             sizes = ", ".join(str(known.get(str(dim), dim)) for dim in spec) + "," * (len(spec) == 1)
             raise SvdlabError(f"{name}: shape {shape}, allowed: ({sizes})")
-
-
-def short(value: object) -> str:
-    """``repr``, cut to fit an error's one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.parity import taps
-from svdlab.parity.probes import EVERY_SHAPE, probe_of, short
+from svdlab.parity.probes import EVERY_SHAPE, probe_of
 
 # The largest multiple of the floor that rounding explains, as in ``compare.THRESHOLD``.
 TOLERANCE = 4.0

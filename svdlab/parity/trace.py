@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svdlab.errors import SvdlabError, about
+from svdlab.errors import SvdlabError, about, short
 from svdlab.parity.digests import check_digests, check_versions
-from svdlab.parity.probes import check_order, check_shapes, execution_key, is_tap, short
+from svdlab.parity.probes import check_order, check_shapes, execution_key, is_tap
 from svdlab.svd.settings import GenerationSettings
 
 FORMAT = 1

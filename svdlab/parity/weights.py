@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from svdlab.errors import SvdlabError
-from svdlab.parity.probes import short
+from svdlab.errors import SvdlabError, short
 from svdlab.svd.checkpoint import checkpoint_files
 from svdlab.tables import Cell, Table
 
