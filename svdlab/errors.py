@@ -16,8 +16,28 @@ EXTRA_OF = {
 }
 
 
+# Of an error; a name or value in it may be a megabyte.
+_MAX_CHARACTERS = 1000
+
+
 class SvdlabError(ValueError):
-    """Bad input: one line that names the field or file, what was got and what is allowed."""
+    """Bad input: one line that names the field or file, what was got and what is allowed.
+
+    Control characters, which a terminal would obey, become escapes, and the middle of a very long line dots.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        line = printable(str(message))
+        if len(line) > _MAX_CHARACTERS:
+            line = f"{line[: _MAX_CHARACTERS - 303]}...{line[-300:]}"
+        super().__init__(line)
+
+
+def printable(text: str) -> str:
+    """A text with escapes in the place of line breaks, other control characters and invisible ones."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def short(value: object) -> str:

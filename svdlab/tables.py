@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from svdlab.errors import printable
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -67,13 +69,14 @@ class Table:
 
         # Without rules between columns more fits a terminal of 80 columns.
         look = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0), "collapse_padding": True}
-        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left", **look)  # type: ignore[arg-type]
-        table.caption, table.caption_justify = Text(self.caption) if self.caption else None, "left"
+        title, caption = (Text(_lines(text)) if text else None for text in (self.title, self.caption))
+        table = RichTable(title=title, title_justify="left", **look)  # type: ignore[arg-type]
+        table.caption, table.caption_justify = caption, "left"
         table.show_header = self._has_heads
         for name, align in self._columns:
             table.add_column(Text(name), justify=align, no_wrap=align == "right", overflow="fold")
         for row in self._rows():
-            table.add_row(*(Text(cell.text, _RICH[cell.style]) for cell in row))
+            table.add_row(*(Text(_lines(cell.text), _RICH[cell.style]) for cell in row))
         return table
 
     def __rich__(self) -> RichTable:
@@ -123,6 +126,11 @@ class Table:
             if len(row) > len(self.columns):
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns")
             yield [Cell(cell) if isinstance(cell, str) else cell for cell in row]
+
+
+def _lines(text: str) -> str:
+    """A text without the control characters that a terminal would obey, but for line breaks."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _style(align: str, css: str = "") -> str:

@@ -46,6 +46,20 @@ def test_terminal_shows_markup_as_text_and_aligns() -> None:
     assert "over & under" in text and "below" in text and "..." in text
 
 
+def test_terminal_obeys_no_text() -> None:
+    table = Table(
+        ["[/x]", "b"],
+        [["\x1b[31mred\x1b[0m", "\x9b2J\u202e\r"], [Cell("[/x]", "bad"), "[link=x]"]],
+        "t\x1b]0;",
+        "c\a\nd",
+    )
+    shown = io.StringIO()
+    Console(width=100, file=shown, force_terminal=True, color_system=None).print(table)
+    assert all(line.isprintable() for line in shown.getvalue().split("\n")), repr(shown.getvalue())
+    for text in (r"\x1b[31mred", r"\x9b2J\u202e\r", r"t\x1b]0;", r"c\x07", "[/x]", "[link=x]"):
+        assert text in shown.getvalue()
+
+
 def test_markdown_escapes_pipes_and_aligns() -> None:
     assert TABLE.to_markdown() == (
         "over & under\n\n"

@@ -76,7 +76,7 @@ _PHASES = (
 )
 _FREE_PHASES = (0, 1)  # a port may order its inputs, and its conditioning, as it likes
 _PLACE = {name: (phase, index) for phase, names in enumerate(_PHASES) for index, name in enumerate(names)}
-_STEP_PROBE = re.compile(rf"({'|'.join(PER_STEP)})\.(\d{{3,}})")
+_STEP_PROBE = re.compile(rf"({'|'.join(PER_STEP)})\.([0-9]{{3}}|[1-9][0-9]{{3,8}})")
 
 
 def probe_of(name: str) -> tuple[str, int | None] | None:

@@ -28,15 +28,15 @@ from svdlab.errors import SvdlabError
 MODELS = ("image_encoder", "vae", "unet")
 
 _CONVS = r"norm1|conv1|norm2|conv2|conv_shortcut"
-_RESNET = rf"resnets\.\d+(\.(spatial|temporal)_res_block(\.({_CONVS}))?)?"
+_RESNET = rf"resnets\.[0-9]+(\.(spatial|temporal)_res_block(\.({_CONVS}))?)?"
 _LINEARS = r"attn1\.to_[qkv]|attn1\.to_out\.0|ff(_in)?\.net\.[02]"
 _TRANSFORMER = (
-    r"attentions\.\d+(\.(norm|proj_in|proj_out|time_mixer"
-    rf"|(temporal_)?transformer_blocks\.\d+(\.(norm_in|norm1|norm3|{_LINEARS}))?))?"
+    r"attentions\.[0-9]+(\.(norm|proj_in|proj_out|time_mixer"
+    rf"|(temporal_)?transformer_blocks\.[0-9]+(\.(norm_in|norm1|norm3|{_LINEARS}))?))?"
 )
-_SAMPLER = r"(down|up)samplers\.\d+"
-_UNET_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
-_VAE_ATTENTION = r"attentions\.\d+(\.(to_[qkv]|to_out\.0))?"
+_SAMPLER = r"(down|up)samplers\.[0-9]+"
+_UNET_BLOCK = r"(down_blocks\.[0-9]+|mid_block|up_blocks\.[0-9]+)"
+_VAE_ATTENTION = r"attentions\.[0-9]+(\.(to_[qkv]|to_out\.0))?"
 
 # (what the tap holds, names). The order matters only in that the first match counts.
 _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -45,30 +45,30 @@ _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("activation", r"unet\.(conv_in|conv_norm_out|conv_out)"),
         ("activation", rf"unet\.{_UNET_BLOCK}(\.({_RESNET}|{_TRANSFORMER}|{_SAMPLER}))?"),
         ("vector", r"unet\.(time_embedding|time_proj|add_embedding|add_time_proj)"),
-        ("vector", rf"unet\.{_UNET_BLOCK}\.resnets\.\d+\.(spatial|temporal)_res_block\.time_emb_proj"),
-        ("positions", rf"unet\.{_UNET_BLOCK}\.attentions\.\d+\.time_(proj|pos_embed)"),
+        ("vector", rf"unet\.{_UNET_BLOCK}\.resnets\.[0-9]+\.(spatial|temporal)_res_block\.time_emb_proj"),
+        ("positions", rf"unet\.{_UNET_BLOCK}\.attentions\.[0-9]+\.time_(proj|pos_embed)"),
         ("activation", r"vae\.(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)|vae\.quant_conv"),
         (
             "activation",
-            rf"vae\.encoder\.(down_blocks\.\d+|mid_block)(\.(resnets\.\d+(\.({_CONVS}))?|{_SAMPLER}))?",
+            rf"vae\.encoder\.(down_blocks\.[0-9]+|mid_block)(\.(resnets\.[0-9]+(\.({_CONVS}))?|{_SAMPLER}))?",
         ),
         ("activation", rf"vae\.(encoder|decoder)\.mid_block\.{_VAE_ATTENTION}"),
         (
             "activation",
-            rf"vae\.decoder\.(mid_block|up_blocks\.\d+)\.({_RESNET}|{_SAMPLER})|vae\.decoder\.time_conv_out",
+            rf"vae\.decoder\.(mid_block|up_blocks\.[0-9]+)\.({_RESNET}|{_SAMPLER})|vae\.decoder\.time_conv_out",
         ),
         ("tokens", r"image_encoder\.visual_projection"),
         ("tokens", r"image_encoder\.vision_model\.(embeddings|pre_layrnorm|encoder|post_layernorm)"),
         ("tokens", r"image_encoder\.vision_model\.embeddings\.patch_embedding"),
         (
             "tokens",
-            r"image_encoder\.vision_model\.encoder\.layers\.\d+"
+            r"image_encoder\.vision_model\.encoder\.layers\.[0-9]+"
             r"(\.(layer_norm1|layer_norm2|mlp|mlp\.fc1|mlp\.fc2|self_attn|self_attn\.(q|k|v|out)_proj))?",
         ),
     )
 )
-_ONCE = re.compile(r"unet\.add_(embedding|time_proj)|.*\.attentions\.\d+\.time_(proj|pos_embed)")
-_INDEXED = re.compile(r"(?P<base>unet\..+)\.(?P<step>\d{3,})")
+_ONCE = re.compile(r"unet\.add_(embedding|time_proj)|.*\.attentions\.[0-9]+\.time_(proj|pos_embed)")
+_INDEXED = re.compile(r"(?P<base>unet\..+)\.(?P<step>[0-9]{3}|[1-9][0-9]{3,8})")
 
 
 @lru_cache(maxsize=8192)

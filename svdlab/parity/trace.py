@@ -10,16 +10,18 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from svdlab.errors import SvdlabError, about, short
 from svdlab.parity.digests import check_digests, check_versions
 from svdlab.parity.probes import check_order, check_shapes, execution_key, is_tap
+from svdlab.reading import Document, parse, parse_as
 from svdlab.svd.settings import GenerationSettings
+from svdlab.tensors import TensorFile
 
 FORMAT = 1
 METADATA_KEY = "svdlab.trace"
@@ -33,6 +35,23 @@ DTYPES = {
 }
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+# Of a generation that a trace is of: what is worked out from the settings alone is as large as they say.
+_MOST = {"num_steps": 10_000, "num_frames": 10_000, "num_videos_per_prompt": 10_000, "height": 2**16, "width": 2**16}
+
+
+class _Header(Document):
+    """The metadata's JSON; a later version may know fields that this one does not."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: Literal[1]
+    implementation: str = Field(max_length=200)
+    implementation_version: str = Field(max_length=200)
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    digests: Any = None
+    versions: Any = None
+    settings: dict[str, Any]
+    order: tuple[str, ...]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -60,8 +79,6 @@ class Trace(Mapping[str, Tensor]):
         label: the file's name, or what it is, for tables and errors.
     """
 
-    _file: Any
-
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
@@ -73,7 +90,8 @@ class Trace(Mapping[str, Tensor]):
         digests: Mapping[str, str] | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        self._tensors: Mapping[str, Tensor] | None = dict(tensors)
+        self._tensors: Mapping[str, Tensor] = dict(tensors)
+        self._file: TensorFile | None = None
         self._shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         self.path: Path | None = None
         self.settings = settings
@@ -93,62 +111,48 @@ class Trace(Mapping[str, Tensor]):
 
         Raises:
             SvdlabError: no such file, not a safetensors file or a truncated one, not a trace, another format
-                version, bad settings, no tensors, an unknown probe or order, a shape that contradicts the
-                settings. One line, with the file's and the tensor's name.
+                version, bad settings or more than a trace can be of, no tensors, an unknown probe or order, a shape
+                that contradicts the settings. One line, with the file's and the tensor's name.
         """
         self = cls.__new__(cls)
         self.path = Path(path)
         self.label = str(path)
-        self._tensors = None
-        if not self.path.is_file():
+        self._tensors = {}
+        if not self.path.exists():
             raise SvdlabError(f"{path}: no such file, allowed: a trace written by 'svdlab trace'")
-        try:
-            self._file = safe_open(os.fspath(path), framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SvdlabError(f"{path}: not a whole safetensors file ({reason})") from None
-        header = self._read_header(self._file.metadata() or {})
+        self._file = TensorFile(self.path)
+        order = self._read_header(self._file.metadata)
         self._shapes = {}
-        for name in self._file.keys():
-            part = self._file.get_slice(name)
-            if part.get_dtype() not in CODES.values():
+        for name, entry in self._file.entries.items():
+            if entry.dtype not in CODES.values():
                 allowed = ", ".join(CODES.values())
-                raise SvdlabError(f"{path}: {name}: dtype {part.get_dtype()}, allowed: {allowed}")
-            self._shapes[name] = tuple(part.get_shape())
-        self.order = self._read_order(header.get("order"))
+                raise SvdlabError(f"{path}: {name}: dtype {entry.dtype}, allowed: {allowed}")
+            self._shapes[name] = entry.shape
+        self.order = self._read_order(order)
         self._check_contents()
         return self
 
-    def _read_header(self, metadata: Mapping[str, str]) -> dict[str, Any]:
+    def _read_header(self, metadata: Mapping[str, str]) -> tuple[str, ...]:
+        """Set what the metadata says; returns its order."""
         if METADATA_KEY not in metadata:
             raise SvdlabError(f"{self.label}: not a trace: its safetensors metadata has no {METADATA_KEY!r}")
-        try:
-            header = json.loads(metadata[METADATA_KEY])
-        except json.JSONDecodeError as error:
-            raise SvdlabError(f"{self.label}: metadata {METADATA_KEY!r} is not JSON ({error})") from None
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            got = header.get("format") if isinstance(header, dict) else header
-            raise SvdlabError(f"{self.label}: trace format version {got!r}, allowed: {FORMAT}")
-        for field in ("implementation", "implementation_version"):
-            if not isinstance(header.get(field), str):
-                raise SvdlabError(f"{self.label}: {field}: got {header.get(field)!r}, allowed: a string")
-        if header.get("dtype") not in DTYPES:
-            raise SvdlabError(f"{self.label}: dtype: got {header.get('dtype')!r}, allowed: {', '.join(DTYPES)}")
-        if not isinstance(header.get("settings"), dict):
-            raise SvdlabError(f"{self.label}: settings: got {header.get('settings')!r}, allowed: an object")
+        text, what = metadata[METADATA_KEY], f"{self.label}: metadata {METADATA_KEY!r}"
+        found = parse(text, what)
+        version = found.get("format") if isinstance(found, dict) else found
+        if version != FORMAT:
+            raise SvdlabError(f"{self.label}: trace format version {short(version)}, allowed: {FORMAT}")
+        header = parse_as(_Header, text, self.label)
         with about(f"{self.label}: settings"):
-            self.settings = GenerationSettings.from_json(json.dumps(header["settings"]))
+            self.settings = GenerationSettings.from_json(json.dumps(header.settings))
         with about(self.label):
-            self.digests = check_digests(header.get("digests"))
-            self.versions = check_versions(header.get("versions"))
-        self.implementation = header["implementation"]
-        self.implementation_version = header["implementation_version"]
-        self.dtype = header["dtype"]
-        return header
+            self.digests = check_digests(header.digests)
+            self.versions = check_versions(header.versions)
+        self.implementation = header.implementation
+        self.implementation_version = header.implementation_version
+        self.dtype = header.dtype
+        return header.order
 
-    def _read_order(self, order: object) -> tuple[str, ...]:
-        if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
-            raise SvdlabError(f"{self.label}: order: got {short(order)}, allowed: a list of every tensor's name")
+    def _read_order(self, order: tuple[str, ...]) -> tuple[str, ...]:
         listed = Counter(order)
         for name, times in listed.items():
             if times > 1:
@@ -158,7 +162,7 @@ class Trace(Mapping[str, Tensor]):
         for name in self._shapes:
             if name not in listed:
                 raise SvdlabError(f"{self.label}: order: leaves out {name}")
-        return tuple(order)
+        return order
 
     def _check_contents(self) -> None:
         if not self.order:
@@ -166,6 +170,9 @@ class Trace(Mapping[str, Tensor]):
         for field in ("height", "width", "num_frames"):
             if getattr(self.settings, field) is None:
                 raise SvdlabError(f"{self.label}: settings: {field} is null, allowed: the resolved value")
+        for field, most in _MOST.items():
+            if (value := getattr(self.settings, field)) > most:
+                raise SvdlabError(f"{self.label}: settings: {field} is {value}, allowed in a trace: at most {most}")
         with about(self.label):
             check_order(self.order)
             check_shapes(self._shapes, self.settings)
@@ -189,7 +196,7 @@ class Trace(Mapping[str, Tensor]):
 
         Raises:
             KeyError: the trace does not hold it.
-            SvdlabError: it holds NaN or infinity.
+            SvdlabError: it holds NaN or infinity, or the file was changed after it was opened.
         """
         tensor = self.raw(name)
         if not bool(torch.isfinite(tensor).all()):
@@ -202,10 +209,11 @@ class Trace(Mapping[str, Tensor]):
 
         Raises:
             KeyError: the trace does not hold it.
+            SvdlabError: the file was changed after it was opened.
         """
         if name not in self._shapes:
             raise KeyError(name)
-        return self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
+        return self._tensors[name] if self._file is None else self._file.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.order)
