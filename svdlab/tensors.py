@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import torch
@@ -122,6 +122,16 @@ class TensorFile:
         if last > first:
             self._read_into(self._start + first, tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
+
+    def parts(self, name: str, size: int = 2**23) -> Iterator[bytes]:
+        """A tensor's bytes as stored, of any dtype, in parts of a size.
+
+        Raises:
+            KeyError, SvdlabError: as ``read``.
+        """
+        first, last = self.entries[name].data_offsets
+        for start in range(first, last, size):
+            yield self._read(self._start + start, min(size, last - start))
 
     def _read(self, start: int, count: int) -> bytes:
         data = bytearray(count)

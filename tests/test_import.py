@@ -321,7 +321,7 @@ def test_options_that_make_no_import(
         (["x.pt"], "x.pt: suffix '.pt', allowed: .npy"),
         (["empty"], "empty: no file to read in this folder"),
         (["cut.npz"], "cut.npz: not a whole .npz file"),
-        (["cut.safetensors"], "cut.safetensors: not a whole .safetensors file"),
+        (["cut.safetensors"], "cut.safetensors: not a whole safetensors file"),
     ],
 )
 def test_bad_files_are_refused(

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.svd.checkpoint import checkpoint_files
+from svdlab.tensors import TensorFile
 
 # Fields of the trace's header.
 DIGESTS = ("checkpoint", "inputs")
@@ -51,25 +50,16 @@ def checkpoint_digest(folder: str | os.PathLike[str], variant: str | None = None
 
 
 def _file_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            start = 8 + int.from_bytes(data[:8], "little")
-            table: dict[str, Any] = json.loads(data[8:start])
-            table.pop("__metadata__", None)
+    file = TensorFile(path)
 
-            def digest(key: str) -> str:
-                entry = table[key]
-                first, last = entry["data_offsets"]
-                if not start + last <= len(data):
-                    raise ValueError("truncated")
-                made = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
-                with memoryview(data) as view, view[start + first : start + last] as part:
-                    made.update(part)
-                return made.hexdigest()
+    def digest(key: str) -> str:
+        entry = file.entries[key]
+        made = hashlib.sha256(json.dumps([entry.dtype, entry.shape]).encode())
+        for part in file.parts(key):
+            made.update(part)
+        return made.hexdigest()
 
-            return dict(zip(table, pool.map(digest, table), strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SvdlabError(f"{path}: not a whole safetensors file ({str(error).splitlines()[0]})") from None
+    return dict(zip(file.entries, pool.map(digest, file.entries), strict=True))
 
 
 def _combined(found: Mapping[str, str]) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
+from svdlab.tensors import TensorFile
 
 SUFFIXES = (".npy", ".npz", ".bin", ".safetensors")
 
@@ -77,10 +77,12 @@ class Source:
                 self._file = np.load(path, allow_pickle=False)
                 self.keys = tuple(self._file.files)
             elif path.suffix == ".safetensors":
-                self._file = safe_open(os.fspath(path), framework="pt")
-                self.keys = tuple(self._file.keys())
+                self._file = TensorFile(path)
+                self.keys = tuple(sorted(self._file.entries))
             elif path.suffix == ".npy":
                 self._map()
+        except SvdlabError:
+            raise
         except Exception as error:  # a broken file makes zipfile, numpy and its tokenizer raise almost anything
             raise self._unreadable(error) from None
 
@@ -119,7 +121,7 @@ class Source:
             raise SvdlabError(f"{self.label(key)}: dtype and shape are in the file, allowed: for .bin only")
         try:
             if self.path.suffix == ".safetensors":
-                tensor = self._file.get_tensor(key)
+                tensor = self._file.read(key)
                 if tensor.dtype not in RAW_DTYPES.values():
                     raise self._no_number(key, str(tensor.dtype).removeprefix("torch."))
                 return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError, short
+from svdlab.reading import read_as
 from svdlab.svd.checkpoint import checkpoint_files
 from svdlab.tables import Cell, Table
+from svdlab.tensors import TensorFile
 
 Status = Literal["right", "rounded", "wrong", "missing", "extra"]
 _COMPONENTS = ("unet", "vae", "image_encoder")
@@ -177,23 +177,16 @@ def _dump(path: Path) -> dict[str, Tensor | str]:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    try:
-        sums = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SvdlabError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(sums, dict) or not sums:
-        raise SvdlabError(f"{path}: got {short(sums)}, allowed: an object of checksums by key")
+    sums = read_as(dict[str, str], path)
+    if not sums:
+        raise SvdlabError(f"{path}: got {{}}, allowed: an object of checksums by key")
     for key, value in sums.items():
-        if not isinstance(value, str) or len(value) != 64:
+        if len(value) != 64:
             raise SvdlabError(f"{path}: {key}: got {short(value)}, allowed: sha256 in 64 hexadecimal digits")
     return {key: value.lower() for key, value in sums.items()}
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                yield key, file.get_tensor(key)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SvdlabError(f"{path}: not a whole safetensors file ({reason})") from None
+    file = TensorFile(path)
+    for key in file.entries:
+        yield key, file.read(key)
