@@ -187,7 +187,7 @@ def test_a_case_has_a_process_of_its_own() -> None:
     [
         (["--plot", "b.gif"], "--plot: got 'b.gif', allowed: .png, .svg, .pdf"),
         (["--device", "cuda"], "--device: got 'cuda', but torch sees no CUDA device here"),
-        (["--device", "mps"], "--device: got 'mps', allowed here: cpu, cuda"),
+        (["--device", "mps"], "--device: got 'mps', but torch sees no MPS device here"),
         (["--decode-chunk-size", "auto"], "decode_chunk_size: got 'auto', allowed here: integer >= 1"),
         (["--fps", "0"], "fps: got 0, allowed: integer >= 1"),
         (["--json", "nowhere/b.json"], "nowhere is no folder that can be written"),

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import av
+import click
 import pytest
+import torch
 from command_line import run
 
+from svdlab import cli
 from svdlab.samples import sample_photo
 from svdlab.svd import checkpoint as weights
 
@@ -97,3 +100,62 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert code == 0 and "Usage:" in out
     _, out, _ = run(capsys, monkeypatch, "generate", "--help")
     assert "--motion-bucket-id" in out and "amount of motion [default: 127]" in " ".join(out.split())
+
+
+COMMANDS = {
+    "bench": [],
+    "bundle": ["unet", "x", "--out", "x"],
+    "compare": ["x", "x"],
+    "diagnose": ["x", "x"],
+    "evaluate": [],
+    "generate": ["x", "--out", "x.mp4"],
+    "kernels": [],
+    "parity": [],
+    "report": ["--out", "x"],
+    "sweep": ["--out", "x", "--grid", "fps=7"],
+    "trace": ["--implementation", "svdlab", "--out", "x"],
+    "train-tiny": ["--out", "x"],
+}
+NO_DEVICE = {
+    "foo": "allowed: cpu, cuda, cuda:1, mps",
+    "meta": "allowed: cpu, cuda, cuda:1, mps",
+    "cuda:x": "allowed: cpu, cuda, cuda:1, mps",
+    "mps": "but torch sees no MPS device here",
+    "cuda": "but torch sees no CUDA device here",
+    "cuda:9": "but torch sees no CUDA device here",
+}
+
+
+def test_every_command_with_a_device_is_tried() -> None:
+    group = cli.commands
+    context = click.Context(group)
+    having = {n for n in group.list_commands(context) if "device" in {p.name for p in _command(n).params}}
+    assert having == {*COMMANDS, "memory"}
+
+
+def _command(name: str) -> click.Command:
+    found = cli.commands.get_command(click.Context(cli.commands), name)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("device", NO_DEVICE)
+def test_a_device_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    line = f"error: --device: got {device!r}, {NO_DEVICE[device]}\n"
+    for name, arguments in COMMANDS.items():
+        assert run(capsys, monkeypatch, name, *arguments, "--device", device) == (2, "", line), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_device_where_there_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    _, _, error = run(capsys, monkeypatch, "kernels", "--device", "cuda:9")
+    assert error == "error: --device: got 'cuda:9', allowed here: cuda:0\n"

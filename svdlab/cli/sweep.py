@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
+from svdlab.cli.options import ANY_DEVICE, IMAGE, JSON, MODEL, check_device, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
 from svdlab.samples import read_image
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @MODEL
-@DEVICE
+@ANY_DEVICE
 @JSON
 @settings_options
 def sweep(
@@ -91,6 +91,7 @@ def sweep(
         raise SvdlabError("--workers: not together with --scheduler, which has its own")
     if workers and device.startswith("cuda"):
         raise SvdlabError("--workers: not together with --device cuda; one worker per GPU: docs/clusters.md")
+    check_device(device, here=scheduler is None)
     if resume is not None:
         where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "json_path"}
         if others := [name for name in asked if name not in where]:
