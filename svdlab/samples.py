@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdlab.errors import SvdlabError, requires
+from svdlab.errors import SvdlabError, about, requires
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,13 +41,24 @@ def read_image(path: str | Path) -> Image.Image:
     """An RGB image from a file.
 
     Raises:
-        SvdlabError: no such file, or no image.
+        SvdlabError: no such file, no image, or see ``svd.images.to_rgb``.
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
-        raise SvdlabError(f"image: {path}: {reason}") from None
+    from svdlab.svd.images import to_rgb
+
+    with about(f"image: {path}"):
+        if not os.path.exists(path):
+            raise SvdlabError("no such file")
+        if not os.path.isfile(path):  # opening a pipe would block
+            raise SvdlabError("no regular file, allowed: an image")
+        Image.init()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large and of odd files: they are refused, or they are fine
+            try:
+                # For EPS, PIL starts Ghostscript.
+                opened = Image.open(path, formats=[name for name in Image.ID if name != "EPS"])
+            except Exception:  # broken files make PIL's readers raise almost anything
+                raise SvdlabError("not an image that can be read") from None
+            with opened:
+                return to_rgb(opened)

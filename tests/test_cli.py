@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -10,6 +11,7 @@ import click
 import pytest
 import torch
 from command_line import run
+from safetensors.torch import load_file, save_file
 
 from svdlab import cli
 from svdlab.samples import sample_photo
@@ -100,6 +102,88 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert code == 0 and "Usage:" in out
     _, out, _ = run(capsys, monkeypatch, "generate", "--help")
     assert "--motion-bucket-id" in out and "amount of motion [default: 127]" in " ".join(out.split())
+
+
+SMALL = "--height 32 --width 40 --num-frames 2 --num-inference-steps 3".split()
+
+
+def poisoned(tiny: Path, folder: Path, network: str, key: str) -> Path:
+    """The tiny checkpoint with NaN in one weight."""
+    shutil.copytree(tiny, folder)
+    (file,) = (folder / network).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[key].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            ["--noise-aug-strength", "1e38"],
+            r"latents after step 0: 160 of 160 values are NaN or infinite: too large for ",
+        ),
+        (
+            ["--sigmas", "1e-320,0"],
+            "latents after step 0: 160 of 160 values are NaN or infinite: too large for float32, ",
+        ),
+        (["--max-guidance-scale", "3e38"], "latents after step "),
+    ],
+)
+def test_settings_that_overflow_give_no_clip(
+    tmp_path: Path,
+    tiny: Path,
+    picture: str,
+    options: list[str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tmp_path / "clip.mp4"
+    arguments = [picture, "--out", str(target), "--model", str(tiny), *SMALL, *options]
+    code, out, error = run(capsys, monkeypatch, "generate", *arguments)
+    last = error.splitlines()[-1]
+    assert (code, out) == (2, "") and last.startswith(f"error: {line}"), error
+    assert (
+        last.endswith(": too large for float32, allowed: a wider dtype, settings nearer to the defaults")
+        and not target.exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "key", "where"),
+    [
+        ("unet", "conv_in.weight", "latents after step 0"),
+        ("vae", "encoder.conv_in.bias", "latents after step 0"),
+        ("image_encoder", "visual_projection.weight", "latents after step 0"),
+        ("vae", "decoder.conv_out.weight", "frames"),
+    ],
+)
+def test_a_weight_that_is_nan_is_named(
+    tmp_path: Path,
+    tiny: Path,
+    picture: str,
+    network: str,
+    key: str,
+    where: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, target = poisoned(tiny, tmp_path / "model", network, key), tmp_path / "clip.gif"
+    arguments = [picture, "--out", str(target), "--model", str(model), *SMALL]
+    code, out, error = run(capsys, monkeypatch, "generate", *arguments)
+    last = error.splitlines()[-1]
+    assert (code, out) == (2, "") and last.startswith(f"error: {where}: "), error
+    assert last.endswith(f": the checkpoint's {network} holds NaN or infinity in {key}") and not target.exists()
+
+
+def test_parity_of_weights_that_are_nan_is_no_verdict(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = poisoned(tiny, tmp_path / "model", "unet", "conv_in.weight")
+    code, out, error = run(capsys, monkeypatch, "parity", "--model", str(model), *SMALL)
+    assert (code, out) == (2, "") and "noise_pred_uncond.000: 160 of 160 values are NaN or infinite" in error
 
 
 COMMANDS = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import EpsImagePlugin, Image
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, printable
 from svdlab.samples import read_image, sample_photo, sample_picture
+from svdlab.svd.images import as_list
 from svdlab.training.data import sample_image
 
 
@@ -28,7 +33,61 @@ def test_an_image_of_any_mode_is_read_as_rgb(tmp_path: Path) -> None:
     Image.linear_gradient("L").save(tmp_path / "grey.png")
     image = read_image(tmp_path / "grey.png")
     assert image.mode == "RGB" and image.size == (256, 256)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+"""
+
+
+def test_a_file_that_is_no_image_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.png").write_text("no image")
-    for name, message in (("nowhere.png", "no such file"), ("text.png", "not an image that can be read")):
-        with pytest.raises(SvdlabError, match=f"image: .*{name}: {message}"):
-            read_image(tmp_path / name)
+    (tmp_path / "postscript.png").write_bytes(EPS)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("another program was started"))
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (1, 300)).save(tmp_path / "line.png")
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path / "deep.png")  # PIL makes it white
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tiff")  # and this one black
+    (tmp_path / "bomb.ppm").write_bytes(b"P6 100000 100000 255\n" + bytes(100))
+    (tmp_path / "large.ppm").write_bytes(b"P6 10000 9000 255\n" + bytes(100))
+    for name, message in {
+        "nowhere.png": "no such file",
+        "a\0b.png": "no such file",
+        ".": "no regular file, allowed: an image",
+        "pipe.png": "no regular file, allowed: an image",
+        "text.png": "not an image that can be read",
+        "postscript.png": "not an image that can be read",
+        "dot.png": "got 1x1 pixels, allowed: sides of at least 2, at most 67108864 pixels",
+        "line.png": "got 1x300 pixels, allowed: sides of at least 2",
+        "deep.png": "got mode I;16, allowed: 8 bits a channel, such as RGB, L or CMYK",
+        "float.tiff": "got mode F, allowed: 8 bits a channel",
+        "bomb.ppm": "not an image that can be read",
+        "large.ppm": "got 10000x9000 pixels, allowed: sides of at least 2, at most 67108864 pixels",
+    }.items():
+        path = tmp_path / name
+        with warnings.catch_warnings(), pytest.raises(SvdlabError) as error:
+            warnings.simplefilter("error")
+            read_image(path)
+        assert str(error.value).startswith(printable(f"image: {path}: {message}"))
+
+
+def test_an_image_in_memory_is_refused_likewise() -> None:
+    truncated = io.BytesIO()
+    sample_photo().save(truncated, "JPEG")
+    for image, message in (
+        (Image.new("RGB", (1, 1)), "got 1x1 pixels, allowed"),
+        (Image.new("F", (4, 4)), "got mode F, allowed"),
+        (Image.open(io.BytesIO(truncated.getvalue()[:2000])), r"not an image that can be read \(OSError\)"),
+        (np.zeros((1, 4, 3), np.uint8), "got 4x1 pixels, allowed"),
+        (torch.zeros(3, 1, 1), "got 1x1 pixels, allowed"),
+        (np.zeros((4, 4, 3), object), "got numpy object, allowed"),
+        (np.zeros((4, 4, 3), complex), "got numpy complex128, allowed"),
+        (torch.zeros(3, 4, 4, dtype=torch.complex64), "got torch.complex64, allowed"),
+    ):
+        with pytest.raises(SvdlabError, match=f"^image: {message}"):
+            as_list(image)
+    swapped = np.full((4, 4, 3), 0.5, ">f4")
+    (tensor,) = as_list(swapped)
+    assert isinstance(tensor, torch.Tensor) and float(tensor.mean()) == 0.5

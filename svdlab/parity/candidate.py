@@ -118,7 +118,7 @@ def capture(
                 bar.update()
             writer.digest_input(name, tensor)
             writer.put(name, tensor)
-            if optional and name == "frames":
+            if optional and name == "frames" and tensor.isfinite().all():  # NaN has no level
                 writer.put("frames_8bit", torch.from_numpy(to_levels(tensor)).movedim(-1, -3).float())
 
         def record_init(latents: Tensor) -> Tensor:

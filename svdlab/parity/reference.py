@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdlab.errors import SvdlabError, requires
+from svdlab.errors import SvdlabError, about, requires
 from svdlab.parity import taps as tapping
 from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.recorder import Recorder
 from svdlab.parity.replay import inputs_to_replay, replay_images, source_images
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
+from svdlab.svd.images import to_rgb
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -288,4 +289,5 @@ def _pil_list(image: Any) -> list[Any]:
         raise SvdlabError(
             f"image: sizes {sorted({i.size for i in images})}, allowed in diffusers: one size for all images"
         )
-    return [i.convert("RGB") for i in images]
+    with about("image"):
+        return [to_rgb(i) for i in images]

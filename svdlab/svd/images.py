@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, about
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# A side of one pixel cannot be reflected, which the resize for CLIP does; 64 Mpx take 0.8 GB as a tensor.
+_LEAST_SIDE, _MOST_PIXELS = 2, 2**26
 _KINDS = "a PIL image, a list of them, numpy (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W)"
 
 
@@ -30,15 +32,40 @@ def as_list(image: Any) -> list[Image.Image | Tensor]:
         image: see ``SVDPipeline.__call__``.
 
     Raises:
-        SvdlabError: another kind of object, no image at all, a wrong shape, NaN, values outside the range.
+        SvdlabError: another kind of object, no image at all, a wrong shape, NaN, values outside the range, or see
+            ``to_rgb``.
     """
     many = list(image) if isinstance(image, (list, tuple)) else [image]
     if not many:
         raise SvdlabError(f"image: got an empty list, allowed: {_KINDS}")
     found: list[Image.Image | Tensor] = []
     for one in many:
-        found += [one.convert("RGB")] if isinstance(one, Image.Image) else _from_array(one).split(1)
+        with about("image"):
+            found += [to_rgb(one)] if isinstance(one, Image.Image) else _from_array(one).split(1)
     return found
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, read whole.
+
+    Raises:
+        SvdlabError: a side below 2 pixels, more than 2**26 pixels, more than 8 bits a channel (which PIL would cut off
+            at white), or data that cannot be read.
+    """
+    _check_size(*image.size)
+    if image.mode.startswith(("I", "F")):
+        raise SvdlabError(f"got mode {image.mode}, allowed: 8 bits a channel, such as RGB, L or CMYK")
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # broken files make PIL's readers raise almost anything
+        raise SvdlabError(f"not an image that can be read ({type(error).__name__})") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < _LEAST_SIDE or width * height > _MOST_PIXELS:
+        raise SvdlabError(
+            f"got {width}x{height} pixels, allowed: sides of at least {_LEAST_SIDE}, at most {_MOST_PIXELS} pixels"
+        )
 
 
 def to_tensor(image: Image.Image | Tensor) -> Tensor:
@@ -63,19 +90,24 @@ def resize(image: Image.Image | Tensor, height: int, width: int) -> Tensor:
 def _from_array(image: Any) -> Tensor:
     """Numpy or tensor to (B, 3, H, W) float32 in [0, 1]."""
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
-        tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3)))
+        if image.dtype.kind not in "buif" or image.dtype.itemsize > 8:
+            raise SvdlabError(f"got numpy {image.dtype}, allowed: uint8, or floats in [0, 1]")
+        tensor = torch.from_numpy(np.moveaxis(image, -1, -3).astype(image.dtype.newbyteorder("="), order="C"))
     elif isinstance(image, Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
         tensor = image.detach().cpu()
     elif isinstance(image, (np.ndarray, Tensor)):
-        raise SvdlabError(f"image: got a {type(image).__name__} of shape {tuple(image.shape)}, allowed: {_KINDS}")
+        raise SvdlabError(f"got a {type(image).__name__} of shape {tuple(image.shape)}, allowed: {_KINDS}")
     else:
-        raise SvdlabError(f"image: got {type(image).__name__}, allowed: {_KINDS}")
+        raise SvdlabError(f"got {type(image).__name__}, allowed: {_KINDS}")
+    if tensor.is_complex():
+        raise SvdlabError(f"got {tensor.dtype}, allowed: uint8, or floats in [0, 1]")
     tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if not tensor.isfinite().all():
-        raise SvdlabError("image: got NaN or infinity, allowed: values in [0, 1]")
+        raise SvdlabError("got NaN or infinity, allowed: values in [0, 1]")
     if 0 in tensor.shape or tensor.min() < 0 or tensor.max() > 1:
         span = "no pixels" if 0 in tensor.shape else f"values in [{tensor.min():.3g}, {tensor.max():.3g}]"
-        raise SvdlabError(f"image: got {span}, allowed: values in [0, 1] (or uint8)")
+        raise SvdlabError(f"got {span}, allowed: values in [0, 1] (or uint8)")
+    _check_size(tensor.shape[-1], tensor.shape[-2])
     return tensor[None] if tensor.ndim == 3 else tensor
 
 
@@ -143,11 +175,31 @@ def to_unit(frames: Tensor) -> Tensor:
     return (frames.to(torch.promote_types(frames.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
 
+def check_finite(name: str, values: Tensor, why: Callable[[], str] = str) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        name: of the values, for the error.
+        values: of any shape.
+        why: called where there are some; its text ends the error.
+
+    Raises:
+        SvdlabError: with how many there are.
+    """
+    if not (finite := values.isfinite()).all():
+        bad = int((~finite).sum())
+        raise SvdlabError(f"{name}: {bad} of {values.numel()} values are NaN or infinite{why()}")
+
+
 def to_levels(frames: Tensor) -> np.ndarray:
     """Frames (..., 3, H, W) in about [-1, 1] to 8-bit levels, uint8 (..., H, W, 3), rounded as diffusers does.
 
     Source: diffusers ``image_processor.py:VaeImageProcessor.numpy_to_pil``.
+
+    Raises:
+        SvdlabError: NaN or infinity, which would be black or white.
     """
+    check_finite("frames", frames)
     unit = to_unit(frames).float().movedim(-3, -1).cpu().numpy()
     return (unit * 255).round().astype(np.uint8)
 

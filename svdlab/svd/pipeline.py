@@ -284,13 +284,32 @@ class SVDPipeline(Stages):
         return SVDOutput(result) if return_dict else (result,)
 
     def generate(self, image: Any, settings: GenerationSettings, progress: bool = True) -> list[Clip]:
-        """Clips from settings, seeded by them: what the command line, notebooks and sweeps call."""
+        """Clips from settings, seeded by them: what the command line, notebooks and sweeps call.
+
+        Raises:
+            SvdlabError: see ``prepare``; NaN or infinity after a step or in the frames, and which weight holds some.
+        """
         from svdlab.svd.video import Clip
 
         settings = self.resolve(settings)
         generator = torch.Generator().manual_seed(settings.seed)
-        frames = self.run(self.prepare(image, settings, generator), settings, progress=progress)
+
+        def after_step(_: SVDPipeline, step: int, __: Tensor, held: dict[str, Tensor]) -> None:
+            images.check_finite(f"latents after step {step}", held["latents"], self._why_not_finite)
+
+        inputs = self.prepare(image, settings, generator)
+        frames = self.run(inputs, settings, callback=after_step, progress=progress)
+        images.check_finite("frames", frames, self._why_not_finite)
         return [Clip.from_tensor(f, settings.fps, settings) for f in frames]
+
+    def _why_not_finite(self) -> str:
+        """Looked for only where it has happened: a pass over all weights at every load would take seconds."""
+        for name in NETWORKS:
+            for key, weight in getattr(self, name).state_dict().items():
+                if not weight.isfinite().all():
+                    return f": the checkpoint's {name} holds NaN or infinity in {key}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f": too large for {dtype}, allowed: a wider dtype, settings nearer to the defaults"
 
     def resolve(self, settings: GenerationSettings) -> GenerationSettings:
         """Fill in what the settings leave to the checkpoint: height, width, number of frames.
