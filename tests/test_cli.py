@@ -14,8 +14,10 @@ from command_line import run
 from safetensors.torch import load_file, save_file
 
 from svdlab import cli
+from svdlab.errors import SvdlabError
 from svdlab.samples import sample_photo
 from svdlab.svd import checkpoint as weights
+from svdlab.svd import pipeline
 
 
 @pytest.fixture
@@ -184,6 +186,31 @@ def test_parity_of_weights_that_are_nan_is_no_verdict(
     model = poisoned(tiny, tmp_path / "model", "unet", "conv_in.weight")
     code, out, error = run(capsys, monkeypatch, "parity", "--model", str(model), *SMALL)
     assert (code, out) == (2, "") and "noise_pred_uncond.000: 160 of 160 values are NaN or infinite" in error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "PICTURE", "--out", "x.mp4"], ["parity"], ["trace", "--implementation", "svdlab", "--out", "x"]],
+)
+def test_what_cannot_fit_is_refused_before_any_weight_is_loaded(
+    tmp_path: Path,
+    picture: str,
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: object) -> None:
+        raise SvdlabError("weights are loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "load_components", load)
+    command = [picture if part == "PICTURE" else part for part in command]
+    huge = ["--height", "80000", "--width", "80000", "--num-frames", "25"]
+    code, out, error = run(capsys, monkeypatch, *command, *huge)
+    assert (code, out) == (2, "") and error.count("\n") == 1
+    assert error.startswith("error: 25 frames of 80000x80000, float32: at least 3314.0 GiB, allowed: ")
+    assert error.endswith(" GiB, what is free on cpu; --force tries\n")
+    assert run(capsys, monkeypatch, *command, *huge, "--force") == (2, "", "error: weights are loaded\n")
 
 
 COMMANDS = {

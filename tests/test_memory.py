@@ -21,8 +21,8 @@ from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd import memory as memory_module
 from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.checkpoint import Configs
-from svdlab.svd.kernels import use_kernels
-from svdlab.svd.memory import GIB, Simulation, measured_peak, simulate
+from svdlab.svd.kernels import attention, decode, norm, pieces, use_kernels
+from svdlab.svd.memory import GIB, Simulation, least_bytes, measured_peak, simulate
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE
 from svdlab.svd.settings import GenerationSettings
@@ -133,6 +133,46 @@ SIZE = {"height": 576, "width": 1024, "num_frames": 14}
 def full_size(**changes: Any) -> Simulation:
     settings = GenerationSettings(**SIZE, dtype="float16").replace(**changes)
     return simulate(ARCHITECTURES["svd"], settings, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "changes"),
+    [
+        ("cpu", {"dtype": "bfloat16", "num_frames": 1}),
+        ("cuda", {"num_videos_per_prompt": 2}),
+        ("cuda", {"height": 256, "width": 8}),
+    ],
+)
+def test_the_least_is_below_what_is_simulated_and_not_far_below(device: str, changes: dict[str, Any]) -> None:
+    settings = SMALL.replace(**changes)
+    simulation = simulated(settings, device=device)
+    each = [simulation.footprint(name, 1) for name in ("unet_sequential", "vae_encode", "decode_parity")]
+    peak = max(footprint.activations for footprint in each)
+    assert peak / 20 < least_bytes(TINY, settings) < peak
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "unet_batched"), ("cuda", "decode_exact")])
+def test_pieces_that_are_left_out_take_no_memory(monkeypatch: pytest.MonkeyPatch, device: str, name: str) -> None:
+    """A simulated piece takes as long whatever its size, and a clip of 80,000 lines has a hundred thousand."""
+    settings = SMALL.replace(height=32, width=40, num_frames=4)
+    monkeypatch.setitem(pieces.NUMBERS, "cpu", 2**12)
+    monkeypatch.setattr(pieces, "NUMBERS_ELSEWHERE", 2**12)
+    monkeypatch.setattr(attention, "LONG", 16)
+    monkeypatch.setattr(attention, "SCORES", 2**8)
+    short = simulated(settings, device=device).footprint(name, 2)
+    for module in (pieces, decode, norm, attention):
+        monkeypatch.setattr(module, "each", list)
+    assert simulated(settings, device=device).footprint(name, 2) == short
+
+
+def test_pieces_that_are_simulated() -> None:
+    assert pieces.each(range(0, 10, 3)) == [0, 3, 6, 9]
+    token = pieces.simulating.set(True)
+    try:
+        found = [pieces.each(range(0, size, 3)) for size in (1, 4, 7, 10**9)]
+    finally:
+        pieces.simulating.reset(token)
+    assert found == [[0], [0, 3], [0, 3, 6], [0, 3, 999_999_999]]
 
 
 def test_the_published_architectures_weights() -> None:

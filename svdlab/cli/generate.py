@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
+from svdlab.cli.options import DEVICE, FORCE, JSON, MODEL, check_memory, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json
 from svdlab.samples import read_image
@@ -22,6 +22,7 @@ from svdlab.svd.settings import GenerationSettings
 @click.option("--offload", is_flag=True, help="Keep each network on the device only while it runs.")
 @click.option("--variant", help="Weights' file name variant, such as fp16.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
+@FORCE
 @JSON
 @settings_options
 def generate(
@@ -32,6 +33,7 @@ def generate(
     offload: bool,
     variant: str | None,
     revision: str | None,
+    force: bool,
     json_path: str | None,
     given: dict[str, Any],
 ) -> None:
@@ -47,6 +49,8 @@ def generate(
             f"num_videos_per_prompt: got {settings.num_videos_per_prompt}, allowed here: 1 (one clip per file)"
         )
     picture = read_image(image)
+    if not force:
+        check_memory(model, settings, device, revision)
     from svdlab.svd.pipeline import SVDPipeline
 
     started = time.perf_counter()

@@ -62,12 +62,27 @@ IMAGE = click.option(
 )
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
 
+FORCE = click.option("--force", is_flag=True, help="Try even what by an estimate cannot fit into the memory.")
+
 
 class _NumberOrAuto(click.ParamType):
     name = "integer or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
+def check_memory(model: str, settings: GenerationSettings, device: str, revision: str | None = None) -> None:
+    """Refuse what cannot fit a device, from the checkpoint's configs alone.
+
+    Raises:
+        SvdlabError: see ``svd.memory.check_fits``; no such checkpoint.
+    """
+    from svdlab.svd.checkpoint import load_configs, resolve_size
+    from svdlab.svd.memory import check_fits
+
+    configs = load_configs(model, revision)
+    check_fits(configs, resolve_size(settings, configs.unet, configs.vae), device)
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
+from svdlab.cli.options import DEVICE, FORCE, IMAGE, JSON, MODEL, check_memory, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_folder, write_json, write_text
 from svdlab.samples import read_image, sample_picture
@@ -49,6 +49,7 @@ def _report(comparison: Comparison, json_path: str | None, every: bool) -> None:
 @JSON
 @MODEL
 @DEVICE
+@FORCE
 @settings_options
 def parity(
     image: str | None,
@@ -59,12 +60,15 @@ def parity(
     json_path: str | None,
     model: str,
     device: str,
+    force: bool,
     given: dict[str, Any],
 ) -> None:
     """Compare svdlab with diffusers, measured against diffusers in float64."""
     settings = GenerationSettings(**given)
     check_folder(json_path)
     picture = read_image(image) if image else sample_picture(model)
+    if not force:
+        check_memory(model, settings, device)
     from svdlab.parity.three_way import three_way
 
     comparison = three_way(model, picture, settings, device=device, taps=taps, until=until, folder=keep, progress=True)
@@ -106,6 +110,7 @@ def _check_writer(path: str, json_path: str | None) -> NoReturn:
 @JSON
 @MODEL
 @DEVICE
+@FORCE
 @settings_options
 def trace(
     implementation: str | None,
@@ -120,6 +125,7 @@ def trace(
     json_path: str | None,
     model: str,
     device: str,
+    force: bool,
     given: dict[str, Any],
 ) -> None:
     """Record every intermediate tensor of one generation in a trace file."""
@@ -141,6 +147,8 @@ def trace(
     for path in (out, json_path):
         check_folder(path)
     picture = None if replay is not None else read_image(image) if image else sample_picture(model)
+    if not force:
+        check_memory(model, settings, device)
     shared: dict[str, Any] = {
         "replay": replay,
         "preprocess": preprocess,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from svdlab.svd.config import Configs
+from svdlab.errors import SvdlabError
+from svdlab.svd.config import Configs, per_level
 from svdlab.svd.kernels import plain, use_kernels
+from svdlab.svd.kernels.pieces import simulating
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, Maker, workload_calls
 
@@ -312,9 +315,13 @@ class Simulation:
         """Call a function with a maker of empty tensors, while a mode counts."""
         new = functools.partial(torch.empty, dtype=dtype, device=self._place)
         fused = nullcontext() if self._place == "cpu" or dtype == torch.float64 else _FusedAttention()
-        # Entered last it is called first: before what knows a result and calls no operator for it.
-        with self._mode, fused, torch.no_grad(), counter:
-            function(new)
+        token = simulating.set(True)
+        try:
+            # Entered last it is called first: before what knows a result and calls no operator for it.
+            with self._mode, fused, torch.no_grad(), counter:
+                function(new)
+        finally:
+            simulating.reset(token)
 
     def _small_size(self) -> dict[str, int]:
         """A small height and width that the UNet halves to odd numbers where it does so with the whole ones.
@@ -363,6 +370,43 @@ def free_bytes(device: str | torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def least_bytes(configs: Configs, settings: GenerationSettings) -> int:
+    """What the activations of a generation take at the very least, however it is run: a bound without a simulation.
+
+    Held at once are the UNet's skip connections of one half of the guidance, or all frames in float32 and the widest
+    activation of the one that is decoded, or of the image that is encoded.
+
+    Args:
+        configs: the architecture.
+        settings: with height, width and number of frames.
+    """
+    assert settings.height and settings.width and settings.num_frames
+    frames, size = settings.num_videos_per_prompt * settings.num_frames, settings.torch_dtype.itemsize
+    factor, widths = configs.vae.scale_factor, configs.unet.block_out_channels
+    pixels, skips = settings.height * settings.width, 0
+    height, width = settings.height // factor, settings.width // factor
+    for level, layers in enumerate(per_level("layers_per_block", configs.unet.layers_per_block, len(widths))):
+        # What comes into a level, or is its input halved, and every layer's output.
+        skips += (widths[max(level - 1, 0)] + layers * widths[level]) * height * width
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    decode = frames * 3 * pixels * max(size, 4) + configs.vae.block_out_channels[0] * pixels * size
+    return max(frames * skips * size, decode)
+
+
+def check_fits(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> None:
+    """Refuse a generation that cannot fit what is free on a device, even in the smallest decode chunks.
+
+    Raises:
+        SvdlabError: with the size, ``least_bytes``, and what is free.
+    """
+    least, free = least_bytes(configs, settings), free_bytes(device)
+    if least > free:
+        raise SvdlabError(
+            f"{settings.num_frames} frames of {settings.width}x{settings.height}, {settings.dtype}: at least "
+            f"{least / GIB:.1f} GiB, allowed: {free / GIB:.1f} GiB, what is free on {device}; --force tries"
+        )
 
 
 def largest_chunk(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> int:

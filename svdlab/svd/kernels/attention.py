@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdlab.svd.kernels.packed import linear
+from svdlab.svd.kernels.pieces import each
 from svdlab.svd.kernels.registry import CPU_FLOATS, Kernel, Trial, register, replaces, usable
 from svdlab.svd.layers import SpatialSelfAttention, TemporalSelfAttention
 from svdlab.svd.vae import AttentionBlock
@@ -37,8 +38,10 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, heads, length, d = q.shape
     result = q.new_empty(n, length, heads, d).transpose(1, 2)
     few = max(1, HEADS // (n * length * d))
-    for part, *inputs in zip(*(t.split(few, dim=1) for t in (result, q, k, v)), strict=True):
-        part.copy_(F.scaled_dot_product_attention(*(t.float() for t in inputs)))
+    for start in each(range(0, heads, few)):
+        part = slice(start, start + few)
+        query, key, value = (t[:, part].float() for t in (q, k, v))
+        result[:, part] = F.scaled_dot_product_attention(query, key, value)
     return result
 
 
@@ -47,11 +50,12 @@ def _by_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, heads, length, d = q.shape
     result = q.new_empty(n, length, heads, d).transpose(1, 2)
     few = max(1, SCORES // length)
-    for i, head in itertools.product(range(n), range(heads)):
+    for i, head in itertools.product(each(range(n)), each(range(heads))):
         keys, values = k[i, head].float() * d**-0.5, v[i, head].T.contiguous()
-        for queries, part in zip(q[i, head].split(few), result[i, head].split(few), strict=True):
-            scores = linear(queries.float(), keys)
-            part.copy_(linear(scores.softmax(-1).to(q.dtype), values))
+        for start in each(range(0, length, few)):
+            queries = slice(start, start + few)
+            scores = linear(q[i, head, queries].float(), keys)
+            result[i, head, queries] = linear(scores.softmax(-1).to(q.dtype), values)
     return result
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from svdlab.svd import layout
 from svdlab.svd.config import VAEConfig
 from svdlab.svd.kernels.norm import video_scale_and_shift
-from svdlab.svd.kernels.pieces import piece_length
+from svdlab.svd.kernels.pieces import each, piece_length
 from svdlab.svd.kernels.registry import FLOATS, Kernel, Trial, register, replaces, usable
 from svdlab.svd.layers import SpatioTemporalResBlock, TemporalConv, TemporalResnetBlock
 from svdlab.svd.vae import VAE, TemporalDecoder
@@ -58,7 +58,7 @@ def _map_frames(functions: list[Callable[[Tensor], Tensor]], x: Tensor, chunk: i
     step = piece_length(x, x[0, 0].numel(), at_least=chunk)
     frames = x.flatten(0, 1)
     result = None
-    for start in range(0, len(frames), step):
+    for start in each(range(0, len(frames), step)):
         y = frames[None, start : start + step]
         for function in functions:
             y = function(y)
@@ -81,14 +81,15 @@ def add_temporal_update(block: TemporalResnetBlock, x: Tensor, share: Tensor) ->
     """
     h = torch.empty_like(x)
     few = piece_length(x, x[:, 0, 0].numel())
-    parts = list(zip(x.flatten(1, 2).split(few, dim=1), h.flatten(1, 2).split(few, dim=1), strict=True))
+    before, after = x.flatten(1, 2), h.flatten(1, 2)
+    parts = [slice(start, start + few) for start in each(range(0, before.shape[1], few))]
     scale, shift = video_scale_and_shift(block.norm1, x)
-    for part, changed in parts:
-        changed.copy_(_convolve_activated(block.conv1, part, scale, shift))
+    for part in parts:
+        after[:, part] = _convolve_activated(block.conv1, before[:, part], scale, shift)
     scale, shift = video_scale_and_shift(block.norm2, h)
     share = share.to(x.dtype)
-    for part, changed in parts:
-        part.addcmul_(_convolve_activated(block.conv2, changed, scale, shift), share)
+    for part in parts:
+        before[:, part].addcmul_(_convolve_activated(block.conv2, after[:, part], scale, shift), share)
 
 
 def _convolve_activated(conv: TemporalConv, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdlab.svd.kernels.pieces import piece_length
+from svdlab.svd.kernels.pieces import each, piece_length
 from svdlab.svd.kernels.registry import FLOATS, Kernel, Trial, register, replaces, usable
 from svdlab.svd.layers import GROUPS, FrameGroupNorm, GroupNorm, VideoGroupNorm
 
@@ -57,7 +57,8 @@ def about_the_mean(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
 def channel_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of (N, P, C) over P positions, in float32 or wider: (N, C) each."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    parts = rows.split(piece_length(rows, rows[:, 0].numel()), dim=1)
+    few = piece_length(rows, rows[:, 0].numel())
+    parts = [rows[:, start : start + few] for start in each(range(0, rows.shape[1], few))]
     mean = _total(part.to(wide).sum(1) for part in parts) / rows.shape[1]
     squares = ((part.to(wide) - mean[:, None]).square_().sum(1) for part in parts)
     return mean, _total(squares) / rows.shape[1]
