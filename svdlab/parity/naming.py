@@ -274,10 +274,10 @@ class Namer:
         changes = self.concrete(bugs)
         if changes is None:
             return None
-        work, exact = self.judge.work.changed(changes), self.judge.exact.changed(changes)
+        work, exact, moved = (c.changed(changes) for c in (self.judge.work, self.judge.exact, self.judge.moved))
         ratios: dict[str, float] = {}
         for name in sorted(unit.ratios, key=lambda n: n != unit.wrong[0] if unit.wrong else False):
-            ratios[name] = self.judge.ratio(name, work, exact)
+            ratios[name] = self.judge.ratio(name, work, exact, moved)
             if not ratios[name] <= THRESHOLD:
                 return None
         worst = max(ratios, key=lambda n: ratios[n])
