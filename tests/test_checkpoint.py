@@ -113,7 +113,7 @@ def test_damaged_and_pickled_files(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("unet/config.json", "{", "unet/config.json: not readable as JSON"),
+        ("unet/config.json", "{", "unet/config.json: not JSON"),
         ("unet/config.json", "[]", "unet/config.json: holds a list, allowed: a JSON object"),
         (
             "unet/config.json",
@@ -124,7 +124,7 @@ def test_damaged_and_pickled_files(copy: Path) -> None:
         (
             "feature_extractor/preprocessor_config.json",
             "{}",
-            "preprocessor_config.json: 'image_mean' is missing",
+            "preprocessor_config.json: image_mean is missing",
         ),
         (
             "scheduler/scheduler_config.json",

@@ -295,12 +295,15 @@ def test_native_size() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(height=60), "height: got 60, allowed: integer >= 8 a multiple of 8"),
+        (dict(height=60), "height: got 60, allowed: integer >= 8, <= 16384, a multiple of 8"),
         (dict(num_frames=0), "num_frames: got 0, allowed: integer >= 1"),
         (dict(num_inference_steps=0), "num_inference_steps: got 0"),
         (dict(fps=0), "fps: got 0, allowed: integer >= 1"),
         (dict(max_guidance_scale=float("nan")), "max_guidance_scale: got nan"),
-        (dict(sigmas=[1.0, 2.0]), "sigmas: got .1.0, 2.0., allowed: two or more finite numbers >= 0, falling"),
+        (
+            dict(sigmas=[1.0, 2.0]),
+            "sigmas: got .1.0, 2.0., allowed: 2 to 1001 falling numbers from 1e-06 to 10000, the last may be 0",
+        ),
         (dict(decode_chunk_size=0), "decode_chunk_size: got 0"),
         (dict(decode="fast"), "decode: got 'fast', allowed: parity, exact"),
         (dict(output_type="gif"), "output_type: got 'gif', allowed: pil, np, pt, latent"),
