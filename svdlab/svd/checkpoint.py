@@ -43,10 +43,10 @@ Spread = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class ImageNormalization(Config):
-    """CLIP's channel statistics, ``image_mean`` and ``image_std`` of ``feature_extractor/preprocessor_config.json``."""
+    """CLIP's channel statistics, from ``feature_extractor/preprocessor_config.json``."""
 
-    mean: tuple[Level, Level, Level] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[Level, Level, Level] = Field(default=(0.48145466, 0.4578275, 0.40821073), alias="image_mean")
+    std: tuple[Spread, Spread, Spread] = Field(default=(0.26862954, 0.26130258, 0.27577711), alias="image_std")
 
 
 class _Index(BaseModel):
@@ -147,11 +147,11 @@ def load_configs(model: str | Path, revision: str | None = None) -> Configs:
 
 
 def _normalization(statistics: Mapping[str, Any], where: str) -> ImageNormalization:
-    names = {"mean": "image_mean", "std": "image_std"}
-    for option in names.values():
-        if option not in statistics:
-            raise SvdlabError(f"{where}: {option} is missing")
-    return read_config(ImageNormalization, {name: statistics[option] for name, option in names.items()}, where)
+    names = ("image_mean", "image_std")
+    for name in names:
+        if name not in statistics:
+            raise SvdlabError(f"{where}: {name} is missing")
+    return read_config(ImageNormalization, {name: statistics[name] for name in names}, where)
 
 
 def _read_configs(folder: Path) -> Configs:
@@ -357,13 +357,11 @@ def write_checkpoint(
         folder / "scheduler/scheduler_config.json",
         {"_class_name": "EulerDiscreteScheduler", **SVD_SCHEDULER, **scheduler},
     )
-    normalization = ImageNormalization()
     _write_json(
         folder / "feature_extractor/preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
-            "image_mean": normalization.mean,
-            "image_std": normalization.std,
+            **ImageNormalization().model_dump(by_alias=True),
             "size": {"shortest_edge": 224},
             "crop_size": {"height": 224, "width": 224},
         },

@@ -65,9 +65,9 @@ def read_config(cls: type[Checked], options: Mapping[str, Any], where: str, *, i
         SvdlabError: an option that svdlab does not implement, by name, or a value the config refuses.
     """
     given = {k: v for k, v in options.items() if not k.startswith("_") and k not in inert}
-    if unknown := sorted(set(given) - cls.model_fields.keys()):
-        known = ", ".join(sorted(cls.model_fields))
-        raise SvdlabError(f"{where}: option {short(unknown[0])} is not implemented; known: {known}")
+    known = {field.alias or name for name, field in cls.model_fields.items()}
+    if unknown := sorted(given.keys() - known):
+        raise SvdlabError(f"{where}: option {short(unknown[0])} is not implemented; known: {', '.join(sorted(known))}")
     with about(where):
         return cls(**{k: _tuples(v) for k, v in given.items()})
 
