@@ -23,6 +23,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         SvdlabError: the folder does not exist or cannot be written.
+        OSError: the disk is full; it names ``path``.
     """
     target = Path(path)
     temporary = _beside(target)
@@ -31,6 +32,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp makes private files; a result is as readable as any other file.
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and not isinstance(error, BrokenPipeError):
+            error.filename = str(target)  # a full disk does not say of which file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +146,21 @@ def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("1")
     assert path.read_text() == "1"
+
+
+def test_a_full_disk_leaves_what_was_there_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sums.json"
+    path.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        code, out, err = run(capsys, monkeypatch, "weights", "embedded", "--out", str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and err == f"error: {path}: File too large\n" and not out
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,9 @@ def test_damaged_checkpoints(sharded: Path, tmp_path: Path) -> None:
         else:
             changed = damage_json(chance, json.loads(data), chance.choice((1, 1, 2, 4)))
             (folder / name).write_text(json.dumps(changed, ensure_ascii=chance.random() < 0.5))
+        if chance.random() < 0.3:
+            checkpoint_digest(folder)
         pipe = SVDPipeline.from_pretrained(folder)
-        checkpoint_digest(folder)
         if chance.random() < 0.1:
             pipe.generate(picture, SMALL)
 

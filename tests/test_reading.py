@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def test_brackets_and_digits_inside_strings_are_text() -> None:
         ('{"name": "a", "sizes": [], "scale": "1"}', "scale: got '1', allowed: a valid number"),
         ('{"name": "a", "sizes": [], "extra": 1}', "extra: no such field"),
         ("[1]", "got [1], allowed: an object"),
+        (json.dumps({"name": "a", "sizes": [], "x" * 5000: 1}), f"'{'x' * 56}...: no such field"),
+        (json.dumps({"name": "a", "sizes": [], "\x1b[31m": 1}), r"'\x1b[31m': no such field"),
     ],
 )
 def test_a_document_names_the_field(text: str, reason: str) -> None:

@@ -68,10 +68,10 @@ class GenerationSettings(BaseModel):
         None, description="custom noise levels, falling, the last one where sampling ends; instead of a number of steps"
     )
     min_guidance_scale: float = Field(
-        1.0, ge=0, le=1000, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
+        1.0, ge=0, le=100, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
     max_guidance_scale: float = Field(
-        3.0, ge=0, le=1000, description="guidance at the last frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
+        3.0, ge=0, le=100, description="guidance at the last frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
     fps: int = Field(
         7,
