@@ -307,6 +307,7 @@ def test_native_size() -> None:
         # What later code could not hold: a video's rate, float32's range, a step between two sigmas, a picture's side.
         (dict(fps=2**31), "fps: got 2147483648, allowed: integer >= 1, <= 1000"),
         (dict(noise_aug_strength=1e39), r"noise_aug_strength: got 1e\+39, allowed: finite number >= 0, <= 100"),
+        (dict(min_guidance_scale=101.0), "min_guidance_scale: got 101.0, allowed: finite number >= 0, <= 100"),
         (dict(max_guidance_scale=1e39), r"max_guidance_scale: got 1e\+39, allowed: finite number >= 0, <= 100"),
         (dict(sigmas=[1e-320, 0.0]), "sigmas: got .1e-320, 0.0., allowed"),
         (dict(sigmas=[1e39, 0.0]), "sigmas: got .1e.39, 0.0., allowed"),
