@@ -82,12 +82,13 @@ _WAYS = ("click.echo('yes')", "print('yes')", "__import__('rich.console').consol
 @pytest.mark.parametrize("way", _WAYS)
 def test_what_cannot_be_printed_is_no_answer(way: str) -> None:
     script = [sys.executable, "-c", _PRINTS.format(way)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
     assert done.returncode == 2 and done.stderr == "error: No space left on device\n"
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(script, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(script, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(write)
     assert done.returncode == 2 and done.stderr == "error: the output was closed before its end\n"
 
