@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
+from svdlab.reading import Document, parse_as
 from svdlab.svd.checkpoint import checkpoint_files
 
 # Fields of the trace's header.
@@ -50,25 +51,32 @@ def checkpoint_digest(folder: str | os.PathLike[str], variant: str | None = None
     return _combined(found)
 
 
+class _Entry(Document):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
 def _file_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             start = 8 + int.from_bytes(data[:8], "little")
-            table: dict[str, Any] = json.loads(data[8:start])
-            table.pop("__metadata__", None)
+            header = parse_as(dict[str, _Entry | dict[str, str]], data[8:start].decode("utf-8"), "header")
+            table = {key: entry for key, entry in header.items() if isinstance(entry, _Entry)}
 
             def digest(key: str) -> str:
-                entry = table[key]
-                first, last = entry["data_offsets"]
-                if not start + last <= len(data):
-                    raise ValueError("truncated")
-                made = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+                first, last = table[key].data_offsets
+                if not first <= last <= len(data) - start:
+                    raise SvdlabError(f"truncated at {key!r:.60}")
+                made = hashlib.sha256(json.dumps([table[key].dtype, table[key].shape]).encode())
                 with memoryview(data) as view, view[start + first : start + last] as part:
                     made.update(part)
                 return made.hexdigest()
 
             return dict(zip(table, pool.map(digest, table), strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped; what is no UTF-8 is a ValueError, too
         raise SvdlabError(f"{path}: not a whole safetensors file ({str(error).splitlines()[0]})") from None
 
 

@@ -23,6 +23,7 @@ from svdlab.errors import SvdlabError
 from svdlab.parity.foreign import listed
 from svdlab.parity.importers import base_of, letters_of
 from svdlab.parity.trace import CODES, DTYPES, METADATA_KEY, Trace
+from svdlab.reading import parse
 from svdlab.svd.settings import GenerationSettings
 from svdlab.tables import Cell, Table
 
@@ -140,8 +141,8 @@ def _swapped_length(path: Path) -> str:
 def _header(label: str, metadata: Mapping[str, str]) -> tuple[str, torch.dtype]:
     """What is wrong with the metadata, and the dtype that the tensors should have; float32 where it does not say."""
     try:
-        held = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+        held = parse(metadata.get(METADATA_KEY, "{}"), METADATA_KEY)
+    except SvdlabError:
         held = {}
     held = held if isinstance(held, dict) else {}
     dtype = DTYPES.get(str(held.get("dtype")), torch.float32)

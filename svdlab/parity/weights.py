@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError, short
+from svdlab.reading import read_json
 from svdlab.svd.checkpoint import checkpoint_files
 from svdlab.tables import Cell, Table
 
 Status = Literal["right", "rounded", "wrong", "missing", "extra"]
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _COMPONENTS = ("unet", "vae", "image_encoder")
 
 
@@ -177,15 +179,12 @@ def _dump(path: Path) -> dict[str, Tensor | str]:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    try:
-        sums = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SvdlabError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+    sums = read_json(path)
     if not isinstance(sums, dict) or not sums:
         raise SvdlabError(f"{path}: got {short(sums)}, allowed: an object of checksums by key")
     for key, value in sums.items():
-        if not isinstance(value, str) or len(value) != 64:
-            raise SvdlabError(f"{path}: {key}: got {short(value)}, allowed: sha256 in 64 hexadecimal digits")
+        if not isinstance(value, str) or not _SHA256.fullmatch(value):
+            raise SvdlabError(f"{path}: {key[:200]}: got {short(value)}, allowed: sha256 in 64 hexadecimal digits")
     return {key: value.lower() for key, value in sums.items()}
 
 
