@@ -23,11 +23,12 @@ _MAX_CHARACTERS = 1000
 class SvdlabError(ValueError):
     """Bad input: one line that names the field or file, what was got and what is allowed.
 
-    Control characters, which a terminal would obey, become escapes, and the middle of a very long line dots.
+    Line breaks become spaces, other control characters, which a terminal would obey, escapes, and the middle of a very
+    long line dots.
     """
 
     def __init__(self, message: object = "") -> None:
-        line = printable(str(message))
+        line = printable(" ".join(str(message).splitlines()))
         if len(line) > _MAX_CHARACTERS:
             line = f"{line[: _MAX_CHARACTERS - 303]}...{line[-300:]}"
         super().__init__(line)

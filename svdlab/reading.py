@@ -132,7 +132,9 @@ def read_as(model: type[Model], path: str | os.PathLike[str], limit: int = MAX_B
 def first_problem(error: ValidationError) -> str:
     """What pydantic found first, in one line: the field, what was got and what is allowed."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # A key of the file's own may be of any length.
+    parts = [str(part) for part in first["loc"]]
+    where = ".".join(part if len(part) <= 60 and part.isprintable() else short(part) for part in parts)
     if first["type"] == "missing":
         return f"{where} is missing"
     if first["type"] == "extra_forbidden":

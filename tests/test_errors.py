@@ -13,9 +13,9 @@ from svdlab.errors import SvdlabError, about
     ("message", "line"),
     [
         ("x.json: é 😀 fine", "x.json: é 😀 fine"),
-        ("two\nlines\r", r"two\nlines\r"),
+        ("two\nlines\r and \b", r"two lines  and \x08"),
         ("\x1b[31mred\x1b[0m \x9b2J", r"\x1b[31mred\x1b[0m \x9b2J"),
-        ("right\u202eleft \udcff \u2028", r"right\u202eleft \udcff \u2028"),
+        ("right\u202eleft \udcff \u2028", r"right\u202eleft \udcff "),
         ("f: " + "n" * 10**6 + ", allowed: 3", "f: " + "n" * 694 + "..." + "n" * 288 + ", allowed: 3"),
     ],
 )

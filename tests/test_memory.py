@@ -259,7 +259,7 @@ def test_the_settings_are_those_of_a_generation(tmp_path: Path, tiny: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "60"], "height: got 60, allowed: integer >= 8 a multiple of 8"),
+        (["--height", "60"], "height: got 60, allowed: integer >= 8, <= 16384, a multiple of 8"),
         (["--device", "gpu7"], "--device: got 'gpu7', allowed: cpu, cuda, cuda:1, mps"),
         (["--model", "nothing here"], "model: 'nothing here' is no folder"),
     ],

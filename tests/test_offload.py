@@ -147,7 +147,7 @@ def test_auto_is_a_setting_like_others() -> None:
     settings = GenerationSettings.from_json(GenerationSettings(decode_chunk_size="auto").to_json())
     assert settings.decode_chunk_size == "auto" and settings.replace(num_frames=8).effective_decode_chunk is None
     for wrong in ("all", 0):
-        with pytest.raises(SvdlabError, match="decode_chunk_size: got .*, allowed: integer >= 1 or auto or none"):
+        with pytest.raises(SvdlabError, match="decode_chunk_size: got .*, allowed: integer >= 1, <= 10000 or auto or"):
             GenerationSettings(decode_chunk_size=wrong)
 
 

@@ -295,12 +295,27 @@ def test_native_size() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(height=60), "height: got 60, allowed: integer >= 8 a multiple of 8"),
+        (dict(height=60), "height: got 60, allowed: integer >= 8, <= 16384, a multiple of 8"),
         (dict(num_frames=0), "num_frames: got 0, allowed: integer >= 1"),
         (dict(num_inference_steps=0), "num_inference_steps: got 0"),
         (dict(fps=0), "fps: got 0, allowed: integer >= 1"),
         (dict(max_guidance_scale=float("nan")), "max_guidance_scale: got nan"),
-        (dict(sigmas=[1.0, 2.0]), "sigmas: got .1.0, 2.0., allowed: two or more finite numbers >= 0, falling"),
+        (
+            dict(sigmas=[1.0, 2.0]),
+            "sigmas: got .1.0, 2.0., allowed: 2 to 1001 falling numbers from 1e-06 to 10000, the last may be 0",
+        ),
+        # What later code could not hold: a video's rate, float32's range, a step between two sigmas, a picture's side.
+        (dict(fps=2**31), "fps: got 2147483648, allowed: integer >= 1, <= 1000"),
+        (dict(noise_aug_strength=1e39), r"noise_aug_strength: got 1e\+39, allowed: finite number >= 0, <= 100"),
+        (dict(min_guidance_scale=101.0), "min_guidance_scale: got 101.0, allowed: finite number >= 0, <= 100"),
+        (dict(max_guidance_scale=1e39), r"max_guidance_scale: got 1e\+39, allowed: finite number >= 0, <= 100"),
+        (dict(sigmas=[1e-320, 0.0]), "sigmas: got .1e-320, 0.0., allowed"),
+        (dict(sigmas=[1e39, 0.0]), "sigmas: got .1e.39, 0.0., allowed"),
+        (dict(sigmas=[1.0, 1.0 - 1e-12]), "sigmas: got .1.0, 0.9999"),
+        (dict(sigmas=[]), "sigmas: got .., allowed"),
+        (dict(height=80_000), "height: got 80000, allowed: integer >= 8, <= 16384"),
+        (dict(num_inference_steps=10**8), "num_inference_steps: got 100000000, allowed: integer >= 1, <= 1000"),
+        (dict(num_frames=10**9), "num_frames: got 1000000000, allowed: integer >= 1, <= 10000"),
         (dict(decode_chunk_size=0), "decode_chunk_size: got 0"),
         (dict(decode="fast"), "decode: got 'fast', allowed: parity, exact"),
         (dict(output_type="gif"), "output_type: got 'gif', allowed: pil, np, pt, latent"),
@@ -313,6 +328,33 @@ def test_bad_arguments(pipe: SVDPipeline, photo: Image.Image, change: dict[str, 
     with pytest.raises(SvdlabError, match=message) as error:
         pipe(photo, **{**SMALL, **change})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_bounds_of_the_settings_hold_a_clip(photo: Image.Image, dtype: str) -> None:
+    pipe = SVDPipeline.from_pretrained(dtype=getattr(torch, dtype))
+    most: dict[str, Any] = dict(min_guidance_scale=100.0, max_guidance_scale=100.0, noise_aug_strength=100.0, fps=1000)
+    most |= dict(height=32, width=32, num_frames=2, motion_bucket_id=1023, sigmas=(1e4, 5.0, 1e-6, 0.0))
+    (clip,) = pipe.generate(photo, GenerationSettings(**most, dtype=dtype))
+    assert clip.frames.std() > 10 and len(clip.to_mp4()) > 0, "a NaN is black"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "settings: JSON nested deeper than 32 levels"),
+        ('{"fps": ' + "1" * 5000 + "}", "settings: JSON with a number of over 400 digits"),
+        ('{"fps": NaN}', "settings: got the number 'NaN'"),
+        ("[7]", "settings: got a list, allowed: a JSON object"),
+        ('{"' + "x" * 100_000 + '": 1}', "no such setting"),
+        ('{"dtype": "' + "x" * 100_000 + '"}', "dtype: got 'xxx"),
+        ('{"sigmas": [' + "1," * 100_000 + "0]}", "sigmas: got "),
+    ],
+)
+def test_settings_in_bad_json(text: str, message: str) -> None:
+    with pytest.raises(SvdlabError) as error:
+        GenerationSettings.from_json(text)
+    assert message in str(error.value) and len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 from pathlib import Path
 
@@ -52,6 +54,8 @@ def test_brackets_and_digits_inside_strings_are_text() -> None:
         ('{"name": "a", "sizes": [], "scale": "1"}', "scale: got '1', allowed: a valid number"),
         ('{"name": "a", "sizes": [], "extra": 1}', "extra: no such field"),
         ("[1]", "got [1], allowed: an object"),
+        (json.dumps({"name": "a", "sizes": [], "x" * 5000: 1}), f"'{'x' * 56}...: no such field"),
+        (json.dumps({"name": "a", "sizes": [], "\x1b[31m": 1}), r"'\x1b[31m': no such field"),
     ],
 )
 def test_a_document_names_the_field(text: str, reason: str) -> None:
@@ -79,3 +83,48 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(SvdlabError, match=reason):
             read_json(path, limit=99)
+
+
+ROOT = Path(__file__).parent.parent
+# What reads only what svdlab itself wrote a moment before, and how many times it does.
+OWN = {
+    "svdlab/parity/writer.py": 1,  # the settings' own to_json
+    "svdlab/report/run.py": 1,  # what its own child process printed
+    "svdlab/sweep/folder.py": 1,  # json.dumps, to compare as JSON
+    "svdlab/cli/sweep.py": 1,  # pandas' to_json
+}
+# Not yet moved to svdlab/reading.py; a line goes when its file has.
+PENDING = {
+    "svdlab/cli/report.py": 1,
+    "svdlab/cli/sweep.py": 1,
+    "svdlab/parity/trace.py": 1,
+    "svdlab/report/results.py": 1,
+    "svdlab/report/run.py": 1,
+    "svdlab/sweep/cluster.py": 1,
+    "svdlab/sweep/folder.py": 2,
+    "svdlab/sweep/plan.py": 2,
+}
+
+
+def _json_parsed(source: str) -> int:
+    """How many times a module's code parses JSON by itself."""
+    calls = 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "json":
+            calls += sum(name.name not in ("dumps", "dump") for name in node.names)
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id == "json" and node.attr in ("load", "loads")
+            calls += own or node.attr in ("JSONDecoder", "validate_json", "model_validate_json")
+    return calls
+
+
+def test_no_other_module_parses_json() -> None:
+    assert _json_parsed("import json\njson.loads('1')\njson.load(x)\nfrom json import loads, dumps") == 3
+    assert _json_parsed("Model.model_validate_json(text)\nfrom svdlab.reading import parse") == 1
+    found = {}
+    for path in sorted((ROOT / "svdlab").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name != "svdlab/reading.py" and (calls := _json_parsed(path.read_text())):
+            found[name] = calls
+    too_many = {name: calls for name, calls in found.items() if calls > OWN.get(name, 0) + PENDING.get(name, 0)}
+    assert not too_many, "read JSON through svdlab/reading.py, which bounds and types it"

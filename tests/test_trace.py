@@ -250,7 +250,7 @@ GARBAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN in settings": (lambda p: write(p, settings={"fps": math.nan}), "got the number 'NaN', allowed: finite"),
     "many steps": (
         lambda p: write(p, settings={**json.loads(SETTINGS.to_json()), "num_inference_steps": 10**8}),
-        "settings: num_steps is 100000000, allowed in a trace: at most 10000",
+        "settings: num_inference_steps: got 100000000, allowed: integer >= 1, <= 1000",
     ),
     "other digits": (lambda p: write(p, replaced(**{"latents.٠٠١": torch.ones(1)})), "neither a probe nor a tap"),
     "more digits": (lambda p: write(p, replaced(latents__0001=torch.ones(1))), "'latents.0001': neither"),

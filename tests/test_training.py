@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save
 from torch import nn
 
 from svdlab.cli.training import train_tiny
@@ -96,6 +97,25 @@ def test_files_of_another_recipe_are_refused(tmp_path: Path) -> None:
     fit(line(3), tmp_path, 0, CPU)
     with pytest.raises(SvdlabError, match=r"line\.safetensors: made by another recipe"):
         fit(replace(line(3), fingerprint="other"), tmp_path, 0, CPU)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    fit(line(3), tmp_path, 0, CPU)
+    path = tmp_path / "line.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    progress = '{"step": 3, "fingerprint": "f"}'
+    for data, message in (
+        (whole[:-4], "line.safetensors: not a readable safetensors file"),
+        (b"", "line.safetensors: not a readable safetensors file"),
+        (save(tensors), "line.safetensors: progress: step is missing"),
+        (save(tensors, {"progress": "[" * 100}), "line.safetensors: progress: JSON nested deeper"),
+        (save(tensors, {"progress": progress.replace("3", "-3")}), "progress: step: got -3, allowed: greater"),
+        (save({}, {"progress": progress}), "line.safetensors: holds other weights than line's"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(SvdlabError) as error:
+            fit(line(3), tmp_path, 0, CPU)
+        assert message in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:

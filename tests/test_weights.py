@@ -78,7 +78,9 @@ def test_checksums(tiny: Path, weights: dict[str, Tensor], tmp_path: Path, monke
     assert check_weights(tiny, sums).bad[0].text == f"the checksum of {OTHER}"
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"a": 3}', '{"a": "short"}', "not json"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"a": 3}', '{"a": "short"}', "not json", "[" * 10_000, json.dumps({"a": "x" * 64})]
+)
 def test_bad_checksums_are_refused(tiny: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "sums.json").write_text(content)
     with pytest.raises(SvdlabError, match=r"sums\.json"):

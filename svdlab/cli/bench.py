@@ -11,7 +11,7 @@ from svdlab.bench.cases import CASES, Bench, Plan
 from svdlab.bench.tables import tables
 from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import atomic_path, check_folder, write_json
+from svdlab.files import atomic_path, check_outputs, write_json
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -51,8 +51,7 @@ def bench(
     from rich.console import Console
 
     GenerationSettings(**given)
-    for path in (json_path, plot_path):
-        check_folder(path)
+    check_outputs(json_path, plot_path)
     if plot_path and not plot_path.endswith((".png", ".svg", ".pdf")):
         raise SvdlabError(f"--plot: got {plot_path!r}, allowed: .png, .svg, .pdf")
     if given.get("decode_chunk_size") == "auto":

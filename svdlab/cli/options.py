@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,48 +11,47 @@ import click
 from svdlab.errors import SvdlabError, short
 from svdlab.svd.settings import GenerationSettings
 
-_DEVICE = re.compile(r"cpu|mps|cuda(:[0-9]{1,4})?")
-
-
-def check_device(device: str, here: bool = True) -> str:
-    """A device's name, if there is such a device.
-
-    Args:
-        device: "cpu", "cuda", "cuda:1" or "mps".
-        here: on this machine, and not on another one.
-
-    Raises:
-        SvdlabError: another name, or torch sees no such device.
-    """
-    if not _DEVICE.fullmatch(device):
-        raise SvdlabError(f"--device: got {short(device)}, allowed: cpu, cuda, cuda:1, mps")
-    if device == "cpu" or not here:
-        return device
-    import torch
-
-    kind, _, index = device.partition(":")
-    seen = torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
-    if not seen:
-        raise SvdlabError(f"--device: got {device!r}, but torch sees no {kind.upper()} device here")
-    if index and int(index) >= torch.cuda.device_count():
-        devices = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-        raise SvdlabError(f"--device: got {device!r}, allowed here: {devices}")
-    return device
-
-
-def _device_option(help: str, default: str = "cpu", here: bool = True) -> Callable[..., Any]:
-    return click.option(
-        "--device", default=default, show_default=True, help=help, callback=lambda _, __, name: check_device(name, here)
-    )
-
-
-DEVICE = _device_option("Where to run: cpu, cuda, cuda:1, mps.")
-# For what may run on another machine.
-ANY_DEVICE = _device_option("Where to run: cpu, cuda, cuda:1, mps.", here=False)
-SIMULATED_DEVICE = _device_option("Where it would run; it need not be here.", "cuda", here=False)
 MODEL = click.option(
     "--model", default="embedded", show_default=True, help="Checkpoint: embedded, a folder, or a name on the hub."
 )
+
+
+def check_device(device: str, here: bool = True) -> None:
+    """Refuse what is no device.
+
+    Args:
+        device: as torch names it.
+        here: it must be in this machine, too.
+
+    Raises:
+        SvdlabError: no name of a device, or none that is here.
+    """
+    if device == "cpu":  # and no torch to wait for
+        return
+    import torch
+
+    try:
+        kind, index = (found := torch.device(device)).type, found.index
+    except RuntimeError:
+        raise SvdlabError(f"--device: got {short(device)}, allowed: cpu, cuda, cuda:1, mps") from None
+    if not here:
+        return
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (index or 0) >= count.get(kind, 0):
+        there = [name for name, n in count.items() for name in ([name, f"{name}:{n - 1}"] if n > 1 else [name] * n)]
+        raise SvdlabError(f"--device: got {device!r}, but torch sees no such device here; allowed: {', '.join(there)}")
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    check_device(value)
+    return value
+
+
+DEVICE = click.option(
+    "--device", default="cpu", show_default=True, callback=_device, help="Where to run: cpu, cuda, cuda:1, mps."
+)
+# Where it runs is not known before the other options are.
+ANY_DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, mps.")
 IMAGE = click.option(
     "--image",
     metavar="IMAGE",

@@ -17,7 +17,7 @@ import click
 
 from svdlab.cli.options import ANY_DEVICE, IMAGE, JSON, MODEL, check_device, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 from svdlab.samples import read_image
 from svdlab.svd.settings import GenerationSettings
 
@@ -83,7 +83,7 @@ def sweep(
 
     context = click.get_current_context()
     asked = [p for p in context.params if context.get_parameter_source(p) is click.core.ParameterSource.COMMANDLINE]
-    check_folder(json_path)
+    check_outputs(json_path)
     tls = (tls_ca_file, tls_cert, tls_key)
     if any(tls) and not all(tls):
         raise SvdlabError("--tls-ca-file, --tls-cert, --tls-key: allowed: all three, or none")
@@ -227,7 +227,7 @@ def sweep_compare(before: str, after: str, tolerance: int | None, json_path: str
     from svdlab.sweep.compare import compare_sweeps
     from svdlab.sweep.folder import Sweep
 
-    check_folder(json_path)
+    check_outputs(json_path)
     found = compare_sweeps(Sweep.open(before), Sweep.open(after))
     Console().print(found.table(tolerance))
     for name, (was, now) in found.differs.items():

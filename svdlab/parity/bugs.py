@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -440,7 +440,7 @@ _wrapped("image_latents", lambda pipe, stage, image, noise, settings: stage(imag
 
 
 def _not_upcast(vae: Any) -> None:
-    vae.config = replace(vae.config, force_upcast=False)
+    vae.config = vae.config.replace(force_upcast=False)
 
 
 _edited("image_latents", "vae", _not_upcast)(

@@ -26,7 +26,7 @@ from svdlab.parity.modules import ModuleJudge, network_of, next_taps
 from svdlab.parity.naming import Bugs, Found, Named, NamedModules, Namer, name_modules
 from svdlab.parity.probes import INPUTS, execution_key
 from svdlab.parity.relations import Relation, axes_of, relate
-from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
+from svdlab.parity.stages import Chain, StageJudge, Unit, distance, moved, stages_changed
 from svdlab.parity.trace import Trace
 from svdlab.parity.writer import version_of
 from svdlab.svd.pipeline import SVDPipeline
@@ -463,8 +463,9 @@ class _Diagnoser:
                 known.update({name: self.judge.known[name] for name in unit.ratios})
         changes = self.namer.concrete(bugs)
         assert changes is not None
-        work, exact = (
-            Chain(p, self.judge.settings, known, self.judge.guided, changes) for p in (self.pipe, self.judge.exact_pipe)
+        work, exact, nudged = (
+            Chain(pipe, self.judge.settings, tensors, self.judge.guided, changes)
+            for pipe, tensors in ((self.pipe, known), (self.judge.exact_pipe, known), (self.pipe, moved(known)))
         )
         floors = {p.name: p.floor for p in self.comparison.probes}
         ratios = {}
@@ -473,8 +474,12 @@ class _Diagnoser:
                 continue
             self.tick()
             wanted = exact.expected(name)
+            left = distance(self.judge.known[name], wanted)
             floor = max(distance(work.expected(name), wanted), floors.get(name, 0.0))
-            ratios[name] = distance(self.judge.known[name], wanted) / floor
+            if not left <= THRESHOLD * floor:
+                # A bug that itself rounds jumps where what it is given moves by a unit in the last place.
+                floor = max(floor, distance(nudged.expected(name), wanted))
+            ratios[name] = left / floor
             if not ratios[name] <= THRESHOLD:
                 return ratios[name], name
         if not ratios:

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from svdlab.errors import SvdlabError, about, short
@@ -26,6 +26,7 @@ from svdlab.parity.foreign import Source, expand, listed
 from svdlab.parity.probes import EVERY_SHAPE, PER_STEP, check_shapes, execution_key, probe_of
 from svdlab.parity.trace import CODES, Trace
 from svdlab.parity.writer import TraceWriter
+from svdlab.reading import first_problem
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,6 +49,12 @@ HALVES = {
     "added_time_ids": "cond",
 }
 _STEP_FIELD = re.compile(r"\{step(?::0?(\d+)d?)?\}")
+
+
+def _axes(layout: str) -> str:
+    if not layout or set(layout) - set(AXES):
+        raise ValueError(f"got {short(layout)}, allowed: axes out of {AXES}, such as NFHWC")
+    return layout
 
 
 class Part(BaseModel):
@@ -79,7 +86,7 @@ class Entry(Part):
         first_step: the number that the port gives to step 0.
     """
 
-    layout: str | None = Field(None, pattern=rf"^[{AXES}]+$")
+    layout: Annotated[str, AfterValidator(_axes)] | None = None
     frames_in_batch: bool = False
     guidance: Literal["both", "cond_first", "separate"] | None = None
     uncond: Part | None = None
@@ -148,17 +155,11 @@ def _reason(error: Exception) -> str:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        fields = {1: Map.model_fields, 3: Entry.model_fields}.get(len(first["loc"]), Part.model_fields)
-        return f"{where}: no such field, allowed: {', '.join(fields)}"
-    if first["type"] == "missing":
-        return f"{where}: is missing"
-    if where.endswith(".layout"):
-        return f"{where}: got {short(first['input'])}, allowed: axes out of {AXES}, such as NFHWC"
-    wanted = first["msg"].removeprefix("Input should be ")
-    return f"{where}: got {short(first['input'])}, allowed: {wanted}"
+    first = error.errors(include_url=False)[0]
+    if first["type"] != "extra_forbidden":
+        return first_problem(error)
+    fields = {1: Map.model_fields, 3: Entry.model_fields}.get(len(first["loc"]), Part.model_fields)
+    return f"{first_problem(error)}, allowed: {', '.join(fields)}"
 
 
 def _problem(name: str, entry: Entry) -> str | None:

@@ -20,7 +20,7 @@ from svdlab.parity.bugs import BUGS, sample_posterior
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.modules import ModuleJudge
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
-from svdlab.svd.modules import own_modules
+from svdlab.svd.modules import own_modules, state_of
 from svdlab.svd.stages import Change
 
 # A set that leaves less than this many floors, and a distance below this share, may be right with the rounding that the
@@ -274,10 +274,10 @@ class Namer:
         changes = self.concrete(bugs)
         if changes is None:
             return None
-        work, exact = self.judge.work.changed(changes), self.judge.exact.changed(changes)
+        work, exact, moved = (c.changed(changes) for c in (self.judge.work, self.judge.exact, self.judge.moved))
         ratios: dict[str, float] = {}
         for name in sorted(unit.ratios, key=lambda n: n != unit.wrong[0] if unit.wrong else False):
-            ratios[name] = self.judge.ratio(name, work, exact)
+            ratios[name] = self.judge.ratio(name, work, exact, moved)
             if not ratios[name] <= THRESHOLD:
                 return None
         worst = max(ratios, key=lambda n: ratios[n])
@@ -327,17 +327,10 @@ def _stages_changed(change: Change, vae: nn.Module) -> frozenset[str]:
     edited = own_modules(vae)
     change.edit["vae"](edited)
     before = dict(vae.named_modules())
-    changed = {name for name, module in edited.named_modules() if _state(module) != _state(before[name])}
+    changed = {name for name, module in edited.named_modules() if state_of(module) != state_of(before[name])}
     wrapped = frozenset(change.wrap)
     halves = {"decode" if name.startswith("decoder") else "image_latents" for name in changed if name}
     return stages - ({"decode", "image_latents"} - halves - wrapped) if halves else stages
-
-
-def _state(module: nn.Module) -> list[object]:
-    """What an edit of a module can change: its class, its attributes, its hooks and its weights."""
-    held = {name: v for name, v in vars(module).items() if name not in ("_modules", "cache")}
-    items = [(name, sorted(map(id, v.values())) if isinstance(v, dict) else id(v)) for name, v in held.items()]
-    return [type(module), sorted(items, key=lambda item: item[0])]
 
 
 @dataclass(frozen=True)
@@ -370,7 +363,7 @@ def name_modules(
     def still_wrong(bugs: Sequence[Named], exact: bool = False) -> set[str]:
         """The modules that bugs leave wrong; all where they break one that was right."""
         tick()
-        ratios = judge.ratios_with([change for _, change in bugs], exact)
+        ratios = judge.ratios_with([change for _, change in bugs], exact, keep=exact)
         if len(bugs) == 1:
             touched[id(bugs[0][1])] = {n for n in wrong if ratios[n] != clean[n]}
         limit = THRESHOLD if exact else _DOUBTFUL_MODULE
@@ -397,17 +390,18 @@ def name_modules(
             added.append(([next(o for o in equal if o[0] == name) for name in names], mended))
         # With the rounding of all of them: what then mends nothing was a coincidence.
         remaining = still_wrong([*base, *(pick[0] for pick, _ in added)], exact=True)
-        added = [(pick, mended) for pick, mended in added if mended - remaining]
+        proposed, added = len(added), [(pick, mended) for pick, mended in added if mended - remaining]
         if not added:
             break
         picks += [pick for pick, _ in added]
-        left = still_wrong([pick[0] for pick in picks], exact=True)
+        left = remaining if len(added) == proposed else still_wrong([pick[0] for pick in picks], exact=True)
         decided = _decided(picks)
         options = [
             (name, change)
             for name, change in options
             if BUGS[name].decides not in decided and touched.get(id(change), left) & left
         ]
+    judge.forget()
     return NamedModules(picks, [name for name in judge.wrong if name in left])
 
 

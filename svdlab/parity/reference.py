@@ -87,7 +87,7 @@ def diffusers_network(name: str, network: nn.Module) -> Any:
         from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-        options = asdict(network.config)  # type: ignore[call-overload]
+        options = network.config.model_dump()  # type: ignore[union-attr, operator]
         with torch.device("meta"):
             if name == "unet":
                 reference: Any = UNetSpatioTemporalConditionModel(**options)

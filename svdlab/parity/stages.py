@@ -23,6 +23,7 @@ from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.compare import THRESHOLD, resolution
 from svdlab.parity.probes import INPUTS, execution_key, probe_of
+from svdlab.parity.recorder import Nudge
 from svdlab.parity.replay import is_8bit, source_images
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.svd.pipeline import SVDPipeline
@@ -58,6 +59,12 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     # A difference of two close numbers is exact, so that only half precision needs a wider one.
     wide_enough = torch.promote_types(torch.promote_types(found.dtype, wanted.dtype), torch.float32)
     return _norm(found.to(wide_enough) - wanted.to(wide_enough)) / (_norm(wanted) or math.sqrt(wanted.numel()))
+
+
+def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every value moved by a unit in the last place, up or down."""
+    nudge = Nudge(0)
+    return {name: nudge(tensor) for name, tensor in tensors.items()}
 
 
 def _norm(x: Tensor) -> float:
@@ -361,6 +368,8 @@ class StageJudge:
         self.known = known
         self.work = Chain(pipe, self.settings, known, self.guided)
         self.exact = Chain(self.exact_pipe, self.settings, known, self.guided)
+        # The candidate's tensors moved by a unit in the last place: a bug that itself rounds jumps where they are.
+        self.moved = Chain(pipe, self.settings, moved(known), self.guided)
         self.own = Chain(self.exact_pipe, self.settings, own, self.guided)
         self.judged = [n for n in sorted(probes, key=execution_key) if self.work.computable(n)]
         self.resolution = resolution(reference.dtype)
@@ -396,9 +405,22 @@ class StageJudge:
         floor = max(rounding, self.own_distance(name), self.candidate_rounding(name), self.resolution)
         return floor if math.isfinite(rounding) else math.nan
 
-    def ratio(self, name: str, work: Chain | None = None, exact: Chain | None = None) -> float:
-        """The candidate's distance over the floor, of one tensor."""
-        return distance(self.known[name], (exact or self.exact).expected(name)) / self.floor(name, work, exact)
+    def ratio(
+        self, name: str, work: Chain | None = None, exact: Chain | None = None, moved: Chain | None = None
+    ) -> float:
+        """The candidate's distance over the floor, of one tensor.
+
+        Args:
+            name: which.
+            work, exact: with changes in place.
+            moved: likewise, on the candidate's tensors moved by a unit in the last place: where rounding alone does not
+                explain the distance, what that does is in the floor, too.
+        """
+        wanted = (exact or self.exact).expected(name)
+        floor, left = self.floor(name, work, exact), distance(self.known[name], wanted)
+        if moved is not None and not left <= THRESHOLD * floor:
+            floor = max(floor, distance(moved.expected(name), wanted))
+        return left / floor
 
     def units(self) -> list[Unit]:
         """Judge every tensor that the candidate holds.
@@ -419,7 +441,7 @@ class StageJudge:
                 )
             if name == "guidance_scale" and not ratios[name] <= THRESHOLD:
                 # It holds for step 0 only: a ramp over steps has other values later.
-                for chain in (self.work, self.exact, self.own):
+                for chain in (self.work, self.exact, self.moved, self.own):
                     chain.scale_of_first_step = True
             self.tick()
         units: dict[frozenset[str], Unit] = {}

@@ -35,8 +35,6 @@ DTYPES = {
 }
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-# Of a generation that a trace is of: what is worked out from the settings alone is as large as they say.
-_MOST = {"num_steps": 10_000, "num_frames": 10_000, "num_videos_per_prompt": 10_000, "height": 2**16, "width": 2**16}
 
 
 class _Header(Document):
@@ -111,7 +109,7 @@ class Trace(Mapping[str, Tensor]):
 
         Raises:
             SvdlabError: no such file, not a safetensors file or a truncated one, not a trace, another format
-                version, bad settings or more than a trace can be of, no tensors, an unknown probe or order, a shape
+                version, bad settings, no tensors, an unknown probe or order, a shape
                 that contradicts the settings. One line, with the file's and the tensor's name.
         """
         self = cls.__new__(cls)
@@ -170,9 +168,6 @@ class Trace(Mapping[str, Tensor]):
         for field in ("height", "width", "num_frames"):
             if getattr(self.settings, field) is None:
                 raise SvdlabError(f"{self.label}: settings: {field} is null, allowed: the resolved value")
-        for field, most in _MOST.items():
-            if (value := getattr(self.settings, field)) > most:
-                raise SvdlabError(f"{self.label}: settings: {field} is {value}, allowed in a trace: at most {most}")
         with about(self.label):
             check_order(self.order)
             check_shapes(self._shapes, self.settings)

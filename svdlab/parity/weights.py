@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from svdlab.tables import Cell, Table
 from svdlab.tensors import TensorFile
 
 Status = Literal["right", "rounded", "wrong", "missing", "extra"]
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _COMPONENTS = ("unet", "vae", "image_encoder")
 
 
@@ -181,8 +183,8 @@ def _checksums(path: Path) -> dict[str, str]:
     if not sums:
         raise SvdlabError(f"{path}: got {{}}, allowed: an object of checksums by key")
     for key, value in sums.items():
-        if len(value) != 64:
-            raise SvdlabError(f"{path}: {key}: got {short(value)}, allowed: sha256 in 64 hexadecimal digits")
+        if not _SHA256.fullmatch(value):
+            raise SvdlabError(f"{path}: {key[:200]}: got {short(value)}, allowed: sha256 in 64 hexadecimal digits")
     return {key: value.lower() for key, value in sums.items()}
 
 

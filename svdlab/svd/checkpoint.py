@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
+from svdlab.reading import read_as, read_json
 from svdlab.svd.architectures import ARCHITECTURES, SVD_SCHEDULER
-from svdlab.svd.config import CLIPVisionConfig, Configs, UNetConfig, VAEConfig, read_config
+from svdlab.svd.config import CLIPVisionConfig, Config, Configs, UNetConfig, VAEConfig, per_level, read_config
 from svdlab.svd.image_encoder import CLIPVision
 from svdlab.svd.kernels import use_kernels
 from svdlab.svd.sampler import EulerScheduler
@@ -31,15 +34,31 @@ from svdlab.svd.vae import VAE
 EMBEDDED = "embedded"
 # Saved by old versions of transformers; a constant.
 _INERT_KEYS = {"vision_model.embeddings.position_ids"}
+_PIPELINE = "StableVideoDiffusionPipeline"
 _UNET_FILE, _CLIP_FILE = "diffusion_pytorch_model", "model"
 
 
-@dataclass(frozen=True)
-class ImageNormalization:
-    """CLIP's channel statistics, from ``feature_extractor/preprocessor_config.json``: three values each."""
+Level = Annotated[float, Field(ge=-1e3, le=1e3)]
+Spread = Annotated[float, Field(ge=1e-3, le=1e3)]
 
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+class ImageNormalization(Config):
+    """CLIP's channel statistics, from ``feature_extractor/preprocessor_config.json``."""
+
+    mean: tuple[Level, Level, Level] = Field(default=(0.48145466, 0.4578275, 0.40821073), alias="image_mean")
+    std: tuple[Spread, Spread, Spread] = Field(default=(0.26862954, 0.26130258, 0.27577711), alias="image_std")
+
+
+class _Index(BaseModel):
+    """``*.safetensors.index.json``: which weight is in which file beside it."""
+
+    model_config = ConfigDict(strict=True)
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+# Of the weights that a network may hold: what is cast to its dtype. Others would be cast, too, and be wrong.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -98,10 +117,7 @@ def load_components(
     scheduler = EulerScheduler.from_config(*_read_json(folder, "scheduler/scheduler_config.json"))
     configs = _read_configs(folder)
     statistics, where = _read_json(folder, "feature_extractor/preprocessor_config.json")
-    try:
-        normalization = ImageNormalization(tuple(statistics["image_mean"]), tuple(statistics["image_std"]))
-    except KeyError as error:
-        raise SvdlabError(f"{where}: {error} is missing") from None
+    normalization = _normalization(statistics, where)
 
     def load(module: type[nn.Module], config: Any, name: str, stem: str) -> Any:
         return _load(module, config, folder / name, stem, variant, dtype, torch.device(device))
@@ -130,16 +146,33 @@ def load_configs(model: str | Path, revision: str | None = None) -> Configs:
     return _read_configs(checkpoint_folder(model, revision=revision, weights=False))
 
 
+def _normalization(statistics: Mapping[str, Any], where: str) -> ImageNormalization:
+    names = ("image_mean", "image_std")
+    for name in names:
+        if name not in statistics:
+            raise SvdlabError(f"{where}: {name} is missing")
+    return read_config(ImageNormalization, {name: statistics[name] for name in names}, where)
+
+
 def _read_configs(folder: Path) -> Configs:
+    index, where = _read_json(folder, "model_index.json")
+    if (name := index.get("_class_name", _PIPELINE)) != _PIPELINE:
+        raise SvdlabError(f"{where}: pipeline {short(name)} is not implemented; allowed: {_PIPELINE}")
     unet = _config(folder, "unet/config.json", UNetConfig)
     vae = _config(folder, "vae/config.json", VAEConfig)
     clip_options, clip_where = _read_json(folder, "image_encoder/config.json")
-    known = {f.name for f in fields(CLIPVisionConfig)}
-    clip = read_config(CLIPVisionConfig, {k: v for k, v in clip_options.items() if k in known}, clip_where)
+    known = {name: value for name, value in clip_options.items() if name in CLIPVisionConfig.model_fields}
+    clip = read_config(CLIPVisionConfig, known, clip_where)
     if unet.in_channels != 2 * unet.out_channels or unet.out_channels != vae.latent_channels:
         raise SvdlabError(
             f"{folder}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
             f"{vae.latent_channels} do not belong together (in = 2 * out, out = latent)"
+        )
+    contexts = per_level("cross_attention_dim", unet.cross_attention_dim, len(unet.block_out_channels))
+    if set(contexts) != {clip.projection_dim}:
+        raise SvdlabError(
+            f"{folder}: unet cross_attention_dim {short(unet.cross_attention_dim)} and image_encoder projection_dim "
+            f"{clip.projection_dim} do not belong together (they are equal)"
         )
     return Configs(unet, vae, clip)
 
@@ -190,12 +223,9 @@ def _download(repo: str, variant: str | None, revision: str | None, weights: boo
 
 def _read_json(folder: Path, name: str) -> tuple[dict[str, Any], str]:
     path = folder / name
-    try:
-        options = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SvdlabError(f"{path}: missing; a checkpoint needs it") from None
-    except (ValueError, OSError) as error:
-        raise SvdlabError(f"{path}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    if not path.exists():
+        raise SvdlabError(f"{path}: missing; a checkpoint needs it")
+    options = read_json(path)
     if not isinstance(options, dict):
         raise SvdlabError(f"{path}: holds a {type(options).__name__}, allowed: a JSON object")
     return options, str(path)
@@ -217,10 +247,9 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
         folder / f"{stem}{dotted}.safetensors.index.json",
     ):
         if index.is_file():
-            options, where = _read_json(folder, index.name)
-            names = sorted(set(options.get("weight_map", {}).values()))
-            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-                raise SvdlabError(f"{where}: weight_map must name the shards beside it")
+            names = sorted(set(read_as(_Index, index).weight_map.values()))
+            if others := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+                raise SvdlabError(f"{index}: weight_map: got {short(others[0])}, allowed: *.safetensors beside it")
             return [folder / name for name in names]
     present = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in {".safetensors", ".bin"})) or "nothing"
     raise SvdlabError(f"{single}: missing (there is {present}); svdlab reads safetensors only, never a pickle")
@@ -240,20 +269,27 @@ def _load(
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     files = _weight_files(folder, stem, variant)
     found: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, str] = {}
     for path in files:
-        with _open(path) as file:
-            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        with open_safetensors(path) as file:
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                if key in found:
+                    raise SvdlabError(f"{path}: weight {short(key)} is in another file of {folder}, too")
+                part = file.get_slice(key)
+                found[key], kinds[key] = tuple(part.get_shape()), part.get_dtype()
     where = str(files[0] if len(files) == 1 else folder)
     if missing := sorted(wanted.keys() - found.keys()):
         raise SvdlabError(f"{where}: weight {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := sorted(found.keys() - wanted.keys() - _INERT_KEYS):
-        raise SvdlabError(f"{where}: weight {extra[0]!r} has no place in this architecture ({len(extra)} in all)")
+        raise SvdlabError(f"{where}: weight {short(extra[0])} has no place in this architecture ({len(extra)} in all)")
     for key, shape in wanted.items():
         if found[key] != shape:
-            raise SvdlabError(f"{where}: weight {key!r} has shape {found[key]}, the config wants {shape}")
+            raise SvdlabError(f"{where}: weight {key!r} has shape {short(found[key])}, the config wants {shape}")
+        if kinds[key] not in _FLOATS:
+            raise SvdlabError(f"{where}: weight {key!r} is {kinds[key]}, allowed: {', '.join(_FLOATS)}")
     state: dict[str, Tensor] = {}
     for path in files:
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             for key in wanted.keys() & set(file.keys()):
                 state[key] = file.get_tensor(key).to(device=device, dtype=dtype)
     module.load_state_dict(state, strict=True, assign=True)
@@ -261,21 +297,19 @@ def _load(
     return use_kernels(module if device.type == "cpu" else channels_last(module))
 
 
-class _open:  # noqa: N801 - used as a function
-    """``safe_open`` whose failures are one line that names the file."""
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """``safe_open`` whose failures, also those of reading, are one line that names the file.
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self.file = safe_open(str(self.path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise SvdlabError(f"{self.path}: not a readable safetensors file: {str(error).splitlines()[0]}") from None
-        return self.file.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.__exit__(*exception)
+    Raises:
+        SvdlabError: no whole safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = str(error).encode("unicode_escape").decode()[:200]
+        raise SvdlabError(f"{path}: not a readable safetensors file: {reason}") from None
 
 
 def channels_last(module: nn.Module) -> nn.Module:
@@ -311,7 +345,7 @@ def write_checkpoint(
         ("image_encoder", image_encoder, _CLIP_FILE, None),
     )
     for name, model, stem, class_name in models:
-        config: dict[str, Any] = asdict(model.config)
+        config: dict[str, Any] = model.config.model_dump()
         if class_name:
             config["_class_name"] = class_name
         else:
@@ -323,13 +357,11 @@ def write_checkpoint(
         folder / "scheduler/scheduler_config.json",
         {"_class_name": "EulerDiscreteScheduler", **SVD_SCHEDULER, **scheduler},
     )
-    normalization = ImageNormalization()
     _write_json(
         folder / "feature_extractor/preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
-            "image_mean": normalization.mean,
-            "image_std": normalization.std,
+            **ImageNormalization().model_dump(by_alias=True),
             "size": {"shortest_edge": 224},
             "crop_size": {"height": 224, "width": 224},
         },
@@ -337,7 +369,7 @@ def write_checkpoint(
     _write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableVideoDiffusionPipeline",
+            "_class_name": _PIPELINE,
             "feature_extractor": ["transformers", "CLIPImageProcessor"],
             "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
             "scheduler": ["diffusers", "EulerDiscreteScheduler"],

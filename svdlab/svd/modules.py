@@ -34,3 +34,10 @@ def cast_copy(network: Module, dtype: torch.dtype) -> Module:
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
     return other
+
+
+def state_of(module: nn.Module) -> list[object]:
+    """What an edit of a module can change: its class, its attributes, its hooks and its weights."""
+    held = {name: v for name, v in vars(module).items() if name not in ("_modules", "cache")}
+    items = [(name, sorted(map(id, v.values())) if isinstance(v, dict) else id(v)) for name, v in held.items()]
+    return [type(module), sorted(items, key=lambda item: item[0])]

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
-from svdlab.errors import SvdlabError
-from svdlab.svd.config import read_config
+from svdlab.errors import SvdlabError, short
+from svdlab.svd.config import Config, read_config
+from svdlab.svd.settings import MAX_SIGMA, MIN_SIGMA
 
 # Options of diffusers' scheduler that only matter for schedules made from betas or for other samplers.
 _INERT = (
@@ -34,8 +36,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class EulerScheduler:
+class EulerScheduler(Config):
     """What ``scheduler_config.json`` decides; the steps themselves are the functions below.
 
     Field names, and the values that stand when a file omits them, are diffusers'. SVD's published file sets
@@ -52,15 +53,19 @@ class EulerScheduler:
     final_sigmas_type: str = "zero"
     timestep_spacing: str = "linspace"
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> EulerScheduler:
         for name, allowed in _REQUIRED.items():
             if (value := getattr(self, name)) not in allowed:
                 shown = ", ".join(repr(a) for a in allowed)
-                raise SvdlabError(f"{name}: {value!r} is not implemented; allowed: {shown}")
-        if not (self.sigma_min and self.sigma_max and 0 < self.sigma_min < self.sigma_max):
+                raise SvdlabError(f"{name}: {short(value)} is not implemented; allowed: {shown}")
+        low, high = self.sigma_min, self.sigma_max
+        if not (low and high and MIN_SIGMA <= low < high <= MAX_SIGMA):
             raise SvdlabError(
-                f"sigma_min, sigma_max: got {self.sigma_min}, {self.sigma_max}, allowed: 0 < sigma_min < sigma_max"
+                f"sigma_min, sigma_max: got {low}, {high}, allowed: 0 < sigma_min < sigma_max, "
+                f"from {MIN_SIGMA} to {MAX_SIGMA}"
             )
+        return self
 
     @classmethod
     def from_config(cls, options: Mapping[str, Any], where: str = "scheduler_config.json") -> EulerScheduler:

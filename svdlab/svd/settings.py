@@ -5,15 +5,22 @@ Command-line options, widget sliders, papermill parameters and sweep axes are al
 
 from __future__ import annotations
 
-import json
+import itertools
+import struct
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
+from svdlab.reading import parse
 
 if TYPE_CHECKING:
     import torch
+
+# What the rest can hold: H.264's largest picture, a trace's three digits for a step, float16's largest number for noise
+# and for the first latents, which are of unit variance times the first sigma.
+MAX_SIDE, MAX_FRAMES, MAX_STEPS = 16384, 10_000, 1000
+MIN_SIGMA, MAX_SIGMA = 1e-6, 1e4
 
 
 def _slider(low: float, high: float, step: float, unit: str) -> Any:
@@ -34,6 +41,7 @@ class GenerationSettings(BaseModel):
     height: int | None = Field(
         None,
         ge=8,
+        le=MAX_SIDE,
         multiple_of=8,
         description="pixels; none: the checkpoint's own",
         json_schema_extra=_slider(32, 576, 8, "px"),
@@ -41,6 +49,7 @@ class GenerationSettings(BaseModel):
     width: int | None = Field(
         None,
         ge=8,
+        le=MAX_SIDE,
         multiple_of=8,
         description="pixels; none: the checkpoint's own",
         json_schema_extra=_slider(32, 1024, 8, "px"),
@@ -48,23 +57,28 @@ class GenerationSettings(BaseModel):
     num_frames: int | None = Field(
         None,
         ge=1,
+        le=MAX_FRAMES,
         description="frames of the clip; none: the checkpoint's own",
         json_schema_extra=_slider(1, 25, 1, "frames"),
     )
     num_inference_steps: int = Field(
-        25, ge=1, description="denoising steps", json_schema_extra=_slider(1, 50, 1, "steps")
+        25, ge=1, le=MAX_STEPS, description="denoising steps", json_schema_extra=_slider(1, 50, 1, "steps")
     )
     sigmas: tuple[float, ...] | None = Field(
         None, description="custom noise levels, falling, the last one where sampling ends; instead of a number of steps"
     )
     min_guidance_scale: float = Field(
-        1.0, ge=0, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
+        1.0, ge=0, le=100, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
     max_guidance_scale: float = Field(
-        3.0, ge=0, description="guidance at the last frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
+        3.0, ge=0, le=100, description="guidance at the last frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
     fps: int = Field(
-        7, ge=1, description="frames per second; the model is fed fps - 1", json_schema_extra=_slider(1, 30, 1, "1/s")
+        7,
+        ge=1,
+        le=1000,
+        description="frames per second; the model is fed fps - 1",
+        json_schema_extra=_slider(1, 30, 1, "1/s"),
     )
     motion_bucket_id: int = Field(
         127, ge=0, le=1023, description="amount of motion", json_schema_extra=_slider(1, 255, 1, "bucket")
@@ -72,10 +86,11 @@ class GenerationSettings(BaseModel):
     noise_aug_strength: float = Field(
         0.02,
         ge=0,
+        le=100,
         description="noise added to the image before the encode",
         json_schema_extra=_slider(0, 1, 0.01, "std"),
     )
-    decode_chunk_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+    decode_chunk_size: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | Literal["auto"] | None = Field(
         None,
         description="frames decoded at a time; none: as if all at once; auto: the same, as many as fit the memory",
         json_schema_extra=_slider(1, 25, 1, "frames"),
@@ -86,7 +101,7 @@ class GenerationSettings(BaseModel):
     cfg: Literal["batched", "sequential"] = Field(
         "batched", description="guidance in one forward pass, or in two for half the activation memory"
     )
-    num_videos_per_prompt: int = Field(1, ge=1, description="videos per image")
+    num_videos_per_prompt: int = Field(1, ge=1, le=1000, description="videos per image")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random generator")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = Field(
         "float32", description="of weights and activations"
@@ -101,9 +116,15 @@ class GenerationSettings(BaseModel):
     @model_validator(mode="after")
     def _check_sigmas(self) -> GenerationSettings:
         if self.sigmas is not None:
-            falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
-            if len(self.sigmas) < 2 or not falling or not 0 <= self.sigmas[-1] < self.sigmas[0] < float("inf"):
-                raise ValueError(f"sigmas: got {list(self.sigmas)}, allowed: two or more finite numbers >= 0, falling")
+            *noisy, last = self.sigmas or (0.0,)
+            inside = all(MIN_SIGMA <= sigma <= MAX_SIGMA for sigma in (*noisy, *(last,) * (last != 0)))
+            # Sampling is in float32: two that are one number there are no step.
+            falling = inside and all(_float32(a) > _float32(b) for a, b in itertools.pairwise(self.sigmas))
+            if not falling or not 2 <= len(self.sigmas) <= MAX_STEPS + 1:
+                raise ValueError(
+                    f"sigmas: got {short(list(self.sigmas))}, allowed: 2 to {MAX_STEPS + 1} falling numbers from "
+                    f"{MIN_SIGMA:g} to {MAX_SIGMA:g}, the last may be 0"
+                )
         return self
 
     def replace(self, **changes: Any) -> GenerationSettings:
@@ -121,10 +142,7 @@ class GenerationSettings(BaseModel):
         Raises:
             SvdlabError: no JSON object, an unknown field, a value that is not allowed.
         """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise SvdlabError(f"settings: not JSON: {error}") from None
+        values = parse(text, "settings")
         if not isinstance(values, dict):
             raise SvdlabError(f"settings: got a {type(values).__name__}, allowed: a JSON object")
         if isinstance(values.get("sigmas"), list):
@@ -164,10 +182,12 @@ def _words(schema: dict[str, Any]) -> str:
         return ", ".join(schema.get("enum") or [schema["const"]])
     kinds = {"integer": "integer", "number": "finite number", "null": "none", "array": "falling numbers"}
     words = kinds[schema["type"]]
-    for key, sign in (("minimum", ">="), ("maximum", "<="), ("multipleOf", "a multiple of")):
-        if key in schema:
-            words += f" {sign} {schema[key]:g}"
-    return words
+    bounds = (("minimum", ">="), ("maximum", "<="), ("multipleOf", "a multiple of"))
+    return f"{words} {', '.join(f'{sign} {schema[key]}' for key, sign in bounds if key in schema)}".strip()
+
+
+def _float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _one_line(error: ValidationError) -> str:
@@ -176,5 +196,5 @@ def _one_line(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     field = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return f"{field}: no such setting, allowed: {', '.join(GenerationSettings.model_fields)}"
-    return f"{field}: got {first['input']!r}, allowed: {allowed(field)}"
+        return f"{field[:60]}: no such setting, allowed: {', '.join(GenerationSettings.model_fields)}"
+    return f"{field}: got {short(first['input'])}, allowed: {allowed(field)}"

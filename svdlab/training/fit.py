@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from pydantic import NonNegativeInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path
+from svdlab.reading import Document, parse_as
+from svdlab.svd.checkpoint import open_safetensors
 from svdlab.training.recipe import Schedule
 
 # A pure function of the step's generator and of the network's call, so that a resumed run draws what it would have.
@@ -121,17 +123,27 @@ def _save(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch.op
         save_file(tensors, temporary, metadata={"progress": progress})
 
 
+class _Progress(Document):
+    step: NonNegativeInt
+    fingerprint: str
+
+
 def _restore(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
-    with safe_open(str(path), framework="pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        if progress["fingerprint"] != phase.fingerprint:
+    with open_safetensors(path) as file:
+        progress = parse_as(_Progress, (file.metadata() or {}).get("progress", "{}"), f"{path}: progress")
+        if progress.fingerprint != phase.fingerprint:
             raise SvdlabError(f"{path}: made by another recipe; give another --work folder, or remove it")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for prefix, module in (("weights.", phase.network), ("average.", averaged.module)):
-        module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    averaged.n_averaged.fill_(progress["step"])
+        try:
+            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        except RuntimeError:
+            raise SvdlabError(
+                f"{path}: holds other weights than {phase.name}'s; remove it to train them anew"
+            ) from None
+    averaged.n_averaged.fill_(progress.step)
     for name, parameter in phase.network.named_parameters():
         moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS if f"{m}.{name}" in tensors}
         if moments:  # weights that never run (the collapsed cross-attention's queries) have none
-            optimizer.state[parameter] = {"step": torch.tensor(float(progress["step"])), **moments}
-    return progress["step"]
+            optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+    return progress.step

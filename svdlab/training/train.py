@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from svdlab.files import atomic_path
 from svdlab.svd import VAE, CLIPVision, UNet
-from svdlab.svd.checkpoint import write_checkpoint
+from svdlab.svd.checkpoint import open_safetensors, write_checkpoint
 from svdlab.training import autoencoder, denoiser, tower
 from svdlab.training import recipe as recipes
 from svdlab.training.data import SIZE, Scene
@@ -57,7 +55,7 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
         run(name, network, autoencoder.loss(recipe, getattr(recipe, name).batch, num_frames, window, latent), before)
         before = (*before, name)
     pool, scaling_factor = _pool(recipe, vae, image_encoder, work, device)
-    vae.config = replace(vae.config, scaling_factor=scaling_factor)
+    vae.config = vae.config.replace(scaling_factor=scaling_factor)
     run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), tuple(recipe.to_dict()))
 
     write_checkpoint(out, unet, vae, image_encoder, dtype=torch.float16)
@@ -86,8 +84,8 @@ def _pool(
     """The encoded clips, from the work folder if they are there."""
     path, fingerprint = work / "pool.safetensors", _fingerprint(recipe, (*_VAE_FIELDS, *_POOL_FIELDS))
     if path.exists():
-        with safe_open(str(path), framework="pt") as file:
-            if (about := file.metadata())["fingerprint"] == fingerprint:
+        with open_safetensors(path) as file:
+            if (about := file.metadata() or {}).get("fingerprint") == fingerprint:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return denoiser.Pool(**tensors), float(about["scaling_factor"])
     pool, scaling_factor = denoiser.encode_pool(recipe, vae, image_encoder, device)
