@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -11,6 +12,9 @@ from svdlab.errors import SvdlabError, about, requires
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# What PIL has to say of a broken file stands in our error: without a handler it would be further lines.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # A held-out first frame, larger than what CLIP is fed, as photographs are: ``training.data.sample_image()``.
 _EMBEDDED = Path(__file__).parent / "checkpoint" / "sample.png"

@@ -539,7 +539,7 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
     # What the distances are measured from: the truth where there is one, else the reference.
     origin = other if floor_from == "truth" else None
     sums = torch.zeros(7, dtype=torch.float64)
-    max_abs, clamped, reference_max, non_finite = 0.0, 0.0, 0.0, 0
+    max_abs, clamped, reference_max, largest, non_finite = 0.0, 0.0, 0.0, 0.0, 0
     for start in range(0, r.numel(), BLOCK):
         part = slice(start, start + BLOCK)
         rb, cb = r[part].double(), c[part].double()
@@ -563,12 +563,17 @@ def _compare_one(name: str, reference: Trace, candidate: Trace, second: Trace | 
         )
         max_abs = max(max_abs, float(difference.abs().max()))
         reference_max = max(reference_max, float(rb.abs().max()))
+        largest = max(largest, float(ob.abs().max()))
         if name == "frames":
             clamped += float((to_unit(cb) - to_unit(rb)).square().sum())
     size, far, own, squared, rr, cc, rc = sums.tolist()
-    if not sums.isfinite().all():
+    small = 0 < largest and size < 1e-290  # where squares lose digits, or are 0 though the values are not
+    if small or not sums.isfinite().all():
         files = ", ".join(trace.label for trace in (reference, candidate, second) if trace is not None)
-        raise SvdlabError(f"{name}: values too large to compare ({files}), allowed: squares that sum below 1e308")
+        raise SvdlabError(
+            f"{name}: values too {'small' if small else 'large'} to compare ({files}), allowed: squares that sum to "
+            "1e-290 to 1e308, or zeros"
+        )
     zero = size == 0.0
     scale = math.sqrt(r.numel()) if zero else math.sqrt(size)
     # The CLIP resize loses digits in its sampling positions, which no perturbation of its input shows.
