@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -105,28 +106,30 @@ def test_bugs_add_up_whether_injected_at_once_or_one_by_one(pipe: SVDPipeline, p
     assert _equal(_run(at_once, photo), _run(one_by_one, photo))
 
 
-def test_two_threads_one_broken_and_one_not(pipe: SVDPipeline, photo: Image.Image, clean: Tensors) -> None:
-    """They share every weight, at the same time."""
-    broken = pipe.with_bugs("alpha_swapped_unet", "gelu_tanh", "group_norm_eps", "fps_not_decremented")
-    wrong = _run(broken, photo)
-    results: dict[str, list[Tensors]] = {"broken": [], "clean": []}
+def test_threads_with_different_bugs_and_one_with_none(pipe: SVDPipeline, photo: Image.Image, clean: Tensors) -> None:
+    """They share every weight, at the same time; each gives the frames of its own bugs."""
+    pipes = {
+        "one": pipe.with_bugs("alpha_swapped_unet", "gelu_tanh", "group_norm_eps", "fps_not_decremented"),
+        "other": pipe.with_bugs("transformer_alpha_swapped", "geglu_halves_exchanged", "guidance_swapped"),
+        "clean": pipe,
+    }
+    wanted = {name: clean if of is pipe else _run(of, photo) for name, of in pipes.items()}
+    results: dict[str, list[Tensors]] = {name: [] for name in pipes}
 
-    def work(name: str, of: SVDPipeline) -> None:
+    def work(name: str) -> None:
         with torch.no_grad():  # grad mode belongs to a thread
             for _ in range(3):
-                results[name].append(_run(of, photo))
+                results[name].append(_run(pipes[name], photo))
 
-    threads = [
-        threading.Thread(target=work, args=("broken", broken)),
-        threading.Thread(target=work, args=("clean", pipe)),
-    ]
+    threads = [threading.Thread(target=work, args=(name,)) for name in pipes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(_equal(found, clean) for found in results["clean"]) and len(results["clean"]) == 3
-    assert all(_equal(found, wrong) for found in results["broken"]) and len(results["broken"]) == 3
-    assert not _equal(wrong, clean)
+    for name, found in results.items():
+        assert len(found) == 3 and all(_equal(one, wanted[name]) for one in found), name
+    frames = [wanted[name]["frames"] for name in pipes]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(frames, 2))
 
 
 def test_half_precision_encodes_beside_another_thread(tiny: Path, photo: Image.Image) -> None:

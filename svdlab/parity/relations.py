@@ -137,7 +137,7 @@ def relate(
     """
     if len(axes) != right.ndim:
         raise ValueError(f"{len(axes)} axes for a tensor of {right.ndim} dimensions")
-    if not floor > 0:
+    if floor <= 0:  # NaN where the stage's own tensors overflow: none can be told
         raise ValueError(f"floor: got {floor}, allowed: above 0")
     if found.shape != right.shape or right.numel() < FEWEST or not math.isfinite(floor):
         return None
