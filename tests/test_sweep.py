@@ -36,6 +36,7 @@ from svdlab.sweep.run import Progress
 
 SMALL = GenerationSettings(num_frames=2, num_inference_steps=1, height=32, width=32)
 SMALL_OPTIONS = "--num-frames 2 --num-inference-steps 1 --height 32 --width 32".split()
+TLS = "--tls-ca-file ca.pem --tls-cert c.pem --tls-key k.pem".split()
 AXES = {"fps": [7, 14], "max_guidance_scale": [1.0, 3.0]}
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((48, 32))
 
@@ -116,6 +117,8 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7", "--workers", "2", "--scheduler", "tcp://x:1"], "--workers: not together with --scheduler"),
         (["--grid", "fps=7", "--workers", "2", "--device", "cuda"], "--workers: not together with --device cuda"),
         (["--grid", "fps=7", "--tls-key", "k.pem"], "--tls-ca-file, --tls-cert, --tls-key"),
+        (["--grid", "fps=7", "--workers", "2", *TLS], "--tls-ca-file: only with --scheduler; --workers makes"),
+        (["--grid", "fps=7", *TLS], "--tls-ca-file: only with --scheduler"),
         (["--resume", "nowhere", "--grid", "fps=7"], "not together with --resume"),
     ],
 )

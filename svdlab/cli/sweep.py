@@ -87,6 +87,8 @@ def sweep(
     tls = (tls_ca_file, tls_cert, tls_key)
     if any(tls) and not all(tls):
         raise SvdlabError("--tls-ca-file, --tls-cert, --tls-key: allowed: all three, or none")
+    if any(tls) and not scheduler:
+        raise SvdlabError("--tls-ca-file: only with --scheduler; --workers makes certificates of its own")
     if workers and scheduler:
         raise SvdlabError("--workers: not together with --scheduler, which has its own")
     if workers and device.startswith("cuda"):
@@ -138,6 +140,9 @@ def _backend(
         from svdlab.sweep.cluster import remote_cluster
 
         with remote_cluster(scheduler, *tls) as cluster:
+            if not cluster.name.startswith("tls://"):
+                warning = f"{cluster.name}: without TLS whoever reaches this port can run code as you: docs/clusters.md"
+                click.echo(f"warning: {warning}", err=True)
             yield cluster
     elif workers:
         from svdlab.sweep.cluster import local_cluster
