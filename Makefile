@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread per process: what runs side by side shares the cores (README, "Threads").
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: report test pictures clean
+.PHONY: report test fuzz pictures clean
 
 report: .venv/.stamp
 	$(BIN)/svdlab report --out reports
@@ -15,6 +15,12 @@ test: .venv/.stamp
 	$(BIN)/mypy svdlab
 	$(BIN)/lint-imports --no-cache
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda and not weights"
+
+# Damaged files, each kind for so many seconds, from a seed that no run had before (tests/fuzzing.py).
+SECONDS ?= 60
+SEED ?= $(shell date +%s)
+fuzz: .venv/.stamp
+	SVDLAB_FUZZ_SECONDS=$(SECONDS) SVDLAB_FUZZ_SEED=$(SEED) $(TEST_ENV) $(BIN)/python -m pytest -rP tests/test_fuzz_*.py
 
 # The README's pictures, from a report that is made first.
 pictures: report

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
+
+MaybePath = str | os.PathLike[str] | None
 
 
 @contextmanager
@@ -22,12 +25,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         SvdlabError: the folder does not exist or cannot be written.
     """
     target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    except OSError as error:
-        raise SvdlabError(f"{target}: cannot be written ({error.strerror}), allowed: a writable folder") from None
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(target)
     try:
         yield temporary
         # mkstemp makes private files; a result is as readable as any other file.
@@ -35,6 +33,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> Path:
+    """A new empty file in the same folder, with the same suffix."""
+    try:
+        # A short stem: a name that is just short enough for the file system stays so.
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:8]}-", suffix=target.suffix[-8:], dir=target.parent)
+    except OSError as error:
+        raise SvdlabError(f"{target}: cannot be written ({error.strerror}), allowed: a writable folder") from None
+    os.close(handle)
+    return Path(name)
 
 
 def _umask() -> int:
@@ -78,7 +87,57 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_folder(path: str | os.PathLike[str] | None) -> None:
-    """Raises: SvdlabError when the folder that a result is to go to does not exist or cannot be written."""
-    if path is not None and not os.access(Path(path).parent, os.W_OK | os.X_OK):
-        raise SvdlabError(f"{path}: {Path(path).parent} is no folder that can be written")
+def check_outputs(*files: MaybePath, folders: Sequence[MaybePath] = (), inputs: Sequence[MaybePath] = ()) -> None:
+    """Refuse, before any work, what could not be written at its end, or what would overwrite an input.
+
+    Args:
+        files: that are going to be written, each whole; None is left out, here and below.
+        folders: that are going to be made, or filled where they exist.
+        inputs: files and folders that are read.
+
+    Raises:
+        SvdlabError: a file that is a folder or a device, a folder that is a file, a name that the file system does not
+            take, a folder above that is missing or cannot be written, two outputs at one place, an output that is an
+            input, also by another path.
+    """
+    outputs = [Path(path) for path in files if path is not None]
+    made = [Path(path) for path in folders if path is not None]
+    given = [Path(path) for path in inputs if path is not None]
+    for path in (*outputs, *made):
+        _check_place(path, folder=path in made)
+    for n, path in enumerate(both := [*outputs, *made]):
+        for other in both[:n]:
+            if _same(path, other):
+                raise SvdlabError(f"{path}: is given for two outputs, allowed: one path for each")
+    for path in both:
+        for source in given:
+            if _same(path, source) or (path.is_file() and source.is_dir() and _inside(path, source)):
+                raise SvdlabError(f"{path}: is an input, too, and would be overwritten, allowed: another path")
+
+
+def _check_place(path: Path, folder: bool) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SvdlabError(f"{short(str(path))}: cannot be written ({reason}), allowed: a name the disk takes") from None
+    if mode is not None and folder and not stat.S_ISDIR(mode):
+        raise SvdlabError(f"{path}: is a file, allowed: a folder")
+    if mode is not None and not folder and not stat.S_ISREG(mode):
+        raise SvdlabError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, allowed: a file")
+    above = path if folder and mode is not None else path.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise SvdlabError(f"{path}: {above} is no folder that can be written")
+    _beside(above / path.name).unlink()  # what else there may be: a full disk, a quota
+
+
+def _same(one: Path, other: Path) -> bool:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -9,9 +9,9 @@ import click
 
 from svdlab.bench.cases import CASES, Bench, Plan
 from svdlab.bench.tables import tables
-from svdlab.cli.options import DEVICE, JSON, MODEL, check_device, settings_options
+from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import atomic_path, check_folder, write_json
+from svdlab.files import atomic_path, check_outputs, write_json
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -51,9 +51,7 @@ def bench(
     from rich.console import Console
 
     GenerationSettings(**given)
-    check_device(device)
-    for path in (json_path, plot_path):
-        check_folder(path)
+    check_outputs(json_path, plot_path)
     if plot_path and not plot_path.endswith((".png", ".svg", ".pdf")):
         raise SvdlabError(f"--plot: got {plot_path!r}, allowed: .png, .svg, .pdf")
     if given.get("decode_chunk_size") == "auto":
@@ -61,8 +59,6 @@ def bench(
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise SvdlabError(f"--device: got {device!r}, allowed here: cpu, cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SvdlabError(f"--device: got {device!r}, but torch sees no CUDA device here")
     plan = Plan.quick() if quick else Plan.for_device(kind)
     runner = Bench(plan, model, device, pairs=pairs or plan.pairs, compile=compile, given=given)
     dtypes = [given["dtype"]] if "dtype" in given else ["float16"] if kind == "cuda" else ["float32", "bfloat16"]

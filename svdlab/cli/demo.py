@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from svdlab.cli.options import JSON
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 
 
 @click.command()
@@ -20,8 +20,7 @@ def demo(keep: str | None, json_path: str | None) -> None:
     svdlab plays the port, with the embedded checkpoint and a small clip. First what the usual threshold on the frames,
     MSE < 1e-3, says of each bug and of all; then what the diagnosis says. Exit code 1: it found bugs.
     """
-    for path in (keep, json_path):
-        check_folder(path)
+    check_outputs(json_path, folders=[keep])
     from rich.console import Console
 
     from svdlab.parity.demo import demo as run_demo

@@ -9,7 +9,7 @@ import click
 
 from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 from svdlab.samples import read_image
 from svdlab.svd.settings import GenerationSettings
 
@@ -40,8 +40,7 @@ def generate(
 
     settings = GenerationSettings(**given)
     target = check_suffix(out)
-    for path in (out, json_path):
-        check_folder(path)
+    check_outputs(out, json_path, inputs=[image, model])
     if settings.num_videos_per_prompt != 1:
         raise SvdlabError(
             f"num_videos_per_prompt: got {settings.num_videos_per_prompt}, allowed here: 1 (one clip per file)"

@@ -9,7 +9,7 @@ import click
 
 from svdlab.cli.options import JSON
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json, write_text
+from svdlab.files import check_outputs, write_json, write_text
 
 
 @click.command("import")
@@ -43,8 +43,7 @@ def import_(
         raise SvdlabError("--propose: not together with --out, it stops at the map")
     if propose is not None and map_path is not None:
         raise SvdlabError("--propose: not together with --map, which is one")
-    for path in (out, json_path, propose):
-        check_folder(path)
+    check_outputs(out, json_path, propose, inputs=[*files, reference, map_path])
     mapping = None if map_path is None else Map.open(map_path)
     origin = Trace.open(reference)
     found = Proposal()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from svdlab.cli.options import DEVICE, JSON, check_device
-from svdlab.files import check_folder, write_json
+from svdlab.cli.options import DEVICE, JSON
+from svdlab.files import check_outputs, write_json
 
 
 @click.command()
@@ -22,8 +22,7 @@ def kernels(device: str, json_path: str | None) -> None:
     from svdlab.svd.kernels import table
     from svdlab.tables import Table
 
-    check_device(device)
-    check_folder(json_path)
+    check_outputs(json_path)
     rows = table(device)
     cells = [[row["name"], row["dtype"], "yes" if row["used"] else "no", row["why"]] for row in rows]
     Console().print(Table(("kernel", "dtype", "used", "why"), cells))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from svdlab.cli.options import JSON, check_device, settings_options
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.checkpoint import load_configs, resolve_size
 from svdlab.svd.memory import GIB, Footprint, Option, Simulation, simulate
@@ -42,8 +42,8 @@ def memory(model: str, device: str, budget_gib: float | None, json_path: str | N
     from rich.console import Console
 
     settings = GenerationSettings(**given)
-    check_folder(json_path)
-    check_device(device)
+    check_outputs(json_path)
+    check_device(device, here=False)
     configs = load_configs(model)
     settings = resolve_size(settings, configs.unet, configs.vae)
     simulation = simulate(configs, settings, device)

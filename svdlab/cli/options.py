@@ -8,13 +8,50 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.svd.settings import GenerationSettings
 
 MODEL = click.option(
     "--model", default="embedded", show_default=True, help="Checkpoint: embedded, a folder, or a name on the hub."
 )
-DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, mps.")
+
+
+def check_device(device: str, here: bool = True) -> None:
+    """Refuse what is no device.
+
+    Args:
+        device: as torch names it.
+        here: it must be in this machine, too.
+
+    Raises:
+        SvdlabError: no name of a device, or none that is here.
+    """
+    if device == "cpu":  # and no torch to wait for
+        return
+    import torch
+
+    try:
+        kind, index = (found := torch.device(device)).type, found.index
+    except RuntimeError:
+        raise SvdlabError(f"--device: got {short(device)}, allowed: cpu, cuda, cuda:1, mps") from None
+    if not here:
+        return
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (index or 0) >= count.get(kind, 0):
+        there = [name for name, n in count.items() for name in ([name, f"{name}:{n - 1}"] if n > 1 else [name] * n)]
+        raise SvdlabError(f"--device: got {device!r}, but torch sees no such device here; allowed: {', '.join(there)}")
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    check_device(value)
+    return value
+
+
+DEVICE = click.option(
+    "--device", default="cpu", show_default=True, callback=_device, help="Where to run: cpu, cuda, cuda:1, mps."
+)
+# Where it runs is not known before the other options are.
+ANY_DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, mps.")
 IMAGE = click.option(
     "--image",
     metavar="IMAGE",
@@ -29,16 +66,6 @@ class _NumberOrAuto(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "auto" else click.INT.convert(value, param, ctx)
-
-
-def check_device(device: str) -> None:
-    """Raises: SvdlabError when it is no name of a device."""
-    import torch
-
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise SvdlabError(f"--device: got {device!r}, allowed: cpu, cuda, cuda:1, mps") from None
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,4 @@
-"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``.
-
-Exit code 0 is parity (or a trace written), 1 divergence, 2 bad input.
-"""
+"""``svdlab parity``, ``trace``, ``compare`` and ``diagnose``: 0 is parity (or a trace written), 1 divergence."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import click
 
 from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json, write_text
+from svdlab.files import check_outputs, write_json, write_text
 from svdlab.samples import read_image, sample_picture
 from svdlab.svd.settings import GenerationSettings
 
@@ -63,7 +60,7 @@ def parity(
 ) -> None:
     """Compare svdlab with diffusers, measured against diffusers in float64."""
     settings = GenerationSettings(**given)
-    check_folder(json_path)
+    check_outputs(json_path, folders=[keep], inputs=[image, model])
     picture = read_image(image) if image else sample_picture(model)
     from svdlab.parity.three_way import three_way
 
@@ -76,7 +73,7 @@ def _check_writer(path: str, json_path: str | None) -> NoReturn:
 
     from svdlab.parity.identity import check_writer
 
-    check_folder(json_path)
+    check_outputs(json_path, inputs=[path])
     found = check_writer(path)
     Console().print(found.table())
     click.echo(f"{path}: the writer is {'right' if found.right else 'wrong'}")
@@ -136,10 +133,9 @@ def trace(
 
     if inputs is not None and image is not None:
         raise SvdlabError("--image: not together with --inputs, which replays that trace's image")
+    check_outputs(out, json_path, inputs=[inputs, image, model])
     replay = None if inputs is None else Trace.open(inputs)
     settings = GenerationSettings(**given) if replay is None else replay.settings.replace(**given)
-    for path in (out, json_path):
-        check_folder(path)
     picture = None if replay is not None else read_image(image) if image else sample_picture(model)
     shared: dict[str, Any] = {
         "replay": replay,
@@ -201,7 +197,7 @@ def compare(
 
     if truth is not None and rerun:
         raise SvdlabError("--rerun: not together with --truth, which is the better floor")
-    check_folder(json_path)
+    check_outputs(json_path, inputs=[reference, candidate, truth, model])
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
     perturbed = None
@@ -243,8 +239,7 @@ def diagnose(
     from svdlab.parity.trace import DTYPES, Trace
     from svdlab.svd.pipeline import SVDPipeline
 
-    check_folder(json_path)
-    check_folder(junit)
+    check_outputs(json_path, junit, inputs=[reference, candidate, truth, candidate_truth, model])
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
     pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device)

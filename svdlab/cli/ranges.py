@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from svdlab.cli.options import JSON
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 
 
 @click.command()
@@ -23,7 +23,7 @@ def ranges(trace: str, every: bool, json_path: str | None) -> None:
     from svdlab.parity.ranges import ranges as measure
     from svdlab.parity.trace import Trace
 
-    check_folder(json_path)
+    check_outputs(json_path, inputs=[trace])
     found = measure(Trace.open(trace), progress=True)
     Console().print(found.table(every))
     if json_path:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdlab.cli.options import DEVICE, IMAGE, JSON, MODEL, settings_options
+from svdlab.cli.options import ANY_DEVICE, IMAGE, JSON, MODEL, check_device, settings_options
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 from svdlab.samples import read_image
 from svdlab.svd.settings import GenerationSettings
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @MODEL
-@DEVICE
+@ANY_DEVICE
 @JSON
 @settings_options
 def sweep(
@@ -83,7 +83,7 @@ def sweep(
 
     context = click.get_current_context()
     asked = [p for p in context.params if context.get_parameter_source(p) is click.core.ParameterSource.COMMANDLINE]
-    check_folder(json_path)
+    check_outputs(json_path)
     tls = (tls_ca_file, tls_cert, tls_key)
     if any(tls) and not all(tls):
         raise SvdlabError("--tls-ca-file, --tls-cert, --tls-key: allowed: all three, or none")
@@ -93,6 +93,7 @@ def sweep(
         raise SvdlabError("--workers: not together with --scheduler, which has its own")
     if workers and device.startswith("cuda"):
         raise SvdlabError("--workers: not together with --device cuda; one worker per GPU: docs/clusters.md")
+    check_device(device, here=scheduler is None)
     if resume is not None:
         where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "json_path"}
         if others := [name for name in asked if name not in where]:
@@ -231,7 +232,7 @@ def sweep_compare(before: str, after: str, tolerance: int | None, json_path: str
     from svdlab.sweep.compare import compare_sweeps
     from svdlab.sweep.folder import Sweep
 
-    check_folder(json_path)
+    check_outputs(json_path)
     found = compare_sweeps(Sweep.open(before), Sweep.open(after))
     Console().print(found.table(tolerance))
     for name, (was, now) in found.differs.items():

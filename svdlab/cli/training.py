@@ -10,7 +10,7 @@ import click
 
 from svdlab.cli.options import DEVICE, JSON, MODEL
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json, write_text
+from svdlab.files import check_outputs, write_json, write_text
 
 
 @click.command("train-tiny")
@@ -25,8 +25,8 @@ def train_tiny(out: str, work: str | None, smoke: bool, seed: int, device: str, 
     target = Path(out)
     if target.exists():
         raise SvdlabError(f"--out: {target} exists, allowed: a new folder")
-    for path in (target.absolute(), json_path):
-        check_folder(path)
+    steps = Path(work) if work else target.with_name(f"{target.name}.work")
+    check_outputs(json_path, folders=[target, steps])
     import torch
 
     from svdlab.training.recipe import Recipe
@@ -36,7 +36,7 @@ def train_tiny(out: str, work: str | None, smoke: bool, seed: int, device: str, 
     started = time.perf_counter()
     losses = train(
         recipe.smoke() if smoke else recipe,
-        Path(work) if work else target.with_name(f"{target.name}.work"),
+        steps,
         target,
         torch.device(device),
     )
@@ -62,8 +62,7 @@ def _mean(values: list[float]) -> float:
 @JSON
 def evaluate(model: str, device: str, images: int, steps: int, card: str | None, json_path: str | None) -> None:
     """Measure a checkpoint of moving shapes through diffusers' pipeline: motion, direction, guidance, conditioning."""
-    for path in (card, json_path):
-        check_folder(path)
+    check_outputs(card, json_path, inputs=[model])
     from svdlab.training.evaluate import evaluate as measure
     from svdlab.training.evaluate import model_card
 

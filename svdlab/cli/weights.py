@@ -8,7 +8,7 @@ import click
 
 from svdlab.cli.options import JSON
 from svdlab.errors import SvdlabError
-from svdlab.files import check_folder, write_json
+from svdlab.files import check_outputs, write_json
 
 
 @click.command()
@@ -29,8 +29,7 @@ def weights(checkpoint: str, check: str | None, out: str | None, json_path: str 
 
     if (check is None) == (out is None):
         raise SvdlabError("--check and --out: got both or none, allowed: one of them")
-    check_folder(json_path)
-    check_folder(out)
+    check_outputs(json_path, out, inputs=[checkpoint, check])
     folder = checkpoint_folder(checkpoint)
     if out is not None:
         sums = {key: checksum(tensor) for key, tensor in checkpoint_weights(folder)}

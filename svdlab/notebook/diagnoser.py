@@ -8,7 +8,7 @@ from typing import Any
 
 import ipywidgets
 
-from svdlab.files import check_folder
+from svdlab.files import check_outputs
 from svdlab.notebook.controls import WIDE, is_live
 from svdlab.notebook.figures import plot_divergence
 from svdlab.notebook.panel import Panel
@@ -55,7 +55,7 @@ class Diagnoser(Panel):
         self.submit(lambda stop: work())
 
     def _write(self) -> str:
-        check_folder(self.target.value)
+        check_outputs(self.target.value)
         return f"wrote {self.reference.save(self.target.value).label}"
 
     def _diagnose(self) -> str:
