@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.parity.bugs import check_bugs
+from svdlab.reading import parse
 from svdlab.svd.settings import GenerationSettings
 
 # The axis of injected bugs, as grids, tables and files call it.
@@ -61,9 +61,9 @@ def parse_values(name: str, text: str) -> list[Any]:
     """
     if text.strip().startswith("["):
         try:
-            return json.loads(text)
-        except ValueError:
-            raise SvdlabError(f"{name}: got {text.strip()!r}, allowed: a JSON list, or VALUE,VALUE,...") from None
+            return parse(text, name)
+        except SvdlabError:
+            raise SvdlabError(f"{name}: got {short(text.strip())}, allowed: a JSON list, or VALUE,VALUE,...") from None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     return parts if name == RULES else [_value(part) for part in parts]
 
@@ -73,8 +73,8 @@ def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse(text, "value")
+    except SvdlabError:
         return text
 
 
@@ -143,10 +143,11 @@ def neighbours(axes: Mapping[str, Sequence[Any]], points: Sequence[Point]) -> li
     pairs = []
     for axis, values in axes.items():
         others = [name for name in axes if name != axis]
+        rank = {value: i for i, value in enumerate(values)}
         lines: dict[tuple[Any, ...], list[Point]] = {}
         for point in points:
             lines.setdefault(tuple(point.value(name) for name in others), []).append(point)
         for line in lines.values():
-            line = sorted(line, key=lambda p: values.index(p.value(axis)))
+            line = sorted(line, key=lambda p: rank[p.value(axis)])
             pairs += [(axis, a, b) for a, b in itertools.pairwise(line)]
     return pairs
