@@ -108,7 +108,12 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7,7"], "points: fps=7 twice"),
         (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
         (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
-        (["--grid", "rules=none,gelu"], "bugs: got 'gelu', allowed: frame_resize_bilinear"),
+        (["--grid", "rules=none,gelu"], "rules: got 'gelu', allowed: none, or bugs' names, such as gelu_"),
+        (["--grid", "self=1"], "self: no such setting, allowed: height, width"),
+        (
+            ["--grid", f"seed={','.join(map(str, range(400)))}", "--grid", f"fps={','.join(map(str, range(400)))}"],
+            "grid: got 160000 points, allowed: at most 100000",
+        ),
         (["--grid", "num_videos_per_prompt=1,2"], "num_videos_per_prompt: got 2, allowed in a sweep: 1"),
         (["--grid", "fps=7", "--points", "p.json"], "give --grid NAME=VALUES, or --points FILE"),
         ([], "give --grid NAME=VALUES, or --points FILE"),
