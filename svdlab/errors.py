@@ -12,7 +12,7 @@ EXTRA_OF = {
     **dict.fromkeys(["pandas", "pyarrow", "filelock"], "sweep"),
     **dict.fromkeys(["dask", "distributed", "cryptography"], "cluster"),
     **dict.fromkeys(["IPython", "ipywidgets", "jinja2", "latex2mathml", "matplotlib"], "notebook"),
-    **dict.fromkeys(["nbconvert", "nbformat", "papermill"], "notebook"),
+    **dict.fromkeys(["bleach", "nbconvert", "nbformat", "papermill"], "notebook"),
 }
 
 
