@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 from distributed import WorkerPlugin
 from test_sweep import AXES, PICTURE, SMALL, hashes
@@ -24,7 +25,7 @@ from test_sweep import AXES, PICTURE, SMALL, hashes
 from svdlab.errors import SvdlabError
 from svdlab.sweep import Sweep, grid, resume_sweep, run_sweep
 from svdlab.sweep import point as point_module
-from svdlab.sweep.cluster import Cluster, local_cluster, remote_cluster
+from svdlab.sweep.cluster import Cluster, _replace_dead, local_cluster, remote_cluster
 from svdlab.sweep.point import SweepHalted
 from svdlab.sweep.run import Progress
 
@@ -277,8 +278,6 @@ def test_a_scheduler_that_goes_away_halts_and_a_point_that_fails_does_not(ended:
 
 def test_no_other_user_of_the_machine_reaches_the_workers(two: Cluster) -> None:
     """Who has no certificate of this cluster is refused, also by a worker."""
-    import distributed
-
     addresses = [two.client.scheduler.address, *two.client.scheduler_info()["workers"]]
     for address in addresses:
         assert address.startswith("tls://127.0.0.1:")
@@ -292,6 +291,25 @@ def test_no_other_user_of_the_machine_reaches_the_workers(two: Cluster) -> None:
     for port in pages:
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/info/main/workers.html", timeout=5)
+
+
+def test_a_worker_that_dask_gave_up_is_replaced() -> None:
+    class Nanny:
+        def __init__(self, status: distributed.Status):
+            self.status = status
+
+    class Workers:
+        workers = {0: Nanny(distributed.Status.failed), 1: Nanny(distributed.Status.running)}
+        asked: list[int] = []
+
+        def scale(self, number: int) -> None:
+            self.asked.append(number)
+
+    cluster = Workers()
+    _replace_dead(cluster, 2)
+    assert list(cluster.workers) == [1] and cluster.asked == [2]
+    _replace_dead(cluster, 1)
+    assert cluster.asked == [2], "nothing is missing"
 
 
 def test_workers_need_the_package_that_makes_certificates(monkeypatch: pytest.MonkeyPatch) -> None:

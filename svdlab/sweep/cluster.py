@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import os
 import queue
@@ -20,7 +21,7 @@ from typing import Any
 
 import dask
 import distributed
-from distributed import Client, Future, KilledWorker, WorkerPlugin
+from distributed import Client, Future, KilledWorker, Status, WorkerPlugin
 
 from svdlab.errors import SvdlabError, about, requires, short
 from svdlab.reading import read_json
@@ -40,10 +41,11 @@ class Cluster:
     Args:
         client: connected.
         name: of the scheduler, for messages.
+        keep: called now and then while nothing ends, to replace workers that are gone for good.
     """
 
-    def __init__(self, client: Client, name: str):
-        self.client, self.name = client, name
+    def __init__(self, client: Client, name: str, keep: Callable[[], None] = lambda: None):
+        self.client, self.name, self._keep = client, name, keep
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function's value on one of the workers; waits for one to be there.
@@ -54,7 +56,9 @@ class Cluster:
         future = self.client.submit(function, *arguments, pure=False)
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         future.add_done_callback(done.put)
-        return self._value(done.get())
+        while (ended := self._next(done)) is None:
+            pass
+        return self._value(ended)
 
     def compute(
         self, source: Source, points: Sequence[Point], should_stop: ShouldStop, on_step: OnStep
@@ -92,9 +96,7 @@ class Cluster:
         del futures  # a result is let go of once it is written
         try:
             while waiting and not should_stop():
-                try:
-                    future = done.get(timeout=_POLL_S)
-                except queue.Empty:
+                if (future := self._next(done)) is None:
                     continue
                 if future.status == "lost":  # its worker died with the value, and the scheduler has it computed again
                     time.sleep(_POLL_S)
@@ -105,6 +107,14 @@ class Cluster:
             # Otherwise the workers would still compute what nobody waits for.
             with suppress(Exception):
                 self.client.cancel(list(waiting), force=True)
+
+    def _next(self, done: queue.SimpleQueue[Future]) -> Future | None:
+        """What ended, or nothing for a while."""
+        try:
+            return done.get(timeout=_POLL_S)
+        except queue.Empty:
+            self._keep()
+            return None
 
     def _value(self, future: Future) -> Any:
         try:
@@ -147,6 +157,8 @@ def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]
     config: dict[str, Any] = {
         # No point waits in a worker's pocket while another worker could take it.
         "distributed.scheduler.worker-saturation": 1.0,
+        # A worker that starts slowly again is not given up.
+        "distributed.deploy.lost-worker-timeout": "300 s",
         # Its web pages are open to every user of the machine.
         "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [],
@@ -156,7 +168,7 @@ def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]
             **threads_of,
         },
     }
-    with dask.config.set(config):
+    with dask.config.set(config):  # read when workers start, also when they start again
         cluster = distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -168,13 +180,23 @@ def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]
             silence_logs=logging.CRITICAL,
             env=threads_of,
         )
-    try:
-        with _client(cluster, f"{workers} local workers") as client:
-            client.client.register_plugin(_IgnoreInterrupt())
-            yield client
-    finally:
-        with suppress(Exception):  # what does not end by itself ends with this process
-            cluster.close(timeout=_CLOSE_S)
+        try:
+            keep = functools.partial(_replace_dead, cluster, workers)
+            with _client(cluster, f"{workers} local workers", keep) as client:
+                client.client.register_plugin(_IgnoreInterrupt())
+                yield client
+        finally:
+            with suppress(Exception):  # what does not end by itself ends with this process
+                cluster.close(timeout=_CLOSE_S)
+
+
+def _replace_dead(cluster: Any, workers: int) -> None:
+    """Start new workers for those that Dask has given up: one that dies while it starts, say."""
+    for name, nanny in list(cluster.workers.items()):
+        if nanny.status in (Status.closed, Status.failed):
+            cluster.workers.pop(name, None)
+    if len(cluster.workers) < workers:
+        cluster.scale(workers)
 
 
 @contextmanager
@@ -228,14 +250,14 @@ def _address_in(file: str) -> str:
 
 
 @contextmanager
-def _client(where: Any, name: str, **options: Any) -> Iterator[Cluster]:
+def _client(where: Any, name: str, keep: Callable[[], None] = lambda: None, **options: Any) -> Iterator[Cluster]:
     try:
         client = distributed.Client(where, timeout=_CONNECT_S, set_as_default=False, **options)
     except (OSError, ValueError, TypeError, RuntimeError, asyncio.TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SvdlabError(f"--scheduler: {name}: no Dask scheduler answers ({reason})") from None
     try:
-        yield Cluster(client, name)
+        yield Cluster(client, name, keep)
     finally:
         with suppress(Exception):  # the scheduler may be gone
             client.close(timeout=_CLOSE_S)
