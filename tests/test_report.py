@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,12 +25,14 @@ from html_tables import rows
 
 from svdlab.cli.report import report
 from svdlab.errors import SvdlabError
+from svdlab.reading import parse_as
 from svdlab.report import record
 from svdlab.report import run as run_module
 from svdlab.report.exporter import mathml
 from svdlab.report.pages import index_page
-from svdlab.report.results import NotebookResult, changes, moved
+from svdlab.report.results import NotebookResult, RecordedVerdict, changes, moved
 from svdlab.report.run import run_report
+from svdlab.report.verdict import VERDICT, fix_cells
 
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
@@ -285,6 +288,24 @@ def test_record_shows_itself() -> None:
     numbers, heads, row = rows(bundle["text/html"])
     assert numbers == ["ratio", "9.88"] and heads[0] == "injected bug"
     assert row == ["<b>", "frames", "7e+04", "1.2", "2e-05", "misses it"]
+
+
+def test_a_number_that_is_not_finite_is_recorded_as_none() -> None:
+    """A bug that makes the frames NaN costs its notebook nothing: JSON holds no infinity."""
+    fix = {
+        "bug": "b",
+        "ratio_on": math.nan,
+        "ratio_off": math.inf,
+        "first_divergence": "frames",
+        "frames_mse": math.nan,
+    }
+    bundle = record("a", True, fixes=[fix], ratio=math.inf)._repr_mimebundle_()
+    text = json.dumps(bundle[VERDICT], allow_nan=False)
+    kept = parse_as(RecordedVerdict, text, "verdict").model_dump()
+    assert kept["numbers"] == {"ratio": None} and kept["fixes"][0]["ratio_off"] is None
+    cells = fix_cells(kept["fixes"][0])
+    assert [cell.text for cell in cells[2:]] == ["not finite", "not finite", "not finite", "catches it"]
+    assert cells[3].style == "bad"
 
 
 def about(**parameters: object) -> dict[str, object]:

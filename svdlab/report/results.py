@@ -15,13 +15,13 @@ from svdlab.report.verdict import shown, words
 
 
 class Fix(Document):
-    """What a verdict says of one injected bug and its fix, see ``verdict.Verdict``."""
+    """What a verdict says of one injected bug and its fix, see ``verdict.Verdict``; None: not finite."""
 
     bug: str
-    ratio_on: float
-    ratio_off: float
+    ratio_on: float | None
+    ratio_off: float | None
     first_divergence: str | None
-    frames_mse: float
+    frames_mse: float | None
 
 
 class RecordedVerdict(Document):
