@@ -10,9 +10,9 @@ from contextlib import contextmanager
 EXTRA_OF = {
     **dict.fromkeys(["diffusers", "transformers", "accelerate"], "parity"),
     **dict.fromkeys(["pandas", "pyarrow", "filelock"], "sweep"),
-    **dict.fromkeys(["dask", "distributed"], "cluster"),
+    **dict.fromkeys(["dask", "distributed", "cryptography"], "cluster"),
     **dict.fromkeys(["IPython", "ipywidgets", "jinja2", "latex2mathml", "matplotlib"], "notebook"),
-    **dict.fromkeys(["nbconvert", "nbformat", "papermill"], "notebook"),
+    **dict.fromkeys(["bleach", "nbconvert", "nbformat", "papermill"], "notebook"),
 }
 
 

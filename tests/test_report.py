@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from click.testing import CliRunner
+from command_line import run as svdlab
 from html_tables import rows
 
 from svdlab.cli.report import report
 from svdlab.errors import SvdlabError
+from svdlab.reading import parse_as
 from svdlab.report import record
+from svdlab.report import run as run_module
 from svdlab.report.exporter import mathml
 from svdlab.report.pages import index_page
-from svdlab.report.results import NotebookResult, changes, moved
+from svdlab.report.results import NotebookResult, RecordedVerdict, changes, moved
 from svdlab.report.run import run_report
+from svdlab.report.verdict import VERDICT, fix_cells
 
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
@@ -106,6 +115,135 @@ def test_a_formula_that_cannot_be_converted_is_shown_as_it_is_written(tmp_path: 
     assert result.status == "passed" and r"<code>\left( x &lt; 1</code>" in page and page.count("<math") == 1
 
 
+BROKEN = {
+    "formula": (
+        [r"# A $x_1$ and $\frac{$ title", r"$\frac{$ $a_b_c$ $\text{<script>alert(1)</script>}$"],
+        "passed",
+        "",
+    ),
+    "attachment": (
+        ["![x](attachment:no.png)"],
+        "error",
+        "its page cannot be made: InvalidNotebook: missing attachment",
+    ),
+    "html": (["<script>alert(1)</script><b onclick='x()'>b</b> [j](javascript:x) <iframe src='//x'>"], "passed", ""),
+}
+
+
+def test_one_broken_notebook_leaves_the_others_and_the_earlier_report(tmp_path: Path) -> None:
+    books = [notebook(tmp_path / "a_good.ipynb", PASSES)]
+    for name, (cells, *_) in BROKEN.items():
+        book = notebook(tmp_path / f"{name}.ipynb", PASSES)
+        made = nbformat.read(book, as_version=4)
+        made.cells += [nbformat.v4.new_markdown_cell(cell) for cell in cells]
+        nbformat.write(made, book)
+        books.append(book)
+    mime = "{'application/vnd.svdlab.verdict+json': {'name': 3}}"
+    shows = f"from IPython.display import display\ndisplay({mime}, raw=True)"
+    books.append(notebook(tmp_path / "verdict.ipynb", shows))
+    untyped = notebook(tmp_path / "untyped.ipynb", PASSES)
+    text = json.loads(untyped.read_text())
+    del text["cells"][0]["cell_type"]
+    untyped.write_text(json.dumps(text))
+    books.append(untyped)
+    results = {r.name: r for r in run_report(books, tmp_path / "out", {})}
+    assert results["a_good"].status == "passed"
+    for name, (_, status, error) in BROKEN.items():
+        assert results[name].status == status and results[name].error.startswith(error), results[name]
+    assert results["verdict"].error == "verdict: name: got 3, allowed: a valid string"
+    assert results["untyped"].status == "error" and results["untyped"].error
+    written = json.loads((tmp_path / "out/results.json").read_text())["notebooks"]
+    assert [n["name"] for n in written] == [book.stem for book in books]
+    for name in ("formula", "html"):
+        page = (tmp_path / f"out/{name}.html").read_text()
+        assert not re.search(r"<script|<iframe|<[^>]*onclick|href=.javascript", page), name
+        assert "Content-Security-Policy" in page and "script-src" not in page and "default-src 'none'" in page
+    page = (tmp_path / "out/formula.html").read_text()
+    assert "<h1 id=" in page and "<msub><mi>x</mi><mn>1</mn></msub>" in page, "a formula in a heading"
+    assert "ns0:" not in page and r"<code>\frac{</code>" in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_what_fails_while_the_report_is_written_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.json").write_text("earlier")
+    monkeypatch.setattr(run_module, "index_page", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_module._write(tmp_path, [NotebookResult("a", "passed", 1.0, [])], {}, 1.0, None)
+    assert (tmp_path / "results.json").read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
+
+
+STUCK = """import ctypes, pathlib
+pathlib.Path("kernel.pid").write_text(str(__import__("os").getpid()))
+ctypes.PyDLL(None).sleep(600)"""  # with the interpreter's lock: no signal handler and no thread of Python's runs
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_an_interrupted_report_keeps_what_is_finished_and_leaves_no_process(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    notebook(tmp_path / "a.ipynb", PASSES)
+    notebook(tmp_path / "b.ipynb", STUCK)
+    program = "from svdlab.cli import main; main()"
+    options = ["report", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pid = tmp_path / "kernel.pid"
+    wait_until(lambda: pid.exists() and pid.read_text() != "")
+    kernel = psutil.Process(int(pid.read_text()))
+    papermill = kernel.parent()
+    assert papermill is not None and papermill.parent().pid == process.pid
+    process.send_signal(how)
+    assert process.wait(30) == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
+    wait_until(lambda: gone(kernel) and gone(papermill))
+    notebooks = json.loads((tmp_path / "out/results.json").read_text())["notebooks"]
+    assert [n["status"] for n in notebooks] == ["passed", "error"] and "not finished" in notebooks[1]["error"]
+    assert "1 of 2 notebooks passed" in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_kernel_stuck_in_c_ends_at_the_time_limit(tmp_path: Path) -> None:
+    (result,) = run_report([notebook(tmp_path / "one.ipynb", STUCK)], tmp_path / "out", {}, timeout=12)
+    assert result.status == "error" and "--timeout" in result.error
+    kernel = int((tmp_path / "kernel.pid").read_text())
+    wait_until(lambda: not psutil.pid_exists(kernel) or gone(psutil.Process(kernel)))
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json", "nosuch/x.json"], "nosuch is no folder that can be written"),
+        (["-p", "dpth", "5"], "-p 'dpth': no notebook has it, allowed: depth"),
+        (["--timeout", "nan"], "--timeout: got nan"),
+        (["--timeout", "-1"], "--timeout"),
+        (["--timeout", "inf"], "--timeout"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_before_any_notebook_runs(
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("svdlab.cli.report.run_report", lambda *arguments: pytest.fail("a notebook ran"))
+    notebook(tmp_path / "one.ipynb", PASSES)
+    arguments = ["--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), *options]
+    code, _, err = svdlab(capsys, monkeypatch, "report", *arguments)
+    assert code == 2 and message in err and not (tmp_path / "out").exists()
+
+
 def test_record_is_light() -> None:
     program = "import sys; from svdlab.report import record; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["papermill", "nbconvert", "click", "torch", "matplotlib", "jinja2"]
@@ -137,7 +275,7 @@ def test_notebooks_can_be_chosen_and_what_is_none_is_refused(tmp_path: Path) -> 
         return [n["name"] for n in json.loads((tmp_path / "out/results.json").read_text())["notebooks"]]
 
     for wrong in (["empty"], ["nowhere.ipynb"], ["more", "more/c.ipynb"], ["text.ipynb"]):
-        with pytest.raises(SvdlabError, match="(notebooks: .*|not a notebook)"):
+        with pytest.raises(SvdlabError, match="(notebooks: .*|text.ipynb: not JSON)"):
             asked(*wrong)
     assert asked("b.ipynb", "more") == ["b", "c"]
 
@@ -150,6 +288,24 @@ def test_record_shows_itself() -> None:
     numbers, heads, row = rows(bundle["text/html"])
     assert numbers == ["ratio", "9.88"] and heads[0] == "injected bug"
     assert row == ["<b>", "frames", "7e+04", "1.2", "2e-05", "misses it"]
+
+
+def test_a_number_that_is_not_finite_is_recorded_as_none() -> None:
+    """A bug that makes the frames NaN costs its notebook nothing: JSON holds no infinity."""
+    fix = {
+        "bug": "b",
+        "ratio_on": math.nan,
+        "ratio_off": math.inf,
+        "first_divergence": "frames",
+        "frames_mse": math.nan,
+    }
+    bundle = record("a", True, fixes=[fix], ratio=math.inf)._repr_mimebundle_()
+    text = json.dumps(bundle[VERDICT], allow_nan=False)
+    kept = parse_as(RecordedVerdict, text, "verdict").model_dump()
+    assert kept["numbers"] == {"ratio": None} and kept["fixes"][0]["ratio_off"] is None
+    cells = fix_cells(kept["fixes"][0])
+    assert [cell.text for cell in cells[2:]] == ["not finite", "not finite", "not finite", "catches it"]
+    assert cells[3].style == "bad"
 
 
 def about(**parameters: object) -> dict[str, object]:
@@ -262,7 +418,19 @@ def test_a_regression_exits_with_one(tmp_path: Path) -> None:
     assert "regression" in (tmp_path / "out/index.html").read_text()
 
 
-@pytest.mark.parametrize("text", ["{", '{"notebooks": 3}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"notebooks": 3}',
+        "[]",
+        '{"notebooks": [{"name": [], "verdicts": []}]}',
+        '{"notebooks": [{"name": "a", "verdicts": [{"name": "v", "passed": "yes", "numbers": {}}]}]}',
+        '{"notebooks": [{"name": "a", "verdicts": [{"name": "v", "passed": true, "numbers": {"n": [1]}}]}]}',
+        '{"made": {}, "notebooks": []}',
+        '{"notebooks": [], "x": NaN}',
+    ],
+)
 def test_a_previous_report_that_is_none(tmp_path: Path, text: str) -> None:
     notebook(tmp_path / "one.ipynb", PASSES)
     (tmp_path / "old.json").write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from svdlab.sweep.run import Progress
 
 SMALL = GenerationSettings(num_frames=2, num_inference_steps=1, height=32, width=32)
 SMALL_OPTIONS = "--num-frames 2 --num-inference-steps 1 --height 32 --width 32".split()
+TLS = "--tls-ca-file ca.pem --tls-cert c.pem --tls-key k.pem".split()
 AXES = {"fps": [7, 14], "max_guidance_scale": [1.0, 3.0]}
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((48, 32))
 
@@ -106,16 +108,23 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7,7"], "points: fps=7 twice"),
         (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
         (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
-        (["--grid", "rules=none,gelu"], "bugs: got 'gelu', allowed: frame_resize_bilinear"),
+        (["--grid", "rules=none,gelu"], "rules: got 'gelu', allowed: none, or bugs' names, such as gelu_"),
+        (["--grid", "self=1"], "self: no such setting, allowed: height, width"),
+        (
+            ["--grid", f"seed={','.join(map(str, range(400)))}", "--grid", f"fps={','.join(map(str, range(400)))}"],
+            "grid: got 160000 points, allowed: at most 100000",
+        ),
         (["--grid", "num_videos_per_prompt=1,2"], "num_videos_per_prompt: got 2, allowed in a sweep: 1"),
         (["--grid", "fps=7", "--points", "p.json"], "give --grid NAME=VALUES, or --points FILE"),
         ([], "give --grid NAME=VALUES, or --points FILE"),
-        (["--points", "nowhere.json"], "nowhere.json: not readable as JSON"),
+        (["--points", "nowhere.json"], "--points: nowhere.json: no such file"),
         (["--grid", "fps=7", "--model", "nowhere"], "model: 'nowhere' is no folder"),
         (["--grid", "height=32,33"], "height: got 33, allowed: integer"),
         (["--grid", "fps=7", "--workers", "2", "--scheduler", "tcp://x:1"], "--workers: not together with --scheduler"),
         (["--grid", "fps=7", "--workers", "2", "--device", "cuda"], "--workers: not together with --device cuda"),
         (["--grid", "fps=7", "--tls-key", "k.pem"], "--tls-ca-file, --tls-cert, --tls-key"),
+        (["--grid", "fps=7", "--workers", "2", *TLS], "--tls-ca-file: only with --scheduler; --workers makes"),
+        (["--grid", "fps=7", *TLS], "--tls-ca-file: only with --scheduler"),
         (["--resume", "nowhere", "--grid", "fps=7"], "not together with --resume"),
     ],
 )
@@ -520,11 +529,11 @@ def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
     third = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE)
     assert third.unplanned_points()["have settings that are no longer asked for"] == 1
     metrics = second.folder / "points" / next(iter(second.plan.points)) / "metrics.json"
-    metrics.write_text(metrics.read_text().replace('"format": 2', '"format": 1'))
+    metrics.write_text(metrics.read_text().replace('"format": 3', '"format": 2'))
     turned = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE.rotate(180))
     assert turned.unplanned_points() == {
         f"were made with another model ({model}) and from another image": 1,
-        "are in another format": 1,
+        "are in another format or damaged": 1,
         "were made from another image": 1,
     }
     measured = run_sweep(
@@ -533,14 +542,77 @@ def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
     assert measured.unplanned_points()["were made without the distance from diffusers"] == 3
 
 
+def test_a_damaged_point_is_computed_again_and_said(
+    four: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(four.folder, out)
+    bad_json, cut, gone, flipped = (out / "points" / identity for identity in four.plan.points)
+    (bad_json / "metrics.json").write_text("{")
+    (cut / "frames.mkv").write_bytes((cut / "frames.mkv").read_bytes()[:-9])
+    (gone / "clip.mp4").unlink()
+    text = (flipped / "metrics.json").read_text()
+    (flipped / "metrics.json").write_text(text.replace('"motion": ', '"motion": 1'))
+    failure = out / "failures" / f"{gone.name}.json"
+    failure.write_text("[")
+    reader = Sweep.open(out)
+    for identity, message in ((flipped.name, "is not what was written"), (bad_json.name, "not JSON")):
+        with pytest.raises(SvdlabError, match=f"metrics.json: {message}"):
+            reader.metrics(identity)
+    with pytest.raises(SvdlabError, match="frames.mkv: is not what was written"):
+        reader.frames(cut.name)
+    tried = failing(monkeypatch, lambda point, number: None)
+    code, _, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))
+    assert code == 0 and len(tried) == 4 and hashes(Sweep.open(out)) == hashes(four)
+    assert err.count("the point was damaged, and has been computed again") == 4
+    assert f"{gone.name}/clip.mp4: cannot be read (No such file or directory)" in err
+    # One that is damaged and of another plan only counts.
+    (out / "points" / "0123456789abcdef").mkdir()
+    code, _, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(out))
+    assert code == 0 and len(tried) == 4 and "1 points in" in err and "are in another format or damaged" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan["points"][0].update(point="../../../etc"), "points.0.point: got '../../../etc'"),
+        (lambda plan: plan["points"][1]["settings"].update(fps="7"), "points.1: fps: got '7'"),
+        (lambda plan: plan["axes"].update(fps=[7]), "axes.fps: 14, which a point has, is missing"),
+        (lambda plan: plan["axes"].update(speed=[7]), "axes: got 'speed', allowed: a setting, or rules"),
+        (lambda plan: plan.update(threads=0), "threads: got 0, allowed: greater than or equal to 1"),
+        (lambda plan: plan.update(image=None), "image: got None"),
+        (lambda plan: plan.update(points=[]), "points: "),
+    ],
+)
+def test_a_damaged_plan_is_one_line(four: Sweep, tmp_path: Path, change: Any, message: str) -> None:
+    plan = json.loads((four.folder / "sweep.json").read_text())
+    change(plan)
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    shutil.copy(four.folder / "image.png", tmp_path)
+    with pytest.raises(SvdlabError, match=re.escape(message)) as error:
+        Sweep.open(tmp_path)
+    assert "\n" not in str(error.value) and "sweep.json" in str(error.value)
+
+
+def test_a_damaged_picture_is_one_line(four: Sweep, tmp_path: Path) -> None:
+    shutil.copy(four.folder / "sweep.json", tmp_path)
+    whole = (four.folder / "image.png").read_bytes()
+    PICTURE.rotate(180).save(tmp_path / "image.png")
+    with pytest.raises(SvdlabError, match="image.png: is not what was written"):
+        resume_sweep(tmp_path)
+    (tmp_path / "image.png").write_bytes(whole[:99])
+    with pytest.raises(SvdlabError, match="image.png: not readable as a picture"):
+        resume_sweep(tmp_path)
+
+
 def test_a_damaged_sweep_is_named(four: Sweep, tmp_path: Path) -> None:
     with pytest.raises(SvdlabError, match="no sweep"):
         Sweep.open(tmp_path)
     (tmp_path / "image.png").write_bytes(b"")
     for text, message in (
-        ("{", "not readable"),
-        ('{"format": 2}', "no plan of a sweep"),
-        ('{"format": 9}', "allowed: 2"),
+        ("{", "sweep.json: not JSON"),
+        ('{"format": 3}', "sweep.json: svdlab is missing"),
+        ('{"format": 9}', "format 9, allowed: 3"),
     ):
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(SvdlabError, match=message):

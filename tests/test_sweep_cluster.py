@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 from distributed import WorkerPlugin
 from test_sweep import AXES, PICTURE, SMALL, hashes
@@ -19,7 +25,7 @@ from test_sweep import AXES, PICTURE, SMALL, hashes
 from svdlab.errors import SvdlabError
 from svdlab.sweep import Sweep, grid, resume_sweep, run_sweep
 from svdlab.sweep import point as point_module
-from svdlab.sweep.cluster import Cluster, local_cluster, remote_cluster
+from svdlab.sweep.cluster import Cluster, _replace_dead, local_cluster, remote_cluster
 from svdlab.sweep.point import SweepHalted
 from svdlab.sweep.run import Progress
 
@@ -214,13 +220,125 @@ def test_a_remote_scheduler(alone: Sweep, tiny: Path, tmp_path: Path, remote: Re
     assert set(resume_sweep(tmp_path / "lost").table()["status"]) == {"finished"}
 
 
+class FakeFuture:
+    """A future that goes through these states, one each time that its state is asked for; its value is an outcome."""
+
+    def __init__(self, outcome: Any, *states: str):
+        self.outcome, self.states = outcome, list(states)
+
+    @property
+    def status(self) -> str:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def add_done_callback(self, done: Callable[[FakeFuture], None]) -> None:
+        done(self)
+
+    def result(self) -> Any:
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+
+class FakeClient:
+    """Its futures are given."""
+
+    def __init__(self, *futures: FakeFuture):
+        self.futures = futures
+
+    def submit(self, function: Any, source: Any, pure: bool) -> Any:
+        return source
+
+    def map(self, function: Any, sources: Any, points: Any, pure: bool) -> list[FakeFuture]:
+        return list(self.futures)
+
+    def cancel(self, futures: Any, force: bool) -> None:
+        pass
+
+
+def outcomes(*futures: FakeFuture) -> list[Any]:
+    source: Any = type("Source", (), {"identity": lambda self, point: str(point)})()
+    cluster = Cluster(FakeClient(*futures), "tcp://x:1")  # type: ignore[arg-type]
+    return list(cluster.compute(source, list(range(len(futures))), lambda: False, lambda i, n: None))  # type: ignore[arg-type]
+
+
+def test_a_value_that_is_lost_with_its_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdlab.sweep.cluster._POLL_S", 0.01)
+    lost = FakeFuture("a", "lost", "lost", "finished")
+    assert outcomes(lost, FakeFuture("b", "finished")) == ["b", "a"], "the others do not wait for it"
+
+
+@pytest.mark.parametrize("ended", [asyncio.CancelledError(), concurrent.futures.CancelledError(), OSError("closed")])
+def test_a_scheduler_that_goes_away_halts_and_a_point_that_fails_does_not(ended: BaseException) -> None:
+    with pytest.raises(SweepHalted, match="tcp://x:1: the scheduler went away"):
+        outcomes(FakeFuture(ended, "cancelled"))
+    if isinstance(ended, OSError):
+        (outcome,) = outcomes(FakeFuture(ended, "error"))
+        assert outcome.error["message"] == "closed"
+
+
+def test_no_other_user_of_the_machine_reaches_the_workers(two: Cluster) -> None:
+    """Who has no certificate of this cluster is refused, also by a worker."""
+    addresses = [two.client.scheduler.address, *two.client.scheduler_info()["workers"]]
+    for address in addresses:
+        assert address.startswith("tls://127.0.0.1:")
+    for address, options in (
+        (addresses[0].replace("tls", "tcp"), {}),
+        (addresses[0], {"security": distributed.Security.temporary()}),
+    ):
+        with pytest.raises(OSError):
+            distributed.Client(address, timeout=2, set_as_default=False, **options)
+    pages = [two.client.cluster.scheduler.http_server.port]
+    for port in pages:
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/info/main/workers.html", timeout=5)
+
+
+def test_a_worker_that_dask_gave_up_is_replaced() -> None:
+    class Nanny:
+        def __init__(self, status: distributed.Status):
+            self.status = status
+
+    class Workers:
+        workers = {0: Nanny(distributed.Status.failed), 1: Nanny(distributed.Status.running)}
+        asked: list[int] = []
+
+        def scale(self, number: int) -> None:
+            self.asked.append(number)
+
+    cluster = Workers()
+    _replace_dead(cluster, 2)
+    assert list(cluster.workers) == [1] and cluster.asked == [2]
+    _replace_dead(cluster, 1)
+    assert cluster.asked == [2], "nothing is missing"
+
+
+def test_workers_need_the_package_that_makes_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cryptography" else find(name))
+    with pytest.raises(SvdlabError, match=r"cryptography is not installed.*svdlab\[cluster\]"), local_cluster(1):
+        pass
+
+
 def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdlab.sweep.cluster._CONNECT_S", 0.5)
-    for address in ("tcp://127.0.0.1:9", "nonsense://x"):
-        with (
-            pytest.raises(SvdlabError, match=f"--scheduler: {address}: no Dask scheduler answers"),
-            remote_cluster(address),
-        ):
+    with (
+        pytest.raises(SvdlabError, match="--scheduler: tcp://127.0.0.1:9: no Dask scheduler answers"),
+        remote_cluster("tcp://127.0.0.1:9"),
+    ):
+        pass
+    wrong = [
+        "localhost",
+        "tcp://localhost",
+        "tcp://x:",
+        "tcp://x:70000",
+        "ws://x:1",
+        "tcp://x:1/y",
+        "",
+        "\0",
+        "9" * 5000,
+    ]
+    for address in wrong:
+        with pytest.raises(SvdlabError, match="--scheduler: got .*allowed: tcp://HOST:PORT"), remote_cluster(address):
             pass
     (tmp_path / "ca.pem").touch()
     (tmp_path / "file.json").write_text("{}")
@@ -229,7 +347,7 @@ def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["tls://127.0.0.1:9", *pem], "--tls-cert: .*none.pem: no file"),
         (["tls://127.0.0.1:9"], "needs --tls-ca-file, --tls-cert and --tls-key"),
         (["tcp://127.0.0.1:9", *pem], "with certificates, allowed: tls://HOST:PORT"),
-        ([str(tmp_path / "file.json")], "file.json: no scheduler file of Dask"),
+        ([str(tmp_path / "file.json")], "file.json: no address of a scheduler in it"),
     ):
         with pytest.raises(SvdlabError, match=message), remote_cluster(*arguments):
             pass

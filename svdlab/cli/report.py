@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,10 +12,11 @@ from typing import Any
 import click
 
 from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
-from svdlab.errors import SvdlabError
-from svdlab.files import write_json
+from svdlab.errors import SvdlabError, short
+from svdlab.files import check_outputs, write_json
+from svdlab.reading import parse
 from svdlab.report.results import changes, read_previous
-from svdlab.report.run import notebooks_at_a_time, run_report
+from svdlab.report.run import notebooks_at_a_time, parameters_of, run_report
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -31,7 +32,9 @@ from svdlab.svd.settings import GenerationSettings
 @click.option(
     "--workers", type=click.IntRange(1), help="Notebooks that run at once; default: 2 where the memory allows."
 )
-@click.option("--timeout", default=1800.0, show_default=True, type=click.FloatRange(1), help="Seconds per notebook.")
+@click.option(
+    "--timeout", default=1800.0, show_default=True, type=click.FloatRange(1, 1e6), help="Seconds per notebook."
+)
 @click.option("--previous", metavar="DIR", help="An earlier report: show what changed, exit 1 on a regression.")
 @click.option("-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE", help="Any other papermill parameter.")
 @MODEL
@@ -54,6 +57,9 @@ def report(
 
     Each notebook takes the settings that its parameters cell names.
     """
+    check_outputs(json_path, folders=[out], inputs=[previous] if previous != out else [])
+    if math.isnan(timeout):
+        raise SvdlabError("--timeout: got nan, allowed: 1 to 1000000 seconds")
     sources = [Path(path) for path in chosen] or [Path(__file__).parent.parent.parent / "notebooks"]
     notebooks = [p for source in sources for p in (sorted(source.glob("*.ipynb")) if source.is_dir() else [source])]
     for path in notebooks:
@@ -63,6 +69,8 @@ def report(
         raise SvdlabError(f"--notebooks: {sources[0]} holds no *.ipynb")
     if repeated := {p.stem for p in notebooks if sum(q.stem == p.stem for q in notebooks) > 1}:
         raise SvdlabError(f"--notebooks: {min(repeated)} is given twice, allowed: names that differ")
+    if parameter and (unknown := sorted({name for name, _ in parameter} - (known := parameters_of(notebooks)))):
+        raise SvdlabError(f"-p {short(unknown[0])}: no notebook has it, allowed: {', '.join(sorted(known)) or 'none'}")
     GenerationSettings(**given)  # refused here rather than in every notebook
     parameters = {"model": model, "device": device, **given, **{name: _value(text) for name, text in parameter}}
     before = read_previous(previous) if previous else None
@@ -87,6 +95,6 @@ def report(
 def _value(text: str) -> Any:
     """A parameter's value: JSON where it is JSON (numbers, true, null), else the text."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse(text, "-p")
+    except SvdlabError:
         return text

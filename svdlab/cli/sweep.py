@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,10 +82,12 @@ def sweep(
 
     context = click.get_current_context()
     asked = [p for p in context.params if context.get_parameter_source(p) is click.core.ParameterSource.COMMANDLINE]
-    check_outputs(json_path)
+    check_outputs(json_path, folders=[out], inputs=[image, points])
     tls = (tls_ca_file, tls_cert, tls_key)
     if any(tls) and not all(tls):
         raise SvdlabError("--tls-ca-file, --tls-cert, --tls-key: allowed: all three, or none")
+    if any(tls) and not scheduler:
+        raise SvdlabError("--tls-ca-file: only with --scheduler; --workers makes certificates of its own")
     if workers and scheduler:
         raise SvdlabError("--workers: not together with --scheduler, which has its own")
     if workers and device.startswith("cuda"):
@@ -139,6 +140,9 @@ def _backend(
         from svdlab.sweep.cluster import remote_cluster
 
         with remote_cluster(scheduler, *tls) as cluster:
+            if not cluster.name.startswith("tls://"):
+                warning = f"{cluster.name}: without TLS whoever reaches this port can run code as you: docs/clusters.md"
+                click.echo(f"warning: {warning}", err=True)
             yield cluster
     elif workers:
         from svdlab.sweep.cluster import local_cluster
@@ -182,12 +186,11 @@ def _bar(out: str) -> Iterator[OnProgress]:
 
 
 def _read_points(path: str) -> list[dict[str, Any]]:
-    import json
+    from svdlab.errors import about
+    from svdlab.reading import read_json
 
-    try:
-        points = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise SvdlabError(f"--points: {path}: not readable as JSON: {str(error).splitlines()[0]}") from None
+    with about("--points"):
+        points = read_json(path)
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
         raise SvdlabError(f'--points: {path}: allowed: a list of objects, such as [{{"fps": 7}}, {{"fps": 14}}]')
     return points
@@ -198,6 +201,8 @@ def _report(sweep: Sweep, json_path: str | None) -> int:
     import json
 
     table = sweep.table()
+    for reason in sweep.discarded:
+        click.echo(f"note: {reason}: the point was damaged, and has been computed again", err=True)
     for reason, number in sweep.unplanned_points().items():
         click.echo(f"note: {number} points in {sweep.folder} {reason}: kept, not in the table", err=True)
     failed = table[table["status"] == "failed"] if len(table) else table
@@ -227,7 +232,7 @@ def sweep_compare(before: str, after: str, tolerance: int | None, json_path: str
     from svdlab.sweep.compare import compare_sweeps
     from svdlab.sweep.folder import Sweep
 
-    check_outputs(json_path)
+    check_outputs(json_path, inputs=[before, after])
     found = compare_sweeps(Sweep.open(before), Sweep.open(after))
     Console().print(found.table(tolerance))
     for name, (was, now) in found.differs.items():

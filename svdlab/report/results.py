@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdlab.errors import SvdlabError
+from pydantic import ConfigDict
+
+from svdlab.errors import about
+from svdlab.reading import Document, read_as
 from svdlab.report.verdict import shown, words
+
+
+class Fix(Document):
+    """What a verdict says of one injected bug and its fix, see ``verdict.Verdict``; None: not finite."""
+
+    bug: str
+    ratio_on: float | None
+    ratio_off: float | None
+    first_divergence: str | None
+    frames_mse: float | None
+
+
+class RecordedVerdict(Document):
+    """A verdict as a notebook holds it."""
+
+    name: str
+    passed: bool
+    numbers: dict[str, float | int | str | bool | None]
+    fixes: list[Fix] = []
+
+
+class _PreviousNotebook(Document):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    verdicts: list[RecordedVerdict]
+
+
+class _Previous(Document):
+    """Of ``results.json``, what a later report compares itself with."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    made: str = ""
+    notebooks: list[_PreviousNotebook]
 
 
 @dataclass
@@ -63,16 +100,8 @@ class Change:
 
 
 def changes(results: Sequence[NotebookResult], previous: Mapping[str, Any]) -> list[Change]:
-    """Which verdicts differ from an earlier ``results.json``; one that is gone counts as changed.
-
-    Raises:
-        SvdlabError: ``previous`` is no report's results.
-    """
-    try:
-        before = {(n["name"], v["name"]): v["passed"] for n in previous["notebooks"] for v in n["verdicts"]}
-        moved([], previous)
-    except (KeyError, TypeError, AttributeError):
-        raise SvdlabError("--previous: no results of a report, allowed: a results.json or its folder") from None
+    """Which verdicts differ from an earlier ``results.json``; one that is gone counts as changed."""
+    before = {(n["name"], v["name"]): v["passed"] for n in previous["notebooks"] for v in n["verdicts"]}
     now = {(r.name, v["name"]): v["passed"] for r in results for v in r.verdicts}
     words = {True: "yes", False: "NO", None: "absent"}
     keys = list(dict.fromkeys([*before, *now]))
@@ -108,12 +137,8 @@ def read_previous(path: str) -> dict[str, Any]:
         path: a ``results.json`` or its folder.
 
     Raises:
-        SvdlabError: there is none.
+        SvdlabError: there is none, or something in it is not what a report writes.
     """
     file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
-    try:
-        previous = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise SvdlabError(f"--previous: {file} is not readable, allowed: a results.json or its folder") from None
-    changes([], previous)
-    return previous
+    with about("--previous"):
+        return read_as(_Previous, file).model_dump()

@@ -8,25 +8,34 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
 from tqdm import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.files import write_json, write_text
+from svdlab.reading import Document, parse, parse_as, read_as
 from svdlab.report.pages import index_page, junit, notebook_page
-from svdlab.report.results import NotebookResult
+from svdlab.report.process import end_with_children
+from svdlab.report.results import NotebookResult, RecordedVerdict
 from svdlab.report.verdict import VERDICT
 
+_UNFINISHED = "not finished when this report was written"
+_END_S = 5  # for the output of a process that was killed
+_NOTEBOOK_BYTES = 2**30  # with its outputs, clips among them
 _PACKAGES = ("svdlab", "torch", "diffusers", "transformers", "numpy", "papermill")
 
 
@@ -51,34 +60,117 @@ def run_report(
         previous: an earlier report's ``results.json``, to show what changed.
 
     Returns:
-        One result per notebook, in the given order. A failing notebook does not stop the others; an interruption leaves
-        the report of those that are done.
+        One result per notebook, in the given order. A failing notebook does not stop the others. The report is written
+        after every notebook, so that an interruption (Ctrl-C, SIGTERM, SIGKILL) leaves what is finished, and the
+        notebooks under way end with this process.
+
+    Raises:
+        SvdlabError: a file that is no notebook; nothing is written.
     """
+    # Read before anything runs.
+    titles = {path: title_of(path) for path in notebooks}
     out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spinning OpenMP teams that share cores are tens of times slower: every process gets its own share.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    results: dict[Path, NotebookResult] = {}
+    results = {path: NotebookResult(path.stem, "error", 0.0, [], _UNFINISHED, title=titles[path]) for path in notebooks}
     given, started = dict(parameters or {}), time.perf_counter()
-    titles = {path: title_of(path) for path in notebooks}
     pages = [(f"{path.stem}.html", titles[path]) for path in notebooks]
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(notebooks), desc="notebooks", unit="notebook") as bar:
+    running = _Processes()
+    with (
+        _ended_by(signal.SIGTERM),
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(notebooks), desc="notebooks", unit="notebook") as bar,
+    ):
         futures = {
-            pool.submit(_run_one, path, titles[path], out, pages, given, environment, timeout): path
+            pool.submit(_run_one, path, titles[path], out, pages, given, environment, timeout, running): path
             for path in notebooks
         }
+        left = len(notebooks)
         try:
             for future in as_completed(futures):
                 result = results[futures[future]] = future.result()
+                left -= 1
+                # With notebooks missing, what they found before would look lost.
+                about = None if left else previous
+                _write(out, list(results.values()), given, time.perf_counter() - started, about)
                 bar.set_postfix_str(f"{result.name} {result.status}")
                 bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
         finally:
-            seconds = time.perf_counter() - started
-            _write(out, [results[path] for path in notebooks if path in results], given, seconds, previous)
-    return [results[path] for path in notebooks]
+            pool.shutdown(wait=False, cancel_futures=True)
+            running.end()
+    return list(results.values())
+
+
+class _TookTooLong(Exception):  # noqa: N818 - it is caught beside its cause
+    """A process that was ended; its argument is what it had printed."""
+
+
+class _Processes:
+    """The processes of the notebooks under way."""
+
+    def __init__(self) -> None:
+        self._lock, self.ended, self._running = threading.Lock(), False, set[subprocess.Popen[bytes]]()
+
+    def run(
+        self, command: Sequence[str], environment: Mapping[str, str], timeout: float | None
+    ) -> tuple[int, str, str]:
+        """Exit code, output and errors of a command; after ``end`` it is as if killed.
+
+        Raises:
+            _TookTooLong: with the output so far.
+        """
+        reader, writer = os.pipe()
+        try:
+            with self._lock:
+                if self.ended:
+                    return -signal.SIGTERM, "", ""
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=reader,  # its other end closes with this process, however that ends: see ``end_with_parent``
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,  # Ctrl-C is for this process, which ends the others
+                )
+                self._running.add(process)
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired as expired:
+                end_with_children(process.pid)
+                with suppress(subprocess.TimeoutExpired):  # what is no child of it any more may hold its output
+                    process.communicate(timeout=_END_S)
+                raise _TookTooLong((expired.stdout or b"").decode(errors="replace")) from None
+            return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+        finally:
+            os.close(reader)
+            os.close(writer)
+            with self._lock:
+                self._running = {process for process in self._running if process.poll() is None}
+
+    def end(self) -> None:
+        """Kill all of them, with their kernels; no further one starts."""
+        with self._lock:
+            self.ended = True
+            for process in self._running:
+                end_with_children(process.pid)
+
+
+@contextmanager
+def _ended_by(number: signal.Signals) -> Iterator[None]:
+    """Leave the block with ``SystemExit`` at a signal that would end the process on the spot."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) != signal.SIG_DFL:
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _write(
@@ -90,14 +182,18 @@ def _write(
 ) -> None:
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     about = {"made": made, "seconds": seconds, "parameters": dict(parameters), "versions": _versions()}
+    # All are made before one is written: what fails here leaves an earlier report as it is.
+    xml, index = junit(results), index_page(results, about, previous)
     write_json(out / "results.json", {**about, "notebooks": [r.to_dict() for r in results]})
-    write_text(out / "report.xml", junit(results))
-    write_text(out / "index.html", index_page(results, about, previous))
+    write_text(out / "report.xml", xml)
+    write_text(out / "index.html", index)
 
 
 # Runs in a process of its own: the parameters that the notebook has, printed, then the notebook.
 _PAPERMILL = """
 import json, sys, papermill
+from svdlab.report.process import end_with_parent
+end_with_parent()
 source, executed, given, folder = sys.argv[1:]
 known = papermill.inspect_notebook(source)
 given = {k: v for k, v in json.loads(given).items() if k in known}
@@ -116,39 +212,58 @@ def _run_one(
     parameters: Mapping[str, Any],
     environment: Mapping[str, str],
     timeout: float | None,
+    running: _Processes,
 ) -> NotebookResult:
-    """One notebook in a process of its own, then its page."""
+    """One notebook in a process of its own, then its page; whatever goes wrong is the result's error."""
     started = time.perf_counter()
     result = NotebookResult(path.stem, "error", 0.0, [], title=title)
+
+    def failed(problem: str) -> None:
+        result.status, result.error = "error", result.error or problem
+
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder) / path.name
         command = [sys.executable, "-c", _PAPERMILL, str(path), str(executed), json.dumps(parameters), str(path.parent)]
         try:
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-            printed = run.stdout
-            if run.returncode:
-                result.error = _printable((run.stderr.strip().splitlines() or ["no message"])[-1])
-        except subprocess.TimeoutExpired as expired:
-            printed = (expired.stdout or b"").decode()
-            result.error = f"stopped after {timeout:g} s (--timeout)"
-        result.parameters = _effective(printed)
+            code, printed, errors = running.run(command, environment, timeout)
+            if running.ended:
+                return result
+            if code:
+                failed(_printable((errors.strip().splitlines() or ["no message"])[-1]))
+        except _TookTooLong as late:
+            printed = str(late)
+            failed(f"stopped after {timeout:g} s (--timeout)")
+        # A notebook may hold anything, and is not to cost the others their report.
         try:
+            result.parameters = _effective(printed)
+            if not executed.exists():
+                raise SvdlabError("no notebook was written")
             result.verdicts, result.thumbnail = read_verdicts(executed), first_picture(executed, title)
-        except (OSError, ValueError, KeyError) as problem:
-            result.error = result.error or f"no notebook was written: {problem}"
-        passed = all(v["passed"] for v in result.verdicts)
-        result.status = "error" if result.error else "passed" if passed else "failed"
+        except Exception as problem:
+            failed(_said(problem))
+        if not result.error:
+            result.status = "passed" if all(v["passed"] for v in result.verdicts) else "failed"
         result.seconds = time.perf_counter() - started
         if executed.exists():
             result.page = f"{path.stem}.html"
-            write_text(out / result.page, notebook_page(executed, result, pages))
+            try:
+                write_text(out / result.page, notebook_page(executed, result, pages))
+            except Exception as problem:
+                failed(f"its page cannot be made: {_said(problem)}")
+                result.page = ""
     return result
+
+
+def _said(problem: Exception) -> str:
+    """An exception in one line; its type where that says more than the text."""
+    text = _printable((str(problem).splitlines() or [""])[0])
+    return text if isinstance(problem, SvdlabError) else f"{type(problem).__name__}: {text}"
 
 
 def _effective(printed: str) -> dict[str, Any]:
     """The values of a notebook's parameters: what was given, else what its cell says."""
     found = {}
-    for name, (default, *given) in json.loads(printed.partition("\n")[0] or "{}").items():
+    for name, (default, *given) in parse(printed.partition("\n")[0] or "{}", "parameters").items():
         try:
             found[name] = given[0] if given else ast.literal_eval(default)
         except (ValueError, SyntaxError):
@@ -156,29 +271,64 @@ def _effective(printed: str) -> dict[str, Any]:
     return found
 
 
+class _Cell(Document):
+    """Of a cell, what is read here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    cell_type: str = ""
+    source: str | list[str] = ""
+    outputs: list[dict[str, Any]] = []
+
+
+class _Notebook(Document):
+    model_config = ConfigDict(extra="ignore")
+
+    cells: list[_Cell]
+
+
 def title_of(notebook: Path) -> str:
-    """A notebook's first heading, or its file's name."""
+    """A notebook's first heading, or its file's name.
+
+    Raises:
+        SvdlabError: it is no notebook.
+    """
     for cell in _cells(notebook):
-        if cell["cell_type"] == "markdown" and (found := re.search(r"^# (.+)$", "".join(cell["source"]), re.MULTILINE)):
+        text = "".join(cell.source)
+        if cell.cell_type == "markdown" and (found := re.search(r"^# (.+)$", text, re.MULTILINE)):
             return found[1].strip()
     return notebook.stem
 
 
-def _cells(notebook: Path) -> list[dict[str, Any]]:
-    try:
-        return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError):
-        raise SvdlabError(f"{notebook}: not a notebook, allowed: *.ipynb of format 4") from None
+def parameters_of(notebooks: Sequence[Path]) -> set[str]:
+    """The names in the parameters cells of notebooks."""
+    import papermill
+
+    found: set[str] = set()
+    for path in notebooks:
+        with suppress(Exception):  # a broken notebook has its own row in the report
+            found |= papermill.inspect_notebook(str(path)).keys()
+    return found
+
+
+def _cells(notebook: Path) -> list[_Cell]:
+    return read_as(_Notebook, notebook, limit=_NOTEBOOK_BYTES).cells
 
 
 def _outputs(executed: Path) -> list[dict[str, Any]]:
     """The displayed data of an executed notebook, in order, by type."""
-    return [output["data"] for cell in _cells(executed) for output in cell.get("outputs", []) if "data" in output]
+    found = [output.get("data") for cell in _cells(executed) for output in cell.outputs]
+    return [data for data in found if isinstance(data, dict)]
 
 
 def read_verdicts(executed: Path) -> list[dict[str, Any]]:
-    """What ``record`` left in an executed notebook, in order."""
-    return [data[VERDICT] for data in _outputs(executed) if VERDICT in data]
+    """What ``record`` left in an executed notebook, in order.
+
+    Raises:
+        SvdlabError: a verdict that ``record`` does not write.
+    """
+    texts = [json.dumps(data[VERDICT]) for data in _outputs(executed) if VERDICT in data]
+    return [parse_as(RecordedVerdict, text, "verdict").model_dump() for text in texts]
 
 
 def first_picture(executed: Path, alt: str) -> str:

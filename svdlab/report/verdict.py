@@ -5,6 +5,7 @@ There is no side file, and the call is harmless in a live kernel. Importing this
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -43,7 +44,7 @@ class Verdict:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         numbers = ", ".join(f"{words(name)} {shown(value)}" for name, value in self.numbers.items())
         return {
-            VERDICT: asdict(self),
+            VERDICT: asdict(self, dict_factory=_finite),
             "text/html": self._html(),
             "text/plain": f"{'yes' if self.passed else 'NO'}: {self.name}: {numbers}",
         }
@@ -73,24 +74,37 @@ def record(
     return Verdict(name, bool(passed), dict(numbers), [dict(fix) for fix in fixes])
 
 
+def _finite(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON can hold: None for infinity and NaN, also in the values that are mappings."""
+    return {name: _finite(list(v.items())) if isinstance(v, dict) else _number(v) for name, v in items}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(list(v.items())) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def fix_cells(fix: Mapping[str, Any]) -> list[Cell]:
     """A row under ``FIX_COLUMNS``."""
     from svdlab.notebook.tables import caught
     from svdlab.parity.compare import MSE_BAR, THRESHOLD
 
-    first = fix["first_divergence"]
+    first, ratio, mse = fix["first_divergence"], fix["ratio_on"], fix["frames_mse"]
     return [
         Cell(fix["bug"]),
         Cell(first or "none: below the noise"),
         Cell(shown(fix["ratio_off"])),
-        Cell(shown(fix["ratio_on"]), "good" if fix["ratio_on"] <= THRESHOLD else "bad"),
-        Cell(shown(fix["frames_mse"])),
-        caught(fix["frames_mse"] >= MSE_BAR) if first else Cell(""),
+        Cell(shown(ratio), "good" if ratio is not None and ratio <= THRESHOLD else "bad"),
+        Cell(shown(mse)),
+        caught(mse is None or not mse < MSE_BAR) if first else Cell(""),
     ]
 
 
 def shown(value: Any) -> str:
-    """A value as reports print it: three digits of a float."""
+    """A value as reports print it: three digits of a float; None is a number that is not finite."""
+    if value is None:
+        return "not finite"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

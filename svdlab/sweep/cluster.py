@@ -6,22 +6,25 @@ A Dask scheduler runs whatever code it is sent: docs/clusters.md says whom to le
 from __future__ import annotations
 
 import asyncio
-import json
+import concurrent.futures
+import functools
 import logging
 import os
 import queue
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import dask
 import distributed
-from distributed import Client, Future, KilledWorker, WorkerPlugin
+from distributed import Client, Future, KilledWorker, Status, WorkerPlugin
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, about, requires, short
+from svdlab.reading import read_json
 from svdlab.sweep.plan import Point
 from svdlab.sweep.point import OnStep, Outcome, Source, SweepHalted, compute_point
 from svdlab.sweep.run import ShouldStop
@@ -29,6 +32,7 @@ from svdlab.sweep.run import ShouldStop
 _CONNECT_S = 10  # for a scheduler to answer
 _POLL_S = 0.2  # between two questions whether to stop
 _CLOSE_S = 30
+_ADDRESS = re.compile(r"(tcp|tls)://(\[[0-9A-Fa-f:.%]+\]|[\w.-]+):0*(?P<port>[1-9][0-9]{0,4})")
 
 
 class Cluster:
@@ -37,10 +41,11 @@ class Cluster:
     Args:
         client: connected.
         name: of the scheduler, for messages.
+        keep: called now and then while nothing ends, to replace workers that are gone for good.
     """
 
-    def __init__(self, client: Client, name: str):
-        self.client, self.name = client, name
+    def __init__(self, client: Client, name: str, keep: Callable[[], None] = lambda: None):
+        self.client, self.name, self._keep = client, name, keep
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A function's value on one of the workers; waits for one to be there.
@@ -51,7 +56,9 @@ class Cluster:
         future = self.client.submit(function, *arguments, pure=False)
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         future.add_done_callback(done.put)
-        return self._value(done.get())
+        while (ended := self._next(done)) is None:
+            pass
+        return self._value(ended)
 
     def compute(
         self, source: Source, points: Sequence[Point], should_stop: ShouldStop, on_step: OnStep
@@ -89,9 +96,11 @@ class Cluster:
         del futures  # a result is let go of once it is written
         try:
             while waiting and not should_stop():
-                try:
-                    future = done.get(timeout=_POLL_S)
-                except queue.Empty:
+                if (future := self._next(done)) is None:
+                    continue
+                if future.status == "lost":  # its worker died with the value, and the scheduler has it computed again
+                    time.sleep(_POLL_S)
+                    done.put(future)
                     continue
                 yield waiting.pop(future), future
         finally:
@@ -99,15 +108,25 @@ class Cluster:
             with suppress(Exception):
                 self.client.cancel(list(waiting), force=True)
 
-    def _value(self, future: Future) -> Any:
-        if future.status in ("cancelled", "lost"):
-            raise SweepHalted(f"{self.name}: the scheduler went away")
+    def _next(self, done: queue.SimpleQueue[Future]) -> Future | None:
+        """What ended, or nothing for a while."""
         try:
-            return future.result()
+            return done.get(timeout=_POLL_S)
+        except queue.Empty:
+            self._keep()
+            return None
+
+    def _value(self, future: Future) -> Any:
+        try:
+            return future.result()  # waits for a value that is lost to be computed again
         except ModuleNotFoundError as error:
             raise SweepHalted(
                 f"{self.name}: a worker has no module {error.name}; install the same svdlab there"
             ) from None
+        except (OSError, asyncio.CancelledError, concurrent.futures.CancelledError):
+            if future.status == "error":  # the task's own
+                raise
+            raise SweepHalted(f"{self.name}: the scheduler went away") from None
 
 
 def _described(error: Exception) -> dict[str, str]:
@@ -121,40 +140,63 @@ def _same(source: Source) -> Source:
 
 @contextmanager
 def local_cluster(workers: int, threads: int | None = None) -> Iterator[Cluster]:
-    """Processes of this machine, which share its cores and its disk.
+    """Processes of this machine, which share its cores and its disk, and which no other user of it can reach.
+
+    They talk over TLS with certificates that exist in their memory only.
 
     Args:
         workers: how many.
         threads: of torch in each; default: the cores, divided.
+
+    Raises:
+        SvdlabError: the package that makes certificates is not installed.
     """
+    requires("cryptography")
     share = str(threads or max(1, (os.cpu_count() or 1) // workers))
     threads_of = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
     config: dict[str, Any] = {
         # No point waits in a worker's pocket while another worker could take it.
         "distributed.scheduler.worker-saturation": 1.0,
+        # A worker that starts slowly again is not given up.
+        "distributed.deploy.lost-worker-timeout": "300 s",
+        # Its web pages are open to every user of the machine.
+        "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [],
         # Dask would make malloc give every freed tensor back to the system, at the price of as much system time.
         "distributed.nanny.pre-spawn-environ": {
             "MALLOC_TRIM_THRESHOLD_": None,
             **threads_of,
         },
     }
-    with dask.config.set(config):
+    with dask.config.set(config):  # read when workers start, also when they start again
         cluster = distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
             memory_limit=0,  # a model may fill the machine; Dask would kill its worker
             dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
+            scheduler_kwargs={"dashboard": False},
+            security=distributed.Security.temporary(),
+            silence_logs=logging.CRITICAL,
             env=threads_of,
         )
-    try:
-        with _client(cluster, f"{workers} local workers") as client:
-            client.client.register_plugin(_IgnoreInterrupt())
-            yield client
-    finally:
-        with suppress(Exception):  # what does not end by itself ends with this process
-            cluster.close(timeout=_CLOSE_S)
+        try:
+            keep = functools.partial(_replace_dead, cluster, workers)
+            with _client(cluster, f"{workers} local workers", keep) as client:
+                client.client.register_plugin(_IgnoreInterrupt())
+                yield client
+        finally:
+            with suppress(Exception):  # what does not end by itself ends with this process
+                cluster.close(timeout=_CLOSE_S)
+
+
+def _replace_dead(cluster: Any, workers: int) -> None:
+    """Start new workers for those that Dask has given up: one that dies while it starts, say."""
+    for name, nanny in list(cluster.workers.items()):
+        if nanny.status in (Status.closed, Status.failed):
+            cluster.workers.pop(name, None)
+    if len(cluster.workers) < workers:
+        cluster.scale(workers)
 
 
 @contextmanager
@@ -168,14 +210,11 @@ def remote_cluster(
         tls_ca_file, tls_cert, tls_key: PEM files for a ``tls://`` address.
 
     Raises:
-        SvdlabError: nobody answers, a certificate that cannot be read.
+        SvdlabError: an address that is none, nobody answers, a certificate that cannot be read.
     """
     options: dict[str, Any] = {}
-    if Path(address).is_file():
-        try:
-            address = str(json.loads(Path(address).read_text())["address"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise SvdlabError(f"--scheduler: {address}: no scheduler file of Dask") from None
+    if not _is_address(address):
+        address = _address_in(address)
     encrypted = address.startswith("tls://")
     if encrypted and not tls_ca_file and not dask.config.get("distributed.comm.tls.ca-file", None):
         raise SvdlabError(f"--scheduler: {address}: needs --tls-ca-file, --tls-cert and --tls-key")
@@ -192,15 +231,33 @@ def remote_cluster(
         yield client
 
 
+def _is_address(text: str) -> bool:
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and int(found["port"]) < 2**16
+
+
+def _address_in(file: str) -> str:
+    """The address in a scheduler file."""
+    allowed = "allowed: tcp://HOST:PORT, tls://HOST:PORT, or the file that dask scheduler --scheduler-file wrote"
+    if "\0" in file or not os.path.exists(file):
+        raise SvdlabError(f"--scheduler: got {short(file)}, {allowed}")
+    with about("--scheduler"):
+        found = read_json(file)
+    address = found.get("address") if isinstance(found, dict) else None
+    if not isinstance(address, str) or not _is_address(address):
+        raise SvdlabError(f"--scheduler: {file}: no address of a scheduler in it, {allowed}")
+    return address
+
+
 @contextmanager
-def _client(where: Any, name: str, **options: Any) -> Iterator[Cluster]:
+def _client(where: Any, name: str, keep: Callable[[], None] = lambda: None, **options: Any) -> Iterator[Cluster]:
     try:
         client = distributed.Client(where, timeout=_CONNECT_S, set_as_default=False, **options)
     except (OSError, ValueError, TypeError, RuntimeError, asyncio.TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SvdlabError(f"--scheduler: {name}: no Dask scheduler answers ({reason})") from None
     try:
-        yield Cluster(client, name)
+        yield Cluster(client, name, keep)
     finally:
         with suppress(Exception):  # the scheduler may be gone
             client.close(timeout=_CLOSE_S)

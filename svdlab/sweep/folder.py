@@ -2,7 +2,7 @@
 
     sweep.json              what was asked for: axes, points, model, versions
     image.png               what the clips start from
-    points/IDENTITY/        clip.mp4, thumbnail.webp, frames.mkv (lossless), metrics.json
+    points/IDENTITY/        clip.mp4, thumbnail.webp, frames.mkv (lossless), metrics.json (with digests of them all)
     failures/IDENTITY.json  the error of a point that failed
     table.parquet, .csv     one row per point, finished or failed
 
@@ -13,9 +13,11 @@ folders and can always be made again.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import platform
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, about, short
 from svdlab.files import atomic_path, write_json
+from svdlab.reading import read_as, read_json
 from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import Code
+from svdlab.sweep.documents import FORMAT, FailureFile, Metrics, PlanFile, sha256
 from svdlab.sweep.plan import RULES, Point, bugs_text, neighbours
-from svdlab.sweep.point import CLIP, FORMAT, FRAMES, METRICS, THUMBNAIL, Model, Outcome, Source, SweepHalted, save_point
+from svdlab.sweep.point import CLIP, FRAMES, METRICS, THUMBNAIL, Outcome, Source, SweepHalted, image_digest, save_point
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL import Image
 
 PLAN, IMAGE, LOCK = "sweep.json", "image.png", ".lock"
 # Frames of that many points stay in memory while neighbours are compared.
@@ -60,10 +65,12 @@ class Sweep:
     Attributes:
         folder: where it is.
         plan: what it was asked for.
+        discarded: what was wrong with finished points that this run found damaged, and computed again.
     """
 
     def __init__(self, folder: Path, plan: Plan):
         self.folder, self.plan = folder, plan
+        self.discarded: list[str] = []
         self._frames = functools.lru_cache(_KEPT_CLIPS)(self._read_frames)
 
     @classmethod
@@ -74,37 +81,50 @@ class Sweep:
             SvdlabError: the folder holds none, or its plan is damaged.
         """
         path = Path(folder) / PLAN
+        for name in (PLAN, IMAGE):
+            if not (path.parent / name).is_file():
+                raise SvdlabError(f"{folder}: no sweep ({name} is missing)")
+        values = read_json(path)
+        if isinstance(values, dict) and values.get("format") != FORMAT:
+            raise SvdlabError(f"{path}: format {short(values.get('format'))}, allowed: {FORMAT}")
+        plan = read_as(PlanFile, path)
         try:
-            text = json.loads(path.read_text())
             image = (path.parent / IMAGE).read_bytes()
-        except FileNotFoundError as error:
-            raise SvdlabError(f"{folder}: no sweep ({Path(str(error.filename)).name} is missing)") from None
-        except (OSError, ValueError) as error:
-            raise SvdlabError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
-        try:
-            if text["format"] != FORMAT:
-                raise SvdlabError(f"{path}: format {text['format']}, allowed: {FORMAT}")
-            points = {
-                p["point"]: Point(GenerationSettings.from_json(json.dumps(p["settings"])), tuple(p["rules"]))
-                for p in text["points"]
-            }
-            axes = {
-                name: [tuple(v) if isinstance(v, list) else v for v in values] for name, values in text["axes"].items()
-            }
-            source = Source(
-                Model(**text["model"]),
-                text["device"],
-                image,
-                text["image"],
-                Code(**text["code"]),
-                text["divergence"],
-                str(path.parent.absolute() / "points"),
-                "",
-                text["threads"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise SvdlabError(f"{path}: no plan of a sweep: {error!r}") from None
+        except OSError as error:
+            raise SvdlabError(f"{path.parent / IMAGE}: cannot be read ({error.strerror})") from None
+        points = {p.point: Point(_settings(path, i, p.settings), tuple(p.rules)) for i, p in enumerate(plan.points)}
+        axes = {name: [tuple(v) if isinstance(v, list) else v for v in values] for name, values in plan.axes.items()}
+        _check_axes(path, axes, points.values())
+        source = Source(
+            plan.model,
+            plan.device,
+            image,
+            plan.image,
+            plan.code,
+            plan.divergence,
+            str(path.parent.absolute() / "points"),
+            "",
+            plan.threads,
+        )
         return cls(path.parent, Plan(axes, points, source))
+
+    def picture(self) -> Image.Image:
+        """What the clips start from.
+
+        Raises:
+            SvdlabError: it is not what was written.
+        """
+        from PIL import Image
+
+        path = self.folder / IMAGE
+        try:
+            with Image.open(io.BytesIO(self.plan.source.image)) as image:
+                picture = image.convert("RGB")
+        except Exception as error:  # what a broken picture raises depends on where it is broken
+            raise SvdlabError(f"{path}: not readable as a picture ({type(error).__name__})") from None
+        if image_digest(picture) != self.plan.source.image_digest:
+            raise SvdlabError(f"{path}: is not what was written")
+        return picture
 
     def save_plan(self) -> None:
         """Write what was asked for, before anything is computed.
@@ -205,7 +225,11 @@ class Sweep:
         Raises:
             SvdlabError: it is damaged.
         """
-        return _read(self._point(identity) / METRICS)
+        path = self._point(identity) / METRICS
+        values = Metrics.read(path)
+        if values["point"] != identity:
+            raise SvdlabError(f"{path}: is of point {values['point']}")
+        return values
 
     def error(self, identity: str) -> dict[str, str]:
         """A failed point's type, message and traceback.
@@ -213,7 +237,39 @@ class Sweep:
         Raises:
             SvdlabError: it is damaged.
         """
-        return _read(self._failure(identity))
+        return read_as(FailureFile, self._failure(identity)).model_dump()
+
+    def damage(self, identity: str) -> str:
+        """What is wrong with a finished point, in one line; empty where all is as it was written."""
+        try:
+            for name, digest in self.metrics(identity)["files"].items():
+                _check_digest(self._point(identity) / name, digest)
+        except SvdlabError as error:
+            return str(error)
+        return ""
+
+    def discard_damaged(self) -> list[str]:
+        """Remove points of the plan that are not as they were written, so that they are computed again.
+
+        Returns:
+            what was wrong with each.
+
+        Raises:
+            SweepHalted: they cannot be removed.
+        """
+        found = []
+        for identity in self.plan.points:
+            if self.finished(identity) and (reason := self.damage(identity)):
+                with self.writing():
+                    shutil.rmtree(self._point(identity))
+                found.append(reason)
+            if self.failed(identity):
+                try:
+                    self.error(identity)
+                except SvdlabError:  # it is tried again anyway
+                    with self.writing():
+                        self._failure(identity).unlink()
+        return found
 
     def clip(self, identity: str) -> Path:
         """A finished point's ``clip.mp4``."""
@@ -234,7 +290,9 @@ class Sweep:
     def _read_frames(self, identity: str) -> np.ndarray:
         from svdlab.svd.video import Clip
 
-        return Clip.from_video(self._point(identity) / FRAMES).to_numpy()
+        path = self._point(identity) / FRAMES
+        _check_digest(path, self.metrics(identity)["files"].get(FRAMES))
+        return Clip.from_video(path).to_numpy()
 
     def at(self, **where: Any) -> str:
         """The identity of the first point at these values of the axes; bugs as text, such as ``rules="none"``.
@@ -278,33 +336,39 @@ class Sweep:
         for path in sorted((self.folder / "points").glob("[0-9a-f]*")):
             if path.name in self.plan.points:
                 continue
-            reason = _difference(self.metrics(path.name), source)
+            reason = _difference(path / METRICS, source)
             found[reason] = found.get(reason, 0) + 1
         return found
 
-    def measure_neighbours(self) -> None:
+    def _measure_neighbours(self, known: dict[str, dict[str, Any]]) -> None:
         """Compare each finished point with those next to it on every axis; ``metrics.json`` keeps what was measured.
+
+        Args:
+            known: the finished points' metrics, which are changed too.
 
         Raises:
             SweepHalted: the result cannot be written.
         """
         identities = {point: identity for identity, point in self.plan.points.items()}
-        found: dict[str, list[dict[str, Any]]] = {i: [] for i in identities.values() if self.finished(i)}
-        known = {i: {n["point"]: n["difference"] for n in self.metrics(i)["neighbours"]} for i in found}
+        found: dict[str, list[dict[str, Any]]] = {identity: [] for identity in known}
+        before = {i: {n["point"]: n["difference"] for n in metrics["neighbours"]} for i, metrics in known.items()}
         for axis, a, b in neighbours(self.plan.axes, list(identities)):
             one, other = identities[a], identities[b]
-            if one not in found or other not in found:
+            if one not in known or other not in known:
                 continue
-            difference = (
-                known[one][other] if other in known[one] else level_difference(self.frames(one), self.frames(other))[0]
-            )
+            if other in before[one]:
+                difference = before[one][other]
+            else:
+                difference = level_difference(self.frames(one), self.frames(other))[0]
             for here, there, point in ((one, other, b), (other, one, a)):
-                found[here].append({"axis": axis, "value": point.value(axis), "point": there, "difference": difference})
+                value = point.value(axis)
+                value = list(value) if isinstance(value, tuple) else value
+                found[here].append({"axis": axis, "value": value, "point": there, "difference": difference})
         for identity, entries in found.items():
-            metrics = self.metrics(identity)
-            if metrics["neighbours"] != json.loads(json.dumps(entries)):
+            if known[identity]["neighbours"] != entries:
+                known[identity] = Metrics.sealed({**known[identity], "neighbours": entries})
                 with self.writing():
-                    write_json(self._point(identity) / METRICS, {**metrics, "neighbours": entries})
+                    write_json(self._point(identity) / METRICS, known[identity])
 
     def table(self) -> pd.DataFrame:
         """One row for each point that is finished or failed, in the plan's order: settings, rules and metrics.
@@ -314,12 +378,18 @@ class Sweep:
         levels), ``divergence_*``, ``seconds``, ``peak_memory_mib``, ``threads``, ``device``, ``host``,
         ``frames_sha256``, ``error``, ``folder``.
         """
+        return self._table(self._finished_metrics())
+
+    def _finished_metrics(self) -> dict[str, dict[str, Any]]:
+        return {identity: self.metrics(identity) for identity in self.plan.points if self.finished(identity)}
+
+    def _table(self, known: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
         import pandas as pd
 
         rows = []
         for identity, point in self.plan.points.items():
-            if self.finished(identity):
-                rows.append(self._row(identity, point, self.metrics(identity), ""))
+            if identity in known:
+                rows.append(self._row(identity, point, known[identity], ""))
             elif self.failed(identity):
                 error = self.error(identity)
                 rows.append(self._row(identity, point, {}, f"{error['type']}: {error['message']}"))
@@ -352,8 +422,9 @@ class Sweep:
         Raises:
             SweepHalted: they cannot be written.
         """
-        self.measure_neighbours()
-        table = self.table()
+        known = self._finished_metrics()
+        self._measure_neighbours(known)
+        table = self._table(known)
         with self.writing():
             with atomic_path(self.folder / "table.parquet") as temporary:
                 table.to_parquet(temporary, index=False)
@@ -370,10 +441,14 @@ def level_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int] | tuple[
     return float(np.mean([d.mean() for d in differences])), int(max(d.max() for d in differences))
 
 
-def _difference(made: Mapping[str, Any], source: Source) -> str:
-    """What sets a point with these metrics apart from those of a plan, see ``Sweep.unplanned_points``."""
-    if made.get("format") != FORMAT:
-        return "are in another format"
+def _difference(path: Path, source: Source) -> str:
+    """What sets the point with these metrics apart from those of a plan, see ``Sweep.unplanned_points``."""
+    try:
+        made = Metrics.read(path)
+    except SvdlabError:
+        return "are in another format or damaged"
+    if made["format"] != FORMAT:
+        return "are in another format or damaged"
     if (made["divergence"] is not None) is not source.divergence:
         return f"were made with{'out' if source.divergence else ''} the distance from diffusers"
     changed, model = source.code.changes(since=Code(**made["code"])), made["model"]
@@ -385,8 +460,28 @@ def _difference(made: Mapping[str, Any], source: Source) -> str:
     return f"were made {' and '.join(reasons)}" if reasons else "have settings that are no longer asked for"
 
 
-def _read(path: Path) -> Any:
+def _settings(path: Path, number: int, values: dict[str, Any]) -> GenerationSettings:
+    with about(f"{path}: points.{number}"):
+        return GenerationSettings.from_json(json.dumps(values))
+
+
+def _check_axes(path: Path, axes: Mapping[str, Sequence[Any]], points: Iterable[Point]) -> None:
+    """Raises: SvdlabError where an axis is none, or does not have the value of a point."""
+    allowed = {*GenerationSettings.model_fields, RULES}
+    for axis, values in axes.items():
+        if axis not in allowed:
+            raise SvdlabError(f"{path}: axes: got {short(axis)}, allowed: a setting, or {RULES}")
+        known = set(values)
+        if missing := [point.value(axis) for point in points if point.value(axis) not in known]:
+            raise SvdlabError(f"{path}: axes.{axis}: {short(missing[0])}, which a point has, is missing")
+
+
+def _check_digest(path: Path, digest: str | None) -> None:
+    """Raises: SvdlabError where a file is not what was written."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SvdlabError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+        with path.open("rb") as file:
+            found = sha256(file)
+    except OSError as error:
+        raise SvdlabError(f"{path}: cannot be read ({error.strerror})") from None
+    if found != digest:
+        raise SvdlabError(f"{path}: is not what was written")

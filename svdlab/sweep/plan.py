@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svdlab.errors import SvdlabError
-from svdlab.parity.bugs import check_bugs
+from svdlab.errors import SvdlabError, short
+from svdlab.parity.bugs import BUGS, check_bugs
+from svdlab.reading import parse
 from svdlab.svd.settings import GenerationSettings
 
 # The axis of injected bugs, as grids, tables and files call it.
 RULES = "rules"
 _NO_BUG = "none"
+# Far more than anyone looks at; what is above is a mistake that would fill the memory.
+MOST_POINTS = 100_000
 Changes = Sequence[Mapping[str, Any]]
 
 
@@ -49,7 +53,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
     if not name or not values.strip():
-        raise SvdlabError(f"grid: got {text!r}, allowed: NAME=VALUE,VALUE,..., such as fps=7,14,28")
+        raise SvdlabError(f"grid: got {short(text)}, allowed: NAME=VALUE,VALUE,..., such as fps=7,14,28")
     return name, parse_values(name, values)
 
 
@@ -61,9 +65,10 @@ def parse_values(name: str, text: str) -> list[Any]:
     """
     if text.strip().startswith("["):
         try:
-            return json.loads(text)
-        except ValueError:
-            raise SvdlabError(f"{name}: got {text.strip()!r}, allowed: a JSON list, or VALUE,VALUE,...") from None
+            return parse(text, name)
+        except SvdlabError:
+            got = f"{short(name)[1:-1]}: got {short(text.strip())}"
+            raise SvdlabError(f"{got}, allowed: a JSON list, or VALUE,VALUE,...") from None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     return parts if name == RULES else [_value(part) for part in parts]
 
@@ -73,8 +78,8 @@ def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse(text, "value")
+    except SvdlabError:
         return text
 
 
@@ -82,11 +87,13 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of the axes' values, the last axis fastest, so that whole rows are done first.
 
     Raises:
-        SvdlabError: an axis without values.
+        SvdlabError: an axis without values, more than ``MOST_POINTS``.
     """
     for name, values in axes.items():
         if not values:
-            raise SvdlabError(f"{name}: got no values, allowed: one or more")
+            raise SvdlabError(f"{short(name)[1:-1]}: got no values, allowed: one or more")
+    if (number := math.prod(map(len, axes.values()))) > MOST_POINTS:
+        raise SvdlabError(f"grid: got {number} points, allowed: at most {MOST_POINTS}")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -101,6 +108,9 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
         raise SvdlabError("points: got none, allowed: one or more")
     points: dict[Point, None] = {}
     for change in changes:
+        if unknown := [name for name in change if name not in (*GenerationSettings.model_fields, RULES)]:
+            allowed = ", ".join([*GenerationSettings.model_fields, RULES])
+            raise SvdlabError(f"{short(unknown[0])[1:-1]}: no such setting, allowed: {allowed}")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in change.items()}
         bugs = _bugs(values.pop(RULES, ()))
         point = Point(settings.replace(**values), bugs)
@@ -110,7 +120,7 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
                 "for an axis)"
             )
         if point in points:
-            shown = ", ".join(f"{name}={value}" for name, value in change.items())
+            shown = ", ".join(f"{name}={short(value)}" for name, value in change.items())
             raise SvdlabError(f"points: {shown or 'the settings'} twice, allowed: every point once")
         points[point] = None
     # Weights are loaded for each dtype: one after the other.
@@ -121,8 +131,11 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
 def _bugs(value: Any) -> tuple[str, ...]:
     names = value.split("+") if isinstance(value, str) else value
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
-        raise SvdlabError(f"rules: got {value!r}, allowed: none, or names of bugs with + between them")
+        raise SvdlabError(f"rules: got {short(value)}, allowed: none, or names of bugs with + between them")
     names = tuple(name for name in names if name != _NO_BUG)
+    if unknown := [name for name in names if name not in BUGS]:
+        like = difflib.get_close_matches(unknown[0], BUGS, n=3) or list(BUGS)[:3]
+        raise SvdlabError(f"rules: got {short(unknown[0])}, allowed: none, or bugs' names, such as {', '.join(like)}")
     check_bugs(*names)
     return names
 
@@ -143,10 +156,11 @@ def neighbours(axes: Mapping[str, Sequence[Any]], points: Sequence[Point]) -> li
     pairs = []
     for axis, values in axes.items():
         others = [name for name in axes if name != axis]
+        rank = {value: i for i, value in enumerate(values)}
         lines: dict[tuple[Any, ...], list[Point]] = {}
         for point in points:
             lines.setdefault(tuple(point.value(name) for name in others), []).append(point)
         for line in lines.values():
-            line = sorted(line, key=lambda p: values.index(p.value(axis)))
+            line = sorted(line, key=lambda p: rank[p.value(axis)])
             pairs += [(axis, a, b) for a, b in itertools.pairwise(line)]
     return pairs

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import threading
@@ -21,6 +22,7 @@ from svdlab.errors import SvdlabError
 from svdlab.files import write_folder
 from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import Code, code_version
+from svdlab.sweep.documents import FORMAT, Metrics, Model, sha256
 from svdlab.sweep.plan import Point
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from svdlab.parity.lab import Lab
     from svdlab.svd.pipeline import SVDPipeline
 
-FORMAT = 2
 CLIP, THUMBNAIL, FRAMES, METRICS = "clip.mp4", "thumbnail.webp", "frames.mkv", "metrics.json"
 _THUMBNAIL_HEIGHT = 96  # pixels
 _SAMPLE_S = 0.01  # between two measurements of a process's memory
@@ -39,21 +40,6 @@ OnStep = Callable[[int, int], None]
 
 class SweepHalted(SvdlabError):
     """What ends a sweep rather than one of its points: a full disk, a lost scheduler, workers of another version."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint.
-
-    Attributes:
-        name: as it was given.
-        revision: the commit on the hub that it was found to be; None for a folder.
-        fingerprint: of its configs and weights, SHA-256.
-    """
-
-    name: str
-    revision: str | None
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -151,10 +137,7 @@ def _digest(file: Path, size: int, modified: int) -> str:
     if file.is_symlink() and len(name := Path(os.readlink(file)).name) == 64:
         return name
     with file.open("rb") as opened:
-        digest = hashlib.sha256()
-        while chunk := opened.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256(opened)
 
 
 def image_digest(image: Image.Image) -> str:
@@ -273,33 +256,32 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
         threads = torch.get_num_threads()
     clip = Clip.from_tensor(frames, settings.fps, settings)
     motion = motion_per_frame(frames)
-    metrics = {
-        "format": FORMAT,
-        "point": source.identity(point),
-        "settings": settings.model_dump(mode="json"),
-        "rules": list(point.bugs),
-        "model": asdict(source.model),
-        "image": source.image_digest,
-        "svdlab": str(source.code),
-        "code": asdict(source.code),
-        "frames_sha256": hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest(),
-        "motion": sum(motion) / len(motion) if motion else 0.0,
-        "motion_per_frame": motion,
-        "divergence": divergence,
-        "neighbours": [],
-        "seconds": seconds,
-        "peak_memory_mib": memory.mib,
-        "device": str(pipe.device),
-        "threads": threads,
-        "host": platform.node(),
-        "process": os.getpid(),
-    }
-    return {
-        CLIP: clip.to_mp4(),
-        THUMBNAIL: clip.to_webp(_THUMBNAIL_HEIGHT),
-        FRAMES: clip.to_mkv(),
-        METRICS: (json.dumps(metrics, indent=2) + "\n").encode(),
-    }
+    files = {CLIP: clip.to_mp4(), THUMBNAIL: clip.to_webp(_THUMBNAIL_HEIGHT), FRAMES: clip.to_mkv()}
+    metrics = Metrics.sealed(
+        {
+            "format": FORMAT,
+            "point": source.identity(point),
+            "settings": settings.model_dump(mode="json"),
+            "rules": list(point.bugs),
+            "model": asdict(source.model),
+            "image": source.image_digest,
+            "svdlab": str(source.code),
+            "code": asdict(source.code),
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            "frames_sha256": hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest(),
+            "motion": sum(motion) / len(motion) if motion else 0.0,
+            "motion_per_frame": motion,
+            "divergence": divergence,
+            "neighbours": [],
+            "seconds": seconds,
+            "peak_memory_mib": memory.mib,
+            "device": str(pipe.device),
+            "threads": threads,
+            "host": platform.node(),
+            "process": os.getpid(),
+        }
+    )
+    return {**files, METRICS: (json.dumps(metrics, indent=2) + "\n").encode()}
 
 
 def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> dict[str, Any]:
@@ -312,12 +294,13 @@ def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> di
     except SvdlabError as error:  # diffusers fails where svdlab does not
         return {"verdict": "no reference", "reason": str(error)}
     found = compare(reference, capture(pipe, lab.image, settings), truth)
+    measured = {"ratio": found.worst.ratio, "frames_mse": found.frames_mse}
     return {
         "verdict": found.verdict,
         "first_divergence": found.first_divergence,
-        "ratio": found.worst.ratio,
         "probe": found.worst.name,
-        "frames_mse": found.frames_mse,
+        # JSON has no infinity.
+        **{name: value if value is not None and math.isfinite(value) else None for name, value in measured.items()},
     }
 
 

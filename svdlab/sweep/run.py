@@ -24,8 +24,10 @@ from svdlab.sweep.point import OnStep, Outcome, Source, SweepHalted, compute_poi
 if TYPE_CHECKING:
     from PIL import Image
 
-# The table is made again no more often than this; what it is made from is written at once.
+# The table is made again no more often than this many seconds, and than this many times as long as it took; what it is
+# made from is written at once.
 _TABLE_S = 5.0
+_TABLE_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,10 @@ def resume_sweep(
         SvdlabError: no sweep, a model that does not load.
         SweepHalted: a full disk, a lost scheduler.
     """
-    from PIL import Image
-
     old, backend = Sweep.open(folder), backend or InProcess()
     points, source = list(old.plan.points.values()), old.plan.source
     changes = [{axis: None for axis in old.plan.axes}]
-    with Image.open(io.BytesIO(source.image)) as image:
-        picture = image.convert("RGB")
+    picture = old.picture()
     # A commit stays what it is; without one, the name is looked up anew.
     model = source.model.name, source.model.revision
     plan = _plan(
@@ -228,8 +227,9 @@ def _execute(sweep: Sweep, backend: Backend, on_progress: OnProgress | None, sho
     with sweep.lock():
         sweep.save_plan()
         _clear(Path(source.points))
+        sweep.discarded = sweep.discard_damaged()
         todo = [point for identity, point in points.items() if not sweep.finished(identity)]
-        computed, failed, first, tabled = 0, 0, 0.0, time.monotonic()
+        computed, failed, first, next_table = 0, 0, 0.0, time.monotonic() + _TABLE_S
 
         def tell(within: float = 0.0) -> None:
             if on_progress is not None:
@@ -250,9 +250,10 @@ def _execute(sweep: Sweep, backend: Backend, on_progress: OnProgress | None, sho
                 computed, failed = computed + 1, failed + (outcome.error is not None)
                 first = first or time.monotonic()
                 tell()
-                if time.monotonic() - tabled > _TABLE_S:
+                if (began := time.monotonic()) > next_table:
                     sweep.save_table()
-                    tabled = time.monotonic()
+                    ended = time.monotonic()
+                    next_table = ended + max(_TABLE_S, _TABLE_SHARE * (ended - began))
             sweep.save_table()
         except SweepHalted as error:
             with suppress(SvdlabError):  # on a full disk the last table stays
