@@ -19,7 +19,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ def diffusers_pipeline(unet: nn.Module, vae: nn.Module, image_encoder: nn.Module
         from transformers import CLIPImageProcessor
 
         pipe = StableVideoDiffusionPipeline(
-            vae, image_encoder, unet, EulerDiscreteScheduler.from_config(asdict(scheduler)), CLIPImageProcessor()
+            vae, image_encoder, unet, EulerDiscreteScheduler.from_config(scheduler.model_dump()), CLIPImageProcessor()
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
