@@ -177,6 +177,20 @@ def test_stacks_inside_one_stage(bench: Bench) -> None:
     assert all(named for named, _ in results), "\n".join(text for named, text in results if not named)
 
 
+def test_time_that_is_up_ends_the_search_for_sets_and_nothing_else(bench_of: Callable[..., Bench]) -> None:
+    """A single bug is named however short the time; what many in one stage explain is left open, and said."""
+    bench, soon = bench_of("gelu_tanh"), {"seconds": 1e-9}
+    alone = bench.diagnose(bench.candidate("gelu_tanh", "quick_gelu"), **soon)
+    assert alone.verdict == "explained" and alone.bugs == ["quick_gelu", "gelu_tanh"], alone.summary()
+    many = ("gelu_tanh", "heads_not_reversed", "alpha_swapped_unet", "sincos_order")
+    found = bench.diagnose(bench.candidate(*many), **soon)
+    assert found.verdict == "unknown" and found.stopped and "time was up" in found.summary(), found.summary()
+    assert json.loads(found.to_json())["stopped"] is True
+    for seconds in (0, -1, math.nan):
+        with pytest.raises(SvdlabError, match="seconds: got"):
+            bench.diagnose(bench.candidate(), seconds=seconds)
+
+
 CLEAN: list[dict[str, Any]] = [
     {},
     {"max_guidance_scale": 1.0},

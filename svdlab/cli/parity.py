@@ -228,6 +228,12 @@ def compare(
     metavar="TRACE",
     help="The candidate's own code in float64, from the same inputs: how much it rounds.",
 )
+@click.option(
+    "--seconds",
+    default=40.0,
+    show_default=True,
+    help="Then try no further set of several bugs; single bugs are all tried.",
+)
 @click.option("--junit", metavar="FILE", help="Write one test case for each stage, for continuous integration.")
 @JSON
 @MODEL
@@ -237,6 +243,7 @@ def diagnose(
     candidate: str,
     truth: str | None,
     candidate_truth: str | None,
+    seconds: float,
     junit: str | None,
     json_path: str | None,
     model: str,
@@ -252,7 +259,7 @@ def diagnose(
     exact = None if truth is None else Trace.open(truth)
     pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device)
     own = None if candidate_truth is None else Trace.open(candidate_truth)
-    found = explain(one, other, exact, pipe=pipe, candidate_truth=own, progress=True)
+    found = explain(one, other, exact, pipe=pipe, candidate_truth=own, seconds=seconds, progress=True)
     click.echo(found.summary())
     if json_path:
         write_json(json_path, {**found.to_dict(), "command": shlex.join(["svdlab", *sys.argv[1:]])})

@@ -17,6 +17,9 @@ from svdlab.parity.compare import compare
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
 
+# For sets of several bugs.
+_SECONDS = 40.0
+
 
 class Diagnoser(Panel):
     """Names the bug in a reader's own port: writes the reference for it, reads what the port wrote.
@@ -62,7 +65,9 @@ class Diagnoser(Panel):
         from svdlab.parity.diagnose import diagnose
 
         self.found.value = ""
-        diagnosis = diagnose(self.reference, Trace.open(self.source.value), self.truth, pipe=self.pipe)
+        diagnosis = diagnose(
+            self.reference, Trace.open(self.source.value), self.truth, pipe=self.pipe, seconds=_SECONDS
+        )
         own = compare(self.reference, capture(self.pipe, replay=self.reference, preprocess=True), self.truth)
         plot = plot_divergence(own, diagnosis.comparison, "the port")
         self.found.value = plot._repr_html_() + diagnosis._repr_html_()

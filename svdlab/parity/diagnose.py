@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import islice, product
@@ -107,6 +108,7 @@ class Diagnosis:
         confirmed_at: where that is.
         inputs: random draws, and the image, in which the candidate differs from the reference.
         tried: the sets of bugs that were replayed.
+        stopped: whether sets of several bugs were left untried for lack of time.
     """
 
     verdict: Literal["parity", "explained", "partly", "unknown"]
@@ -117,6 +119,7 @@ class Diagnosis:
     confirmed_at: str | None = None
     inputs: list[str] = field(default_factory=list)
     tried: list[tuple[str, ...]] = field(default_factory=list)
+    stopped: bool = False
 
     @property
     def bugs(self) -> list[str]:
@@ -180,6 +183,8 @@ class Diagnosis:
                     f"a replay of the whole chain does not confirm it: ratio {self.confirmed_ratio:.3g} at "
                     f"{self.confirmed_at}"
                 )
+        if self.stopped and self.verdict != "explained":
+            lines.append("time was up before all sets of several bugs were tried: taps tell more, or more seconds")
         wrong = ", ".join(stage.stage for stage in self.wrong) or "none"
         diverges = f"first divergence {self.first_divergence}; " if self.first_divergence else ""
         tried = "" if self.verdict == "explained" else f"; {len(self.tried)} sets of bugs tried"
@@ -200,6 +205,7 @@ class Diagnosis:
             "explanations": [{"bugs": list(e.bugs), "ratio": e.ratio, "probe": e.probe} for e in self.explanations],
             "closest": self.closest and {"bugs": list(self.closest[0]), "unexplained": self.closest[1]},
             "tried": [list(names) for names in self.tried],
+            "stopped": self.stopped,
             "floor": self.comparison.floor_from,
             "versions": {name: version_of(name) for name in ("svdlab", "torch", "diffusers")},
         }
@@ -251,6 +257,7 @@ def diagnose(
     pipe: SVDPipeline,
     candidate_truth: Trace | None = None,
     max_bugs: int = 3,
+    seconds: float | None = None,
     progress: bool = False,
 ) -> Diagnosis:
     """Name every bug behind a candidate's trace.
@@ -263,12 +270,17 @@ def diagnose(
         candidate_truth: the candidate's own code in float64 on the same inputs, for code that rounds more than
             diffusers because it works in another order.
         max_bugs: the largest set that is tried inside one stage; over stages there is no limit.
+        seconds: after which no further set of several bugs is tried; single bugs always are, and what is being named
+            is finished. None: no limit.
         progress: show a bar over replays.
 
     Raises:
         SvdlabError: traces that cannot be compared, a reference without inputs to replay or that is not what the
             checkpoint gives, another dtype.
     """
+    if seconds is not None and not seconds > 0:
+        raise SvdlabError(f"seconds: got {seconds}, allowed: more than 0, or none")
+    late = math.inf if seconds is None else time.monotonic() + seconds
     comparison = compare(reference, candidate, truth)
     reference.require(["input.image", "input.clip_pixels", "input.noise", "input.latents"], "to replay")
     if candidate_truth is not None:
@@ -278,7 +290,9 @@ def diagnose(
             raise SvdlabError(f"{candidate_truth.label}: dtype {candidate_truth.dtype}, allowed: float64")
     with tqdm(desc="replays", unit="replay", disable=not progress) as bar:
         judge = StageJudge(reference, candidate, pipe, candidate_truth, bar.update)
-        return _Diagnoser(judge, comparison, max_bugs, bar.update).run()
+        units = judge.units()
+        namer = Namer(judge, units, max_bugs, bar.update, lambda: time.monotonic() > late)
+        return _Diagnoser(judge, units, comparison, namer).run()
 
 
 @dataclass
@@ -294,11 +308,9 @@ class _Named:
 
 
 class _Diagnoser:
-    def __init__(self, judge: StageJudge, comparison: Comparison, max_bugs: int, tick: Callable[[], object]) -> None:
-        self.judge, self.comparison, self.tick = judge, comparison, tick
+    def __init__(self, judge: StageJudge, units: list[Unit], comparison: Comparison, namer: Namer) -> None:
+        self.judge, self.units, self.comparison, self.namer, self.tick = judge, units, comparison, namer, namer.tick
         self.candidate, self.pipe = judge.candidate, judge.pipe
-        self.units = self.judge.units()
-        self.namer = Namer(self.judge, self.units, max_bugs, tick)
         self.modules: dict[str, ModuleJudge] = {}
         self.modules_named: dict[str, NamedModules] = {}
         self.certain: Bugs = ()
@@ -334,6 +346,7 @@ class _Diagnoser:
             probe,
             inputs,
             self.namer.tried,
+            self.namer.stopped,
         )
 
     def chain_is_right(self) -> bool:

@@ -8,10 +8,10 @@ several meet the tensors, all are given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ _SIGMAS, _LARGEST, _ENOUGH = 3.0, 6.0, 200
 _ENCODES, _FAR = 16, 4.0
 _SAMPLE = 2**16
 
+Item = TypeVar("Item")
 Named = tuple[str, Change]
 Bugs = tuple[Named, ...]
 
@@ -80,13 +81,24 @@ class Namer:
         units: what it found.
         largest: the largest set that is tried in one unit.
         tick: called at every replay.
+        is_late: asked before sets of several bugs are tried; single bugs always are.
+
+    Attributes:
+        tried: the sets that were replayed.
+        stopped: whether sets were left out for lack of time.
     """
 
     def __init__(
-        self, judge: StageJudge, units: Sequence[Unit], largest: int = 3, tick: Callable[[], object] = lambda: None
+        self,
+        judge: StageJudge,
+        units: Sequence[Unit],
+        largest: int = 3,
+        tick: Callable[[], object] = lambda: None,
+        is_late: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.judge, self.units, self.largest, self.tick = judge, units, largest, tick
+        self.judge, self.units, self.largest, self.tick, self.is_late = judge, units, largest, tick, is_late
         self.tried: list[tuple[str, ...]] = []
+        self.stopped = False
         # Bugs with a random draw of the port's own that the values neither contradict nor prove.
         self.untold: set[str] = set()
         self._changed = {
@@ -107,10 +119,18 @@ class Namer:
         base = tuple(b for b in base if self.changes_of(b) & unit.stages)
         if base and (found := self.accept(base, unit, proven=bool(needed))):
             return [self.pruned(found, unit, needed)]
-        for start in dict.fromkeys((len(base), 0)):
+        for start in self.in_time(dict.fromkeys((len(base), 0))):
             if sets := self.search(base[:start], unit, needed):
                 return sets
         return []
+
+    def in_time(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The first item, and those that follow as long as it is not late."""
+        for i, item in enumerate(items):
+            if i and self.is_late():
+                self.stopped = True
+                return
+            yield item
 
     def search(self, start: Bugs, unit: Unit, needed: Bugs) -> list[Found]:
         """The smallest extensions of a set that make a unit right."""
@@ -119,12 +139,14 @@ class Namer:
             return self.distinct([self.pruned(found, unit, needed) for found in sets])
         # Effects of small bugs add up: what singles leave predicts what pairs and triples leave.
         for size in range(2, self.largest + 1):
-            predicted = [self.attempt((*start, *bugs), unit) for bugs in self.predicted(singles, start, size, unit)]
+            sets_of_size = self.in_time(self.predicted(singles, start, size, unit))
+            predicted = [self.attempt((*start, *bugs), unit) for bugs in sets_of_size]
             if sets := self.accepted(predicted, unit):
                 return self.with_equals(sets, unit, needed)
         beam = self.beam(singles)
         for _ in range(2, self.largest + 1):
-            wider = [tried for one in beam for tried in self.expand(one.bugs, unit)]
+            longer = ((*one.bugs, option) for one in beam for option in self.options(one.bugs, unit))
+            wider = [self.attempt(bugs, unit) for bugs in self.in_time(longer)]
             if sets := self.accepted(wider, unit):
                 return self.with_equals(sets, unit, needed)
             beam = self.beam(wider)
