@@ -231,6 +231,26 @@ def test_a_bug_outside_the_catalogue_is_unknown(bench_of: Callable[..., Bench], 
     assert "unknown" in found.summary()
 
 
+# What the port that this project grew out of still had when it was read line by line, all at once.
+PORT = (
+    *("clip_resize_nearest", "quick_gelu", "vae_encoder_padding_symmetric", "image_latents_sampled"),
+    *("image_latents_scaled", "c_skip_with_square_root", "transformer_alpha_swapped", "frame_position_first_parallel"),
+    *("sinusoids_without_exp", "geglu_halves_exchanged", "heads_not_reversed", "temporal_group_norm_per_frame_unet"),
+    *("temporal_group_norm_per_frame_vae", "group_norm_eps:unet", "group_norm_eps:vae_temporal", "decode_chunked"),
+)
+
+
+@pytest.mark.slow
+def test_sixteen_at_once(tiny: Path, photo: Any) -> None:
+    """Every wrong stage is found, and where taps tell the bugs of a network apart every bug is named."""
+    taps = ("unet.*", "vae.decoder.*")
+    at = Bench(tiny, photo, SETTINGS.replace(num_inference_steps=1), taps=taps)
+    found = at.diagnose(at.candidate(*sorted(PORT, key=lambda name: list(BUGS).index(name.split(":")[0]))))
+    assert {PLANTS[name].stage for name in PORT} == {stage.stage for stage in found.wrong}, found.summary()
+    assert found.verdict == "explained" and set(found.bugs) == {name.split(":")[0] for name in PORT}, found.summary()
+    assert len(found.explanations) == 1 and found.confirmed_ratio is not None and found.confirmed_ratio <= 4
+
+
 def test_an_unknown_bug_hides_no_known_one(bench: Bench) -> None:
     """One that nothing explains stands before, between and behind known ones."""
     known = ("quick_gelu", "fps_not_decremented", "c_skip_with_square_root")

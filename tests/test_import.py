@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import run
 from PIL import Image
+from planted import planted
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -454,6 +455,29 @@ def test_a_folder_of_channels_last_arrays_with_foreign_names_reaches_parity(
     second.write_bytes(one)
     wrong = import_trace([tmp_path / "dump"], reference, Map.parse(MAP), out).trace
     assert compare(reference, wrong).first_divergence == "latents.000"
+
+
+def test_the_bugs_of_a_port_are_named_from_its_folder_of_arrays(
+    tiny: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bugs planted in diffusers, foreign names, channels last: through the two commands, with nothing else given."""
+    from svdlab.parity.reference import capture_diffusers, load_diffusers
+
+    pipe = load_diffusers(tiny, torch.float32, "cpu")
+    settings = GenerationSettings(height=32, width=48, num_frames=3, num_inference_steps=2)
+    reference = capture_diffusers(pipe, photo, settings, path=tmp_path / "reference.safetensors")
+    bugs = ["fps_not_decremented", "image_latents_scaled", "c_skip_with_square_root", "alpha_swapped_vae"]
+    out, found = tmp_path / "port.safetensors", tmp_path / "found.json"
+    (tmp_path / "map.toml").write_text(MAP)
+    for there, verdict in ((bugs, "explained"), ([], "parity")):
+        with planted(pipe, *there):
+            write_as_a_port_would(capture_diffusers(pipe, replay=reference), folder := tmp_path / verdict)
+        command = ("import", str(folder), "--reference", str(reference.path), "--map", str(tmp_path / "map.toml"))
+        assert run(capsys, monkeypatch, *command, "--out", str(out))[0] == 0
+        command = ("diagnose", str(reference.path), str(out), "--model", str(tiny), "--json", str(found))
+        code, printed, _ = run(capsys, monkeypatch, *command)
+        assert json.loads(found.read_text())["verdict"] == verdict and code == bool(there), printed
+        assert sorted(json.loads(found.read_text())["bugs"]) == sorted(there), printed
 
 
 def proposed(folder: Path, reference: Trace) -> Proposal:

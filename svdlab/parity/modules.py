@@ -126,7 +126,8 @@ class ModuleJudge:
             # The exact decode does not call the modules that are tapped.
             settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
         changed = Chain(pipe, settings, known, self.stages.guided, changes).pipe.with_own_modules()
-        with made.forcing({"image_encoder": changed.image_encoder, "vae": changed.vae, "unet": changed.unet}):
+        model = self.network.split(".")[0]
+        with made.forcing({model: getattr(changed, model)}):
             Chain(changed, settings, known, self.stages.guided).expected(self.output)
         if keep:
             self._kept[pipe] = made

@@ -101,6 +101,7 @@ class Namer:
         self.stopped = False
         # Bugs with a random draw of the port's own that the values neither contradict nor prove.
         self.untold: set[str] = set()
+        self._concrete: dict[frozenset[int], list[Change] | None] = {}
         self._changed = {
             id(variant): _stages_changed(variant, judge.pipe.vae) for bug in BUGS.values() for variant in bug.variants
         }
@@ -139,8 +140,8 @@ class Namer:
             return self.distinct([self.pruned(found, unit, needed) for found in sets])
         # Effects of small bugs add up: what singles leave predicts what pairs and triples leave.
         for size in range(2, self.largest + 1):
-            sets_of_size = self.in_time(self.predicted(singles, start, size, unit))
-            predicted = [self.attempt((*start, *bugs), unit) for bugs in sets_of_size]
+            more = (*self.with_draw(start, size, unit), *self.predicted(singles, start, size, unit))
+            predicted = [self.attempt((*start, *bugs), unit) for bugs in self.in_time(more)]
             if sets := self.accepted(predicted, unit):
                 return self.with_equals(sets, unit, needed)
         beam = self.beam(singles)
@@ -174,6 +175,12 @@ class Namer:
 
         The draw is unknown, its law is not: (candidate - centre) / spread must look like a unit Gaussian.
         """
+        key = frozenset(id(change) for _, change in bugs)
+        if key not in self._concrete:
+            self._concrete[key] = self._made_concrete(bugs)
+        return self._concrete[key]
+
+    def _made_concrete(self, bugs: Bugs) -> list[Change] | None:
         changes = [change for name, change in bugs if name not in DRAWS]
         for name, _ in bugs:
             if name in DRAWS:
@@ -266,6 +273,15 @@ class Namer:
             if len(chosen) == _PREDICTED:
                 break
         return chosen
+
+    def with_draw(self, start: Bugs, size: int, unit: Unit) -> Iterator[Bugs]:
+        """Further bugs, one of them with a random draw of the port's own, of which nothing can be predicted."""
+        options = [option for option in self.options(start, unit) if "image_latents" in self.changes_of(option)]
+        others = [option for option in options if option[0] not in DRAWS]
+        for draw in (option for option in options if option[0] in DRAWS):
+            for rest in combinations(others, size - 1):
+                if len({BUGS[name].decides for name, _ in (draw, *rest)}) == size:
+                    yield draw, *rest
 
     # --- accepting ---
 

@@ -100,8 +100,8 @@ def split(name: str) -> tuple[str, int | None] | None:
 
 
 def modules(models: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Every tapped module of ``image_encoder``, ``vae`` and ``unet`` under its tap name."""
-    for model in MODELS:
+    """Every tapped module of ``image_encoder``, ``vae`` and ``unet``, those that are given, under its tap name."""
+    for model in (name for name in MODELS if name in models):
         for path, module in models[model].named_modules():
             name = f"{model}.{path}"
             if layout_of(name):
