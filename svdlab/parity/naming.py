@@ -136,19 +136,19 @@ class Namer:
     def search(self, start: Bugs, unit: Unit, needed: Bugs) -> list[Found]:
         """The smallest extensions of a set that make a unit right."""
         singles = self.expand(start, unit)
-        if sets := self.accepted(singles, unit):
-            return self.distinct([self.pruned(found, unit, needed) for found in sets])
+        if sets := self.settled(self.accepted(singles, unit), unit, needed):
+            return sets
         # Effects of small bugs add up: what singles leave predicts what pairs and triples leave.
         for size in range(2, self.largest + 1):
             more = (*self.with_draw(start, size, unit), *self.predicted(singles, start, size, unit))
             predicted = [self.attempt((*start, *bugs), unit) for bugs in self.in_time(more)]
-            if sets := self.accepted(predicted, unit):
+            if sets := self.settled(self.accepted(predicted, unit), unit, needed):
                 return self.with_equals(sets, unit, needed)
         beam = self.beam(singles)
         for _ in range(2, self.largest + 1):
             longer = ((*one.bugs, option) for one in beam for option in self.options(one.bugs, unit))
             wider = [self.attempt(bugs, unit) for bugs in self.in_time(longer)]
-            if sets := self.accepted(wider, unit):
+            if sets := self.settled(self.accepted(wider, unit), unit, needed):
                 return self.with_equals(sets, unit, needed)
             beam = self.beam(wider)
         return []
@@ -345,15 +345,34 @@ class Namer:
                 return self.pruned(smaller, unit, needed)
         return found
 
+    def settled(self, sets: Sequence[Found], unit: Unit, needed: Bugs) -> list[Found]:
+        """Without the bugs that make no difference, and without the sets in which one only widens the floor."""
+        pruned = self.distinct([self.pruned(found, unit, needed) for found in sets])
+        return [found for found in pruned if self.each_matters(found, unit, needed)]
+
+    def each_matters(self, found: Found, unit: Unit, needed: Bugs) -> bool:
+        """Whether every bug of a set brings some tensor nearer; one that itself rounds can make a set fit without."""
+
+        def left(bugs: Bugs) -> dict[str, float]:
+            changes = self.concrete(bugs)
+            if changes is None:
+                return dict.fromkeys(unit.wrong, math.inf)
+            made = self.judge.work.changed(changes)
+            return {name: distance(self.judge.known[name], made.expected(name)) for name in unit.wrong}
+
+        together = left(found.bugs)
+        others = [tuple(b for b in found.bugs if b is not bug) for bug in found.bugs if bug not in needed]
+        return len(found.bugs) == 1 or all(
+            any(together[name] <= _MATERIAL * without for name, without in left(rest).items()) for rest in others
+        )
+
     def with_equals(self, sets: Sequence[Found], unit: Unit, needed: Bugs) -> list[Found]:
         """With the sets that differ from an accepted one in one bug and meet the tensors as well."""
-        pruned = self.distinct([self.pruned(found, unit, needed) for found in sets])
-        more = list(pruned)
-        for found in pruned[:2]:
+        more = list(sets)
+        for found in sets[:2]:
             for kept in combinations(found.bugs, len(found.bugs) - 1):
-                if not set(map(id, needed)) <= set(map(id, kept)):
-                    continue
-                more += self.accepted(self.expand(kept, unit), unit)
+                if set(map(id, needed)) <= set(map(id, kept)):
+                    more += self.settled(self.accepted(self.expand(kept, unit), unit), unit, needed)
         return self.distinct(more)
 
 
