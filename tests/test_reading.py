@@ -89,7 +89,6 @@ ROOT = Path(__file__).parent.parent
 # What reads only what svdlab itself wrote a moment before, and how many times it does.
 OWN = {
     "svdlab/parity/writer.py": 1,  # the settings' own to_json
-    "svdlab/report/run.py": 1,  # what its own child process printed
     "svdlab/cli/sweep.py": 1,  # pandas' to_json
 }
 
