@@ -95,7 +95,7 @@ def _change_a_tensor(chance: random.Random, held: dict[str, torch.Tensor], order
     name = chance.choice(sorted(held))
     tensor = held[name].clone()
     way = chance.randrange(6)
-    if way == 0:
+    if way == 0 and tensor.numel():  # an earlier change may have left none
         tensor = tensor.double()
         tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice(VALUES)
         tensor = tensor.to(chance.choice((held[name].dtype, torch.float64)))
