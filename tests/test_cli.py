@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import av
@@ -11,7 +10,7 @@ import click
 import pytest
 import torch
 from command_line import run
-from safetensors.torch import load_file, save_file
+from poisoned import poisoned
 
 from svdlab import cli
 from svdlab.errors import SvdlabError
@@ -51,6 +50,7 @@ def test_generate(
         (["TEXT", "--out", "clip.mp4"], "not an image that can be read"),
         (["PICTURE", "--out", "nowhere/clip.mp4"], "nowhere is no folder that can be written"),
         (["PICTURE", "--out", "clip.mp4", "--fps", "0"], "fps: got 0, allowed: integer >= 1"),
+        (["PICTURE", "--out", "clip.gif", "--fps", "101"], "fps: got 101, allowed in a .gif: at most 100"),
         (["PICTURE", "--out", "clip.mp4", "--sigmas", "1,x"], "sigmas: got '1,x', allowed: numbers with commas"),
         (["PICTURE", "--out", "clip.mp4", "--num-videos-per-prompt", "2"], "num_videos_per_prompt: got 2"),
     ],
@@ -109,16 +109,6 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 SMALL = "--height 32 --width 40 --num-frames 2 --num-inference-steps 3".split()
-
-
-def poisoned(tiny: Path, folder: Path, network: str, key: str) -> Path:
-    """The tiny checkpoint with NaN in one weight."""
-    shutil.copytree(tiny, folder)
-    (file,) = (folder / network).glob("*.safetensors")
-    tensors = load_file(file)
-    tensors[key].view(-1)[0] = torch.nan
-    save_file(tensors, file)
-    return folder
 
 
 def test_numbers_that_are_too_large_give_no_clip(tiny: Path) -> None:

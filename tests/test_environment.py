@@ -1,4 +1,4 @@
-"""Conda users get the versions that pip users get, and every module that svdlab imports is required somewhere."""
+"""Conda users get the versions that pip users get, what svdlab imports is required, and tests that pages name exist."""
 
 from __future__ import annotations
 
@@ -73,3 +73,13 @@ def test_every_module_that_is_imported_is_required_and_errors_know_by_which_extr
             assert package in listed, f"{module} is not in svdlab[{EXTRA_OF[module]}]"
         else:
             assert package in own, f"{module} does not come with svdlab"
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    named = {name for page in pages for name in re.findall(r"`(tests/[\w./]+(?:::\w+)?)`", page.read_text())}
+    assert len(named) > 50
+    for name in sorted(named):
+        file, _, test = name.partition("::")
+        assert not test or f"\ndef {test}(" in (ROOT / file).read_text(), name
+        assert (ROOT / file).is_file(), name

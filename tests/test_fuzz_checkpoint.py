@@ -65,14 +65,19 @@ def damaged_weights(chance: random.Random, data: bytes) -> bytes:
 def test_damaged_checkpoints(sharded: Path, tmp_path: Path) -> None:
     picture = sample_picture("embedded")
     size = sum(path.stat().st_size for path in sharded.rglob("*") if path.is_file())
+    folder = tmp_path / "damaged"
+    shutil.copytree(sharded, folder, copy_function=lambda a, b: Path(b).symlink_to(a))
 
     def checkpoints(chance: random.Random) -> None:
-        folder = tmp_path / "damaged"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(sharded, folder, copy_function=lambda a, b: Path(b).symlink_to(a))
         name = chance.choice(TEXTS * 3 + WEIGHTS)
-        data = (sharded / name).read_bytes()
         (folder / name).unlink()
+        try:
+            damage_and_use(name, (sharded / name).read_bytes(), chance)
+        finally:
+            (folder / name).unlink()
+            (folder / name).symlink_to(sharded / name)
+
+    def damage_and_use(name: str, data: bytes, chance: random.Random) -> None:
         if name.endswith(".safetensors"):
             (folder / name).write_bytes(damaged_weights(chance, data))
         elif chance.random() < 0.15:

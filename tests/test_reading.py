@@ -89,20 +89,7 @@ ROOT = Path(__file__).parent.parent
 # What reads only what svdlab itself wrote a moment before, and how many times it does.
 OWN = {
     "svdlab/parity/writer.py": 1,  # the settings' own to_json
-    "svdlab/report/run.py": 1,  # what its own child process printed
-    "svdlab/sweep/folder.py": 1,  # json.dumps, to compare as JSON
     "svdlab/cli/sweep.py": 1,  # pandas' to_json
-}
-# Not yet moved to svdlab/reading.py; a line goes when its file has.
-PENDING = {
-    "svdlab/cli/report.py": 1,
-    "svdlab/cli/sweep.py": 1,
-    "svdlab/parity/trace.py": 1,
-    "svdlab/report/results.py": 1,
-    "svdlab/report/run.py": 1,
-    "svdlab/sweep/cluster.py": 1,
-    "svdlab/sweep/folder.py": 2,
-    "svdlab/sweep/plan.py": 2,
 }
 
 
@@ -126,5 +113,4 @@ def test_no_other_module_parses_json() -> None:
         name = path.relative_to(ROOT).as_posix()
         if name != "svdlab/reading.py" and (calls := _json_parsed(path.read_text())):
             found[name] = calls
-    too_many = {name: calls for name, calls in found.items() if calls > OWN.get(name, 0) + PENDING.get(name, 0)}
-    assert not too_many, "read JSON through svdlab/reading.py, which bounds and types it"
+    assert found == OWN, "read JSON through svdlab/reading.py, which bounds and types it"

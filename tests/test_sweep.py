@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from command_line import run as svdlab
 from PIL import Image
+from poisoned import poisoned
 
 import svdlab as svdlab_package
 from svdlab.errors import SvdlabError
@@ -152,6 +153,23 @@ def test_a_size_that_this_checkpoint_cannot_make_is_refused_before_anything_star
     with pytest.raises(SvdlabError, match="height: got 40, allowed: multiples of 16"):
         run_sweep(tmp_path / "out", grid({"height": [32, 40]}), SMALL, model=str(model), image=PICTURE)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_fit_is_refused_before_any_point_is_computed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = failing(monkeypatch, lambda point, number: (_ for _ in ()).throw(RuntimeError("is tried")))
+    options = ["--out", str(tmp_path / "out"), "--model", str(tiny), "--grid", "num_frames=2,1000", *SMALL_OPTIONS]
+    huge = [*options, "--height", "8192", "--width", "8192"]
+    code, out, err = svdlab(capsys, monkeypatch, "sweep", *huge)
+    assert (code, out) == (2, "") and err.startswith("error: 1000 frames of 8192x8192, float32: at least ")
+    assert err.endswith(" GiB, what is free on cpu; --force tries\n") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir()) and not tried
+    code, out, _ = svdlab(capsys, monkeypatch, "sweep", *huge, "--force")
+    assert code == 1 and len(tried) == 2 and "0 points finished, 2 failed" in out
+    code, out, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(tmp_path / "out"))
+    assert (code, out) == (2, "") and "--force tries" in err
+    assert svdlab(capsys, monkeypatch, "sweep", "--resume", str(tmp_path / "out"), "--force")[0] == 1
 
 
 # --- what is on the disk ---
@@ -354,13 +372,15 @@ def test_a_failing_point_is_recorded_and_the_rest_goes_on(
     assert not list((out / "failures").iterdir())
 
 
-def test_frames_that_are_not_numbers_are_a_failure(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdlab.svd.pipeline import SVDPipeline
-
-    run = SVDPipeline.run
-    monkeypatch.setattr(SVDPipeline, "run", lambda self, *args, **options: run(self, *args, **options) / 0)
-    sweep = run_sweep(tmp_path / "out", grid({"fps": [7]}), SMALL, model=str(tiny), image=PICTURE)
-    assert "NaN or infinity" in sweep.table()["error"][0]
+@pytest.mark.parametrize(
+    ("network", "key", "where"),
+    [("unet", "conv_in.weight", "latents after step 0"), ("vae", "decoder.conv_out.weight", "frames")],
+)
+def test_a_weight_that_is_nan_is_named(tiny: Path, tmp_path: Path, network: str, key: str, where: str) -> None:
+    model = poisoned(tiny, tmp_path / "model", network, key)
+    (error,) = run_sweep(tmp_path / "out", [{"fps": 7}], SMALL, model=str(model), image=PICTURE).table()["error"]
+    assert error.startswith(f"SvdlabError: {where}: ")
+    assert error.endswith(f" values are NaN or infinite: the checkpoint's {network} holds NaN or infinity in {key}")
 
 
 def test_ctrl_c_stops_cleanly_and_the_sweep_is_resumed(

@@ -120,7 +120,7 @@ def test_the_panel_runs_what_is_picked(panel: SweepPanel) -> None:
         ([("fps", "7, 0")], "fps: got 0, allowed: integer &gt;= 1"),
         ([("fps", "")], "fps: got no values"),
         ([("fps", "7"), ("fps", "8")], "fps, fps: one twice"),
-        ([("rules", "gelu")], "bugs: got &#x27;gelu&#x27;, allowed: "),
+        ([("rules", "gelu")], "rules: got &#x27;gelu&#x27;, allowed: none"),
         ([], "axes: got none"),
     ],
 )

@@ -69,6 +69,9 @@ def test_side_by_side() -> None:
 def test_bad_clips_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SvdlabError, match="suffix '.webm', allowed: .mp4, .gif"):
         clip().save(tmp_path / "clip.webm")
+    with pytest.raises(SvdlabError, match="fps: got 101, allowed in a .gif: at most 100"):
+        Clip(clip().frames, 101).save(tmp_path / "clip.gif")
+    Clip(clip().frames, 100).save(tmp_path / "fast.gif").unlink()
     with pytest.raises(SvdlabError, match="cannot be written"):
         clip().save(tmp_path / "nowhere" / "clip.mp4")
     with pytest.raises(SvdlabError, match="frames: got float64"):

@@ -41,7 +41,7 @@ def generate(
     from svdlab.svd.video import check_suffix
 
     settings = GenerationSettings(**given)
-    target = check_suffix(out)
+    target = check_suffix(out, settings.fps)
     check_outputs(out, json_path, inputs=[image, model])
     if settings.num_videos_per_prompt != 1:
         raise SvdlabError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdlab.cli.options import ANY_DEVICE, IMAGE, JSON, MODEL, check_device, settings_options
+from svdlab.cli.options import ANY_DEVICE, FORCE, IMAGE, JSON, MODEL, check_device, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_outputs, write_json
 from svdlab.samples import read_image
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @MODEL
 @ANY_DEVICE
+@FORCE
 @JSON
 @settings_options
 def sweep(
@@ -73,6 +74,7 @@ def sweep(
     revision: str | None,
     model: str,
     device: str,
+    force: bool,
     json_path: str | None,
     given: dict[str, Any],
 ) -> None:
@@ -94,11 +96,11 @@ def sweep(
         raise SvdlabError("--workers: not together with --device cuda; one worker per GPU: docs/clusters.md")
     check_device(device, here=scheduler is None)
     if resume is not None:
-        where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "json_path"}
+        where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "force", "json_path"}
         if others := [name for name in asked if name not in where]:
             raise SvdlabError(f"--{others[0].replace('_', '-')}: not together with --resume, which reads it from DIR")
         with _bar(resume) as on_progress, _backend(workers, scheduler, tls, threads) as backend:
-            done = resume_sweep(resume, backend=backend, on_progress=on_progress)
+            done = resume_sweep(resume, force=force, backend=backend, on_progress=on_progress)
         sys.exit(_report(done, json_path))
     if bool(axes) == bool(points):
         raise SvdlabError("sweep: give --grid NAME=VALUES, or --points FILE, or --resume DIR")
@@ -116,6 +118,7 @@ def sweep(
         "device": device,
         "image": read_image(image) if image else None,
         "divergence": divergence,
+        "force": force,
     }
     if scaling:
         from svdlab.sweep.scaling import measure_scaling

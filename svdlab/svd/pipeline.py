@@ -295,12 +295,24 @@ class SVDPipeline(Stages):
         generator = torch.Generator().manual_seed(settings.seed)
 
         def after_step(_: SVDPipeline, step: int, __: Tensor, held: dict[str, Tensor]) -> None:
-            images.check_finite(f"latents after step {step}", held["latents"], self._why_not_finite)
+            self.check_finite(f"latents after step {step}", held["latents"])
 
         inputs = self.prepare(image, settings, generator)
         frames = self.run(inputs, settings, callback=after_step, progress=progress)
-        images.check_finite("frames", frames, self._why_not_finite)
+        self.check_finite("frames", frames)
         return [Clip.from_tensor(f, settings.fps, settings) for f in frames]
+
+    def check_finite(self, name: str, values: Tensor) -> None:
+        """Refuse NaN and infinity in what the networks made.
+
+        Args:
+            name: of the values, for the error.
+            values: of any shape.
+
+        Raises:
+            SvdlabError: with how many there are, and which weight holds some.
+        """
+        images.check_finite(name, values, self._why_not_finite)
 
     def _why_not_finite(self) -> str:
         """Looked for only where it has happened: a pass over all weights at every load would take seconds."""

@@ -19,18 +19,22 @@ from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
 
 SUFFIXES = (".mp4", ".gif")
+# A GIF's frame lasts a whole number of hundredths of a second.
+_GIF_FPS = 100
 # Small clips are enlarged to this height, pixel for pixel, so that one sees what there is.
 _SHOWN_HEIGHT = 256
 
 
-def check_suffix(path: str | os.PathLike[str]) -> Path:
-    """The path, if its suffix is one that a clip can be saved as.
+def check_suffix(path: str | os.PathLike[str], fps: int) -> Path:
+    """The path, if its suffix is one that a clip of this frame rate can be saved as.
 
     Raises:
-        SvdlabError: another suffix.
+        SvdlabError: another suffix, or a GIF of over 100 frames a second.
     """
     if (target := Path(path)).suffix.lower() not in SUFFIXES:
         raise SvdlabError(f"{target}: suffix {target.suffix!r}, allowed: {', '.join(SUFFIXES)}")
+    if target.suffix.lower() == ".gif" and fps > _GIF_FPS:
+        raise SvdlabError(f"fps: got {fps}, allowed in a .gif: at most {_GIF_FPS}; .mp4 holds more")
     return target
 
 
@@ -80,9 +84,9 @@ class Clip:
         """Write ``.mp4`` (H.264, at the clip's fps) or ``.gif`` (looping), whole or not at all.
 
         Raises:
-            SvdlabError: another suffix, or a folder that cannot be written.
+            SvdlabError: another suffix, a GIF of over 100 frames a second, a folder that cannot be written.
         """
-        target = check_suffix(path)
+        target = check_suffix(path, self.fps)
         with atomic_path(target) as temporary:
             if target.suffix.lower() == ".mp4":
                 temporary.write_bytes(self.to_mp4())

@@ -118,6 +118,19 @@ def identify_model(
     return _identify(name, folder), resolved
 
 
+def check_points_fit(model: Model, settings: Sequence[GenerationSettings], device: str) -> None:
+    """Refuse points of which the largest cannot fit what is free on a device; no weight is loaded.
+
+    Raises:
+        SvdlabError: see ``svd.memory.check_fits``.
+    """
+    from svdlab.svd.checkpoint import load_configs
+    from svdlab.svd.memory import check_fits, least_bytes
+
+    configs = load_configs(model.name, model.revision)
+    check_fits(configs, max(settings, key=lambda point: least_bytes(configs, point)), device)
+
+
 def _identify(name: str, folder: Path) -> Model:
     from svdlab.svd.checkpoint import checkpoint_files
 
@@ -230,7 +243,7 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
     """The files of a point's folder, by name.
 
     Raises:
-        SvdlabError: frames that are not finite.
+        SvdlabError: NaN or infinity after a step or in the frames, and which weight holds some.
     """
     import torch
 
@@ -240,7 +253,8 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
     settings, pipe = point.settings, lab.pipe.with_bugs(*point.bugs)
     steps = settings.num_steps
 
-    def after_step(pipe: Any, i: int, timestep: Any, tensors: Any) -> None:
+    def after_step(_: Any, i: int, timestep: Any, tensors: Any) -> None:
+        pipe.check_finite(f"latents after step {i}", tensors["latents"])
         if on_step is not None:
             on_step(i + 1, steps)
 
@@ -250,8 +264,7 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
             inputs = pipe.prepare(lab.image, settings, torch.Generator().manual_seed(settings.seed))
             frames = pipe.run(inputs, settings, callback=after_step)[0].cpu()
         seconds = time.perf_counter() - started
-        if not frames.isfinite().all():
-            raise SvdlabError(f"frames: NaN or infinity in them; {settings.dtype} may be too narrow for this model")
+        pipe.check_finite("frames", frames)
         divergence = _divergence(lab, pipe, settings) if source.divergence else None
         threads = torch.get_num_threads()
     clip = Clip.from_tensor(frames, settings.fps, settings)

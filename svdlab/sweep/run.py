@@ -19,7 +19,16 @@ from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import code_version
 from svdlab.sweep.folder import Plan, Sweep
 from svdlab.sweep.plan import Changes, Point, axes_of, make_points
-from svdlab.sweep.point import OnStep, Outcome, Source, SweepHalted, compute_point, identify_model, image_digest
+from svdlab.sweep.point import (
+    OnStep,
+    Outcome,
+    Source,
+    SweepHalted,
+    check_points_fit,
+    compute_point,
+    identify_model,
+    image_digest,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,6 +136,7 @@ def run_sweep(
     image: Image.Image | None = None,
     divergence: bool = False,
     threads: int | None = None,
+    force: bool = False,
     backend: Backend | None = None,
     on_progress: OnProgress | None = None,
     should_stop: ShouldStop | None = None,
@@ -143,24 +153,26 @@ def run_sweep(
         image: what the clips start from; default: ``samples.sample_picture``.
         divergence: measure each point against diffusers, too.
         threads: of torch, in every process that computes; None leaves them.
+        force: try even points that by an estimate cannot fit into the memory.
         backend: where to compute; default: this process.
         on_progress: told of the progress.
         should_stop: asked now and then; once it says so, the sweep ends cleanly.
 
     Raises:
-        SvdlabError: a point that is not allowed, a model that does not load; nothing is written.
+        SvdlabError: a point that is not allowed or cannot fit, a model that does not load; nothing is written.
         SweepHalted: a full disk, a lost scheduler; what is finished stays so.
     """
     points = make_points(settings or GenerationSettings(), changes)
     backend = backend or InProcess()
     picture = (image or sample_picture(model)).convert("RGB")
-    plan = _plan(Path(out), points, changes, picture, (model, revision), device, divergence, threads, backend)
+    plan = _plan(Path(out), points, changes, picture, (model, revision), device, divergence, threads, force, backend)
     return _execute(Sweep(Path(out), plan), backend, on_progress, should_stop)
 
 
 def resume_sweep(
     folder: str | Path,
     *,
+    force: bool = False,
     backend: Backend | None = None,
     on_progress: OnProgress | None = None,
     should_stop: ShouldStop | None = None,
@@ -170,7 +182,7 @@ def resume_sweep(
     With other code, or another model under the same name, all points are new; see ``Sweep.unplanned_points``.
 
     Raises:
-        SvdlabError: no sweep, a model that does not load.
+        SvdlabError: no sweep, a model that does not load, points that cannot fit, unless ``force`` tries them.
         SweepHalted: a full disk, a lost scheduler.
     """
     old, backend = Sweep.open(folder), backend or InProcess()
@@ -180,7 +192,7 @@ def resume_sweep(
     # A commit stays what it is; without one, the name is looked up anew.
     model = source.model.name, source.model.revision
     plan = _plan(
-        Path(folder), points, changes, picture, model, source.device, source.divergence, source.threads, backend
+        Path(folder), points, changes, picture, model, source.device, source.divergence, source.threads, force, backend
     )
     return _execute(Sweep(Path(folder), plan), backend, on_progress, should_stop)
 
@@ -194,6 +206,7 @@ def _plan(
     device: str,
     divergence: bool,
     threads: int | None,
+    force: bool,
     backend: Backend,
 ) -> Plan:
     # Before anything is computed, and where it is to be.
@@ -201,6 +214,8 @@ def _plan(
     if divergence:
         backend.call(requires, "diffusers", "transformers")
     found, resolved = backend.call(identify_model, *model, [p.settings for p in points])
+    if not force:
+        backend.call(check_points_fit, found, resolved, device)
     points = [replace(point, settings=settings) for point, settings in zip(points, resolved, strict=True)]
     if len(set(points)) < len(points):
         raise SvdlabError(
