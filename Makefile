@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread per process: what runs side by side shares the cores (README, "Threads").
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: report test fuzz pictures clean
+.PHONY: report test fuzz lowest pictures clean
 
 report: .venv/.stamp
 	$(BIN)/svdlab report --out reports
@@ -22,6 +22,19 @@ SEED ?= $(shell date +%s)
 fuzz: .venv/.stamp
 	SVDLAB_FUZZ_SECONDS=$(SECONDS) SVDLAB_FUZZ_SEED=$(SEED) $(TEST_ENV) $(BIN)/python -m pytest -rP tests/test_fuzz_*.py
 
+# The lowest versions that pyproject.toml allows, and the tests that depend on them most; torch as it is installed.
+LOWEST := .venv-lowest/bin
+lowest: .venv/.stamp
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/python -m pip install --quiet uv
+	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch').split('+')[0])" > .venv-lowest/torch.txt
+	$(LOWEST)/uv pip compile --quiet --python $(LOWEST)/python --resolution lowest-direct --extra dev \
+	    --constraint .venv-lowest/torch.txt pyproject.toml --output-file .venv-lowest/all.txt
+	grep -vE '^(nvidia-|triton)' .venv-lowest/all.txt > .venv-lowest/requirements.txt
+	$(LOWEST)/python -m pip install --quiet --no-deps --requirement .venv-lowest/requirements.txt --editable .
+	$(TEST_ENV) $(LOWEST)/python -m pytest -n 2 -m "not slow and not browser and not cuda and not weights" \
+	    $(addprefix tests/test_,$(addsuffix .py,reading trace compare cli report widgets plots sweep video checkpoint))
+
 # The README's pictures, from a report that is made first.
 pictures: report
 	$(TEST_ENV) $(BIN)/python docs/make_picture.py
@@ -33,4 +46,4 @@ pictures: report
 	touch $@
 
 clean:
-	rm -rf .venv reports/*.html reports/*.json reports/*.xml
+	rm -rf .venv .venv-lowest reports/*.html reports/*.json reports/*.xml
