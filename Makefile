@@ -16,11 +16,13 @@ test: .venv/.stamp
 	$(BIN)/lint-imports --no-cache
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda and not weights"
 
-# Damaged files, each kind for so many seconds, from a seed that no run had before (tests/fuzzing.py).
-SECONDS ?= 60
+# Damaged files for so many seconds in all, from a seed that no run had before (tests/fuzzing.py).
+SECONDS ?= 300
 SEED ?= $(shell date +%s)
+FUZZERS = $(shell cat tests/test_fuzz_*.py | grep -c '= fuzz')
 fuzz: .venv/.stamp
-	SVDLAB_FUZZ_SECONDS=$(SECONDS) SVDLAB_FUZZ_SEED=$(SEED) $(TEST_ENV) $(BIN)/python -m pytest -rP tests/test_fuzz_*.py
+	SVDLAB_FUZZ_SECONDS=$$(($(SECONDS) / $(FUZZERS))) SVDLAB_FUZZ_SEED=$(SEED) $(TEST_ENV) \
+	    $(BIN)/python -m pytest -rP tests/test_fuzz_*.py
 
 # The lowest versions that pyproject.toml allows, and the tests that depend on them most; torch as it is installed.
 LOWEST := .venv-lowest/bin

@@ -2,7 +2,7 @@
 
 The suite runs a fixed number of cases from a fixed seed. For others::
 
-    make fuzz SECONDS=600                                                    each fuzzer for so long, from a new seed
+    make fuzz SECONDS=600                                                    all of them for so long, from a new seed
     SVDLAB_FUZZ_SEED=31 SVDLAB_FUZZ_CASES=1 pytest tests/test_fuzz_checkpoint.py          a case that a failure names
 """
 
