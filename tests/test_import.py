@@ -236,7 +236,7 @@ def test_letters_of_every_probe() -> None:
     [
         ("[probes", "m.toml: not TOML"),
         ("[probes]", "m.toml: probes is empty, allowed: a table for each probe"),
-        ('dtype = "int8"\n[probes]', "m.toml: dtype: got 'int8', allowed: 'float64', 'float32'"),
+        ('dtype = "int8"\n[probes]', "m.toml: dtype: got 'int8', allowed: float64, float32"),
         ("[probes.latent]", "probes.latent: neither a probe nor a tap"),
         ("[probes.latents]\nfle = 'x'", "probes.latents.fle: no such field, allowed: file, tensor, layout"),
         ("[probes.latents]\nlayout = 'NXC'", "probes.latents.layout: got 'NXC', allowed: axes out of NFCHWTS1"),
