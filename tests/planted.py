@@ -893,7 +893,10 @@ PLANTS: dict[str, Planted] = {
     "sinusoids_in_half": Planted(sinusoids_in_float16, "predict_noise", "frequencies"),
     "norm_statistics_in_half": Planted(statistics_in_float16, "predict_noise", "statistics"),
     "attention_scores_in_half": Planted(
-        self_attention(lambda scores: scores.half().to(scores.dtype)), "predict_noise", "scores"
+        self_attention(lambda scores: scores.half().to(scores.dtype)),
+        "predict_noise",
+        "scores",
+        settings={"num_inference_steps": 3},  # where a rounding falls depends on the processor
     ),
     "attention_unscaled": Planted(scores_times(0.5), "predict_noise", "scores"),
     "attention_scaled_twice": Planted(scores_times(-0.5), "predict_noise", "scores"),
