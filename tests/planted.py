@@ -294,7 +294,8 @@ def frame_for_clip(**how: Any) -> Plant:
             original(image, height, width)
 
         def encode(original: Any, images: Any, *args: Any, **kwargs: Any) -> Tensor:
-            frames = [image.resize((size["width"], size["height"]), PIL.Image.Resampling.LANCZOS) for image in images]
+            resample = PIL.Image.Resampling[pipe.video_processor.config.resample.upper()]  # the port's own
+            frames = [image.resize((size["width"], size["height"]), resample) for image in images]
             return original(frames, *args, **kwargs)
 
         wrap(stack, pipe, "check_inputs", check)
