@@ -112,7 +112,7 @@ def _change_a_tensor(chance: random.Random, held: dict[str, torch.Tensor], order
         del held[name]
         if (other := chance.choice(NAMES)) != "__metadata__":
             held[other] = tensor
-            if chance.random() < 0.8:
+            if chance.random() < 0.8 and name in order:  # an earlier change may have left it out
                 order[order.index(name) : order.index(name) + 1] = [other] if other not in order else []
     else:
         held[name] = tensor.contiguous()
