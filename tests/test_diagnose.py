@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import random
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,12 +25,14 @@ from svdlab.parity.bugs import BUGS
 from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare
 from svdlab.parity.diagnose import catalogue, diagnose
+from svdlab.parity.modules import ModuleJudge
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
+from svdlab.parity.stages import StageJudge
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
-from svdlab.svd.stages import STAGE, STAGES
+from svdlab.svd.stages import STAGE, STAGES, Change
 
 SETTINGS = GenerationSettings(height=64, width=64, num_frames=4, num_inference_steps=3, seed=5)
 ALL = PLANTS | UNKNOWN | RELATED
@@ -451,6 +455,29 @@ def test_a_result_for_continuous_integration(bench: Bench) -> None:
     failed = {case.get("name"): case[0].get("message") for case in suite if len(case) and case[0].tag == "failure"}
     assert set(failed) == {"time_ids", "model_input"} and suite.get("failures") == "2"
     assert failed["time_ids"] == "fps_not_decremented" and "no bug of the catalogue" in str(failed["model_input"])
+
+
+def test_no_later_object_passes_for_one_of_a_kept_pass(bench_of: Callable[..., Bench]) -> None:
+    """A module stands by the identities of what it holds: those of a pass that is kept must not be free for others."""
+
+    class Held:
+        pass
+
+    made: list[weakref.ref[Held]] = []
+
+    def edit(unet: Any) -> None:
+        unet.conv_in.held = Held()
+        made.append(weakref.ref(unet.conv_in.held))
+
+    bench = bench_of("gelu_tanh", tapped=True)
+    judge = ModuleJudge(StageJudge(bench.reference, bench.candidate("gelu_tanh"), bench.pipe), "unet")
+    judge.judge()
+    judge.ratios_with([Change(edit={"unet": edit})], exact=True)
+    gc.collect()
+    assert len(made) == 2 and all(ref() is not None for ref in made)
+    judge.forget()
+    gc.collect()
+    assert all(ref() is None for ref in made)
 
 
 def test_a_trace_that_leaves_nothing_to_confirm(bench_of: Callable[..., Bench]) -> None:

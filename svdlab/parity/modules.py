@@ -80,6 +80,8 @@ class ModuleJudge:
             self.floors[name] = max(rounding, own.get(name, 0.0), self.stages.resolution)
             self.ratios[name] = distance(self.found[name], exact) / self.floors[name]
         self.ratios = {name: r for name, r in self.ratios.items() if not self._unsure(name)}
+        if not self.wrong:
+            self.forget()
         return self.ratios
 
     @property
@@ -87,16 +89,15 @@ class ModuleJudge:
         """The modules that rounding does not explain, in the order in which they run."""
         return [name for name, ratio in self.ratios.items() if not ratio <= THRESHOLD]
 
-    def ratios_with(self, changes: Sequence[Change], exact: bool = False, keep: bool = False) -> dict[str, float]:
+    def ratios_with(self, changes: Sequence[Change], exact: bool = False) -> dict[str, float]:
         """Every module's ratio with changes in place.
 
         Args:
             changes: of the network.
-            exact: with the rounding of these changes in the floor.
-            keep: what later passes do not change against this one does not run again in them.
+            exact: with the rounding of these changes in the floor; later passes run only what they change against it.
         """
-        work = self.run(self.work_pipe, changes, keep=keep)
-        wanted = self.run(self.exact_pipe, changes, keep=keep) if exact else work
+        work = self.run(self.work_pipe, changes, keep=exact)
+        wanted = self.run(self.exact_pipe, changes, keep=True) if exact else work
         ratios = {}
         for name in self.ratios:
             if name not in wanted.results:  # the change leaves the module out
@@ -185,6 +186,7 @@ class _Forced:
 
     def __init__(self, taps: Mapping[str, Tensor], before: _Forced | None = None) -> None:
         self.taps, self.before = taps, before
+        self.models: dict[str, nn.Module] = {}
         self.states: dict[str, list[object]] = {}
         self.calls: dict[str, list[_Call]] = {}
         self.ended: list[_Call] = []
@@ -193,6 +195,8 @@ class _Forced:
     @contextmanager
     def forcing(self, models: dict[str, nn.Module]) -> Iterator[None]:
         """In networks of the caller's own."""
+        # Held as long as the pass is: no later object takes the identity of one that a state names.
+        self.models = models
         self.states = {f"{model}.{path}": state_of(m) for model, n in models.items() for path, m in n.named_modules()}
         earlier = self.before.states if self.before else {}
         changed = [name for name, state in self.states.items() if state != earlier.get(name)]
@@ -298,7 +302,7 @@ def _forced_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """A call of a module.
 

@@ -420,7 +420,7 @@ def name_modules(
     def still_wrong(bugs: Sequence[Named], exact: bool = False) -> set[str]:
         """The modules that bugs leave wrong; all where they break one that was right."""
         tick()
-        ratios = judge.ratios_with([change for _, change in bugs], exact, keep=exact)
+        ratios = judge.ratios_with([change for _, change in bugs], exact)
         if len(bugs) == 1:
             touched[id(bugs[0][1])] = {n for n in wrong if ratios[n] != clean[n]}
         limit = THRESHOLD if exact else _DOUBTFUL_MODULE
