@@ -35,6 +35,22 @@ class Document(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def check_file(path: str | os.PathLike[str], allowed: str) -> None:
+    """Refuse what is no regular file, before it is opened: opening a pipe would block.
+
+    Args:
+        path: of any kind of file.
+        allowed: what is, for the error.
+
+    Raises:
+        SvdlabError: no such file, or no regular one.
+    """
+    if not os.path.exists(path):
+        raise SvdlabError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise SvdlabError(f"{path}: no regular file, allowed: {allowed}")
+
+
 def read_text(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
     """A text file.
 
@@ -45,10 +61,7 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
     Raises:
         SvdlabError: no such file, no regular file, too large, not readable, not UTF-8.
     """
-    if not os.path.exists(path):
-        raise SvdlabError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise SvdlabError(f"{path}: no regular file, allowed: a file")
+    check_file(path, "a file")
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -113,6 +126,15 @@ def parse_as(model: type[Model], text: str, what: str) -> Model:
         SvdlabError: as ``parse``; or the first field that is missing, unknown or not what the model allows.
     """
     parse(text, what)
+    return checked_as(model, text, what)
+
+
+def checked_as(model: type[Model], text: str, what: str) -> Model:
+    """A JSON text that has passed ``parse`` as a model.
+
+    Raises:
+        SvdlabError: the first field that is missing, unknown or not what the model allows.
+    """
     try:
         return TypeAdapter(model).validate_json(text)
     except ValidationError as error:

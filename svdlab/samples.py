@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdlab.errors import SvdlabError, about, requires
+from svdlab.reading import check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,11 +51,9 @@ def read_image(path: str | Path) -> Image.Image:
 
     from svdlab.svd.images import to_rgb
 
+    with about("image"):
+        check_file(path, "an image")
     with about(f"image: {path}"):
-        if not os.path.exists(path):
-            raise SvdlabError("no such file")
-        if not os.path.isfile(path):  # opening a pipe would block
-            raise SvdlabError("no regular file, allowed: an image")
         Image.init()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large and of odd files: they are refused, or they are fine

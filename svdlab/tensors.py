@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
-from svdlab.reading import MAX_BYTES, Document, parse_as
+from svdlab.reading import MAX_BYTES, Document, check_file, parse_as
 
 # The dtypes of safetensors that torch has everywhere.
 CODES: Mapping[str, torch.dtype] = {
@@ -68,10 +68,7 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
-        if not os.path.exists(path):
-            raise SvdlabError(f"{path}: no such file")
-        if not os.path.isfile(path):  # opening a pipe would block
-            raise SvdlabError(f"{path}: no regular file, allowed: a safetensors file")
+        check_file(path, "a safetensors file")
         try:
             self._file = open(path, "rb", buffering=0)
         except OSError as error:

@@ -25,6 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError, short
+from svdlab.files import json_value
 from svdlab.parity.probes import (
     CONDITIONING,
     EVERY_SHAPE,
@@ -236,7 +237,7 @@ class Comparison:
             "reference": self.reference,
             "candidate": self.candidate,
             "truth": self.truth,
-            "frames_mse": json_number(self.frames_mse),
+            "frames_mse": json_value(self.frames_mse),
             "passes_mse_bar": self.passes_mse_bar,
             "missing": self.missing,
             "extra": self.extra,
@@ -245,8 +246,8 @@ class Comparison:
                 **{role: trace.versions for role, trace in self.traces.items()},
             },
             "digests": {role: trace.digests for role, trace in self.traces.items()},
-            "probes": [{k: json_number(v) for k, v in asdict(p).items()} for p in self.probes],
-            "modules": [{k: json_number(v) for k, v in asdict(m).items()} for m in self.modules],
+            "probes": [json_value(asdict(p)) for p in self.probes],
+            "modules": [json_value(asdict(m)) for m in self.modules],
         }
 
     def to_json(self) -> str:
@@ -382,11 +383,6 @@ def _texts(result: ProbeResult) -> list[str]:
         "" if result.cosine is None else f"{result.cosine:.4f}",
         "" if result.psnr is None else f"{result.psnr:.1f}",
     ]
-
-
-def json_number(value: Any) -> Any:
-    """What JSON can hold: None for infinity and NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def kind_of(probe: str) -> str:

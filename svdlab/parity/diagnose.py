@@ -20,9 +20,10 @@ from xml.etree import ElementTree
 from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
+from svdlab.files import json_value
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.candidate import capture
-from svdlab.parity.compare import THRESHOLD, Comparison, check_same_run, check_settings, compare, json_number
+from svdlab.parity.compare import THRESHOLD, Comparison, check_same_run, check_settings, compare
 from svdlab.parity.modules import ModuleJudge, network_of, next_taps
 from svdlab.parity.naming import Bugs, Found, Named, NamedModules, Namer, name_modules
 from svdlab.parity.probes import INPUTS, execution_key
@@ -196,9 +197,9 @@ class Diagnosis:
             "verdict": self.verdict,
             "first_divergence": self.first_divergence,
             "first_module": self.first_module,
-            "stages": [{k: json_number(v) for k, v in asdict(stage).items()} for stage in self.stages],
+            "stages": [json_value(asdict(stage)) for stage in self.stages],
             "bugs": self.bugs,
-            "confirmed_ratio": json_number(self.confirmed_ratio),
+            "confirmed_ratio": json_value(self.confirmed_ratio),
             "confirmed_at": self.confirmed_at,
             "coverage": self.coverage,
             "inputs": self.inputs,
@@ -487,12 +488,8 @@ class _Diagnoser:
                 continue
             self.tick()
             wanted = exact.expected(name)
-            left = distance(self.judge.known[name], wanted)
             floor = max(distance(work.expected(name), wanted), floors.get(name, 0.0))
-            if not left <= THRESHOLD * floor:
-                # A bug that itself rounds jumps where what it is given moves by a unit in the last place.
-                floor = max(floor, distance(nudged.expected(name), wanted))
-            ratios[name] = left / floor
+            ratios[name] = self.judge.ratio_to(wanted, name, floor, nudged)
             if not ratios[name] <= THRESHOLD:
                 return ratios[name], name
         if not ratios:

@@ -426,8 +426,11 @@ class StageJudge:
             moved: likewise, on the candidate's tensors moved by a unit in the last place: where rounding alone does not
                 explain the distance, what that does is in the floor, too.
         """
-        wanted = (exact or self.exact).expected(name)
-        floor, left = self.floor(name, work, exact), distance(self.known[name], wanted)
+        return self.ratio_to((exact or self.exact).expected(name), name, self.floor(name, work, exact), moved)
+
+    def ratio_to(self, wanted: Tensor, name: str, floor: float, moved: Chain | None) -> float:
+        """The candidate's distance from a tensor over a floor, see ``ratio``."""
+        left = distance(self.known[name], wanted)
         if moved is not None and not left <= THRESHOLD * floor:
             floor = max(floor, distance(moved.expected(name), wanted))
         return left / floor

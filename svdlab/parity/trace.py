@@ -16,10 +16,11 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from svdlab import tensors
 from svdlab.errors import SvdlabError, about, short
 from svdlab.parity.digests import check_digests, check_versions
 from svdlab.parity.probes import check_order, check_shapes, execution_key, is_tap
-from svdlab.reading import Document, parse, parse_as
+from svdlab.reading import Document, checked_as, parse
 from svdlab.svd.settings import GenerationSettings
 from svdlab.tensors import TensorFile
 
@@ -33,7 +34,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+CODES = {dtype: code for code, dtype in tensors.CODES.items() if dtype in DTYPES.values()}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -139,7 +140,7 @@ class Trace(Mapping[str, Tensor]):
         version = found.get("format") if isinstance(found, dict) else found
         if version != FORMAT:
             raise SvdlabError(f"{self.label}: trace format version {short(version)}, allowed: {FORMAT}")
-        header = parse_as(_Header, text, self.label)
+        header = checked_as(_Header, text, self.label)
         with about(f"{self.label}: settings"):
             self.settings = GenerationSettings.from_json(json.dumps(header.settings))
         with about(self.label):

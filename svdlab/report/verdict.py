@@ -5,12 +5,12 @@ There is no side file, and the call is harmless in a live kernel. Importing this
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from svdlab.files import json_value
 from svdlab.tables import Cell, Column, Table
 
 VERDICT = "application/vnd.svdlab.verdict+json"
@@ -44,7 +44,7 @@ class Verdict:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         numbers = ", ".join(f"{words(name)} {shown(value)}" for name, value in self.numbers.items())
         return {
-            VERDICT: asdict(self, dict_factory=_finite),
+            VERDICT: json_value(asdict(self)),
             "text/html": self._html(),
             "text/plain": f"{'yes' if self.passed else 'NO'}: {self.name}: {numbers}",
         }
@@ -72,17 +72,6 @@ def record(
         numbers: what it rests on, shown beside it.
     """
     return Verdict(name, bool(passed), dict(numbers), [dict(fix) for fix in fixes])
-
-
-def _finite(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON can hold: None for infinity and NaN, also in the values that are mappings."""
-    return {name: _finite(list(v.items())) if isinstance(v, dict) else _number(v) for name, v in items}
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(list(v.items())) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fix_cells(fix: Mapping[str, Any]) -> list[Cell]:

@@ -27,7 +27,7 @@ import numpy as np
 
 from svdlab.errors import SvdlabError, about, short
 from svdlab.files import atomic_path, write_json
-from svdlab.reading import read_as, read_json
+from svdlab.reading import checked_as, parse, read_as, read_text
 from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import Code
 from svdlab.sweep.documents import FORMAT, FailureFile, Metrics, PlanFile, sha256
@@ -84,10 +84,11 @@ class Sweep:
         for name in (PLAN, IMAGE):
             if not (path.parent / name).is_file():
                 raise SvdlabError(f"{folder}: no sweep ({name} is missing)")
-        values = read_json(path)
+        text = read_text(path)
+        values = parse(text, str(path))
         if isinstance(values, dict) and values.get("format") != FORMAT:
             raise SvdlabError(f"{path}: format {short(values.get('format'))}, allowed: {FORMAT}")
-        plan = read_as(PlanFile, path)
+        plan = checked_as(PlanFile, text, str(path))
         try:
             image = (path.parent / IMAGE).read_bytes()
         except OSError as error:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdlab.errors import SvdlabError
-from svdlab.files import write_folder
+from svdlab.files import json_value, write_folder
 from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import Code, code_version
 from svdlab.sweep.documents import FORMAT, Metrics, Model, sha256
@@ -307,13 +306,12 @@ def _divergence(lab: Lab, pipe: SVDPipeline, settings: GenerationSettings) -> di
     except SvdlabError as error:  # diffusers fails where svdlab does not
         return {"verdict": "no reference", "reason": str(error)}
     found = compare(reference, capture(pipe, lab.image, settings), truth)
-    measured = {"ratio": found.worst.ratio, "frames_mse": found.frames_mse}
     return {
         "verdict": found.verdict,
         "first_divergence": found.first_divergence,
+        "ratio": json_value(found.worst.ratio),
         "probe": found.worst.name,
-        # JSON has no infinity.
-        **{name: value if value is not None and math.isfinite(value) else None for name, value in measured.items()},
+        "frames_mse": json_value(found.frames_mse),
     }
 
 
