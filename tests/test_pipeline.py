@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +380,28 @@ def test_bad_images(pipe: SVDPipeline, image: Any, message: str) -> None:
 def test_settings_of_another_dtype_than_the_weights(pipe: SVDPipeline, photo: Image.Image) -> None:
     with pytest.raises(SvdlabError, match="dtype: got bfloat16, allowed: torch.float32"):
         pipe.generate(photo, GenerationSettings(dtype="bfloat16"))
+
+
+FORKED = """
+import multiprocessing, torch
+from svdlab import GenerationSettings, SVDPipeline
+from svdlab.samples import sample_picture
+
+torch.set_num_threads(2)
+pipe = SVDPipeline.from_pretrained("embedded")
+settings = GenerationSettings(num_frames=2, num_inference_steps=1)
+generate = lambda: pipe.generate(sample_picture("embedded"), settings, progress=False)
+generate()
+child = multiprocessing.get_context("fork").Process(target=generate)
+child.start()
+child.join({seconds})
+child.kill()
+child.join()
+raise SystemExit(child.exitcode)
+"""
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED.format(seconds=60)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

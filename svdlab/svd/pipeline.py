@@ -8,6 +8,7 @@ Source: diffusers ``pipelines/stable_video_diffusion/pipeline_stable_video_diffu
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ Probe = Callable[[str, Tensor], None]
 Callback = Callable[["SVDPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 NETWORKS = ("image_encoder", "vae", "unet")
+# A forked process has none of its parent's OpenMP threads, and its first parallel loop would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 @dataclass(frozen=True)
