@@ -130,6 +130,17 @@ def check_outputs(*files: MaybePath, folders: Sequence[MaybePath] = (), inputs: 
                 raise SvdlabError(f"{path}: is an input, too, and would be overwritten, allowed: another path")
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that is there already, or that cannot be made.
+
+    Raises:
+        SvdlabError: of either.
+    """
+    if os.path.lexists(path):
+        raise SvdlabError(f"{path}: is there already, allowed: a new folder")
+    check_outputs(folders=[path])
+
+
 def _check_place(path: Path, folder: bool) -> None:
     try:
         mode = os.stat(path).st_mode

@@ -179,6 +179,7 @@ def test_a_full_disk_leaves_what_was_there_and_is_named(
         ["demo", "--keep", "in.st"],
         ["bundle", "unet", "in.st", "--out", "folder.mp4"],
         ["bundle", "unet", "in.st", "--out", "new", "--json", "in.st"],
+        ["notebooks", "folder.mp4"],
         ["import", "in.st", "--reference", "r.st", "--out", "in.st"],
         ["import", "folder.mp4", "--reference", "r.st", "--propose", "r.st"],
         ["ranges", "in.st", "--json", "in.st"],

@@ -36,6 +36,7 @@ _COMMANDS = {
     "import": ("svdlab.cli.importing", "a port's own files into a trace"),
     "kernels": ("svdlab.cli.kernels", "which fast kernels this machine runs, and why not the others"),
     "memory": ("svdlab.cli.memory", "what a generation takes, without a GPU"),
+    "notebooks": ("svdlab.cli.notebooks", "copy the notebooks into a folder"),
     "parity": ("svdlab.cli.parity", "svdlab against diffusers, measured by float64"),
     "ranges": ("svdlab.cli.ranges", "where float16, bfloat16 or float8 would overflow"),
     "report": ("svdlab.cli.report", "run the notebooks into pages"),

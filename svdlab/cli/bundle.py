@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from svdlab.cli.options import DEVICE, JSON, MODEL
-from svdlab.files import check_outputs, write_json
+from svdlab.files import check_new_folder, check_outputs, write_json
 
 
 @click.command()
@@ -23,11 +23,11 @@ def bundle(what: str, reference: str, out: str, step: int, json_path: str | None
     (such as unet.down_blocks.0.resnets.0); a pattern gives a folder for each module. The inputs of the trace REFERENCE
     are replayed.
     """
-    from svdlab.parity.bundle import check_target, make_bundles, write_bundles
+    from svdlab.parity.bundle import make_bundles, write_bundles
     from svdlab.parity.trace import DTYPES, Trace
     from svdlab.svd.pipeline import SVDPipeline
 
-    check_target(out)
+    check_new_folder(out)
     check_outputs(json_path, folders=[out], inputs=[reference, model])
     trace = Trace.open(reference)
     pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[trace.dtype], device=device)

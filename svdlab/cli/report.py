@@ -17,6 +17,7 @@ from svdlab.files import check_outputs, write_json
 from svdlab.reading import parse
 from svdlab.report.results import changes, read_previous
 from svdlab.report.run import notebooks_at_a_time, parameters_of, run_report
+from svdlab.report.shipped import shipped_notebooks
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -27,7 +28,7 @@ from svdlab.svd.settings import GenerationSettings
     "chosen",
     multiple=True,
     metavar="PATH",
-    help="A folder of notebooks, or one notebook; repeatable. Default: those of the checkout.",
+    help="A folder of notebooks, or one notebook; repeatable. Default: svdlab's own.",
 )
 @click.option(
     "--workers", type=click.IntRange(1), help="Notebooks that run at once; default: 2 where the memory allows."
@@ -60,7 +61,7 @@ def report(
     check_outputs(json_path, folders=[out], inputs=[previous] if previous != out else [])
     if math.isnan(timeout):
         raise SvdlabError("--timeout: got nan, allowed: 1 to 1000000 seconds")
-    sources = [Path(path) for path in chosen] or [Path(__file__).parent.parent.parent / "notebooks"]
+    sources = [Path(path) for path in chosen] or shipped_notebooks()
     notebooks = [p for source in sources for p in (sorted(source.glob("*.ipynb")) if source.is_dir() else [source])]
     for path in notebooks:
         if path.suffix != ".ipynb" or not path.is_file():

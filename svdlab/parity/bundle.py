@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
-from svdlab.files import check_outputs, write_folder
+from svdlab.files import check_new_folder, write_folder
 from svdlab.parity import taps
 from svdlab.parity.compare import IMPLAUSIBLE, bound
 from svdlab.parity.replay import replay_inputs
@@ -408,13 +408,6 @@ def _constants(module: nn.Module, prefixes: tuple[str, ...]) -> dict[str, Any]:
     return constants
 
 
-def check_target(folder: str | os.PathLike[str]) -> None:
-    """Raises: SvdlabError where bundles cannot be written: a folder that is there already, or none above it."""
-    if os.path.lexists(folder):
-        raise SvdlabError(f"{folder}: is there already, allowed: a new folder")
-    check_outputs(folders=[folder])
-
-
 def write_bundles(bundles: Sequence[Bundle], folder: str | os.PathLike[str], source: str) -> list[Path]:
     """Write one bundle to a folder, or several to a folder each below it.
 
@@ -422,7 +415,7 @@ def write_bundles(bundles: Sequence[Bundle], folder: str | os.PathLike[str], sou
         SvdlabError: the folder is there already, or the one above it is not.
     """
     target = Path(folder)
-    check_target(target)
+    check_new_folder(target)
     if len(bundles) == 1:
         write_folder(target, bundles[0].files(source))
         return [target]
