@@ -10,8 +10,13 @@ from svdlab.svd.kernels import decode, pieces
 
 
 @contextmanager
-def in_pieces(numbers: int) -> Iterator[None]:
-    """Take videos apart as GPUs do, in chunks, and those into pieces of so many numbers."""
+def in_pieces(numbers: int, roomy: tuple[str, ...] = ()) -> Iterator[None]:
+    """Take videos apart as GPUs do, in chunks, and those into pieces of so many numbers.
+
+    Args:
+        numbers: of a piece.
+        roomy: devices on which the decode keeps a second video.
+    """
     chunks = patch.object(decode, "piece_length", lambda x, size, at_least=0: at_least or max(1, numbers // size))
-    with chunks, patch.dict(pieces.NUMBERS, cpu=numbers):
+    with chunks, patch.object(decode, "ROOMY", roomy), patch.dict(pieces.NUMBERS, cpu=numbers):
         yield

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from pieces import in_pieces
 
 from svdlab.cli.memory import memory
 from svdlab.errors import SvdlabError
@@ -193,11 +194,20 @@ def test_what_memory_depends_on() -> None:
     assert exact == sorted(exact) and exact[-1] < 0.7 * parity[-1]
 
 
-def test_the_exact_decode_holds_two_videos_and_a_chunk() -> None:
+def test_the_exact_decode_holds_one_video_and_a_chunk() -> None:
+    """A frame of the chunk takes six: it is twice as wide before it is convolved, and then normalised."""
     widest_video = 14 * 576 * 1024 * 128 * 2
     frame = widest_video / 14
     one, two = (full_size().footprint("decode_exact", chunk).activations for chunk in (1, 2))
-    assert 2 * widest_video < one < two < 2 * widest_video + 6 * frame
+    assert widest_video < one < widest_video + 7 * frame and one < two < widest_video + 12 * frame
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_larger_chunk_never_takes_less(device: str) -> None:
+    with in_pieces(20000):
+        simulation = simulated(SMALL, device=device)
+        peaks = [simulation.footprint("decode_exact", chunk).activations for chunk in range(1, 6)]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
 
 
 def test_attention_makes_no_matrix_of_scores() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from svdlab.cli.options import JSON, check_device, settings_options
+from svdlab.errors import SvdlabError
 from svdlab.files import check_outputs, write_json
 from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.checkpoint import load_configs, resolve_size
-from svdlab.svd.memory import GIB, Footprint, Option, Simulation, simulate
+from svdlab.svd.memory import GIB, RESERVE_GIB, Footprint, Option, Simulation, simulate
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import WORKLOADS
 from svdlab.tables import Column, Table
@@ -30,11 +31,25 @@ from svdlab.tables import Column, Table
 @click.option(
     "--budget-gib",
     type=click.FloatRange(0, min_open=True),
-    help="Say what fits this much device memory, a CUDA context (about half a GiB) not counted.",
+    help="Say what fits a device with this much memory.",
+)
+@click.option(
+    "--reserve-gib",
+    default=RESERVE_GIB,
+    show_default=True,
+    type=click.FloatRange(0, 1e6),
+    help="Of the budget, what no simulation counts: a CUDA context and kernels' workspaces.",
 )
 @JSON
 @settings_options
-def memory(model: str, device: str, budget_gib: float | None, json_path: str | None, given: dict[str, Any]) -> None:
+def memory(
+    model: str,
+    device: str,
+    budget_gib: float | None,
+    reserve_gib: float,
+    json_path: str | None,
+    given: dict[str, Any],
+) -> None:
     """Tell the peak memory of every stage of a generation, without weights and without a GPU.
 
     With a budget: which ways to run it fit, each with its largest decode chunk, and exit code 1 when none does.
@@ -42,6 +57,8 @@ def memory(model: str, device: str, budget_gib: float | None, json_path: str | N
     from rich.console import Console
 
     settings = GenerationSettings(**given)
+    if budget_gib is not None and not reserve_gib < budget_gib:
+        raise SvdlabError(f"--reserve-gib: got {reserve_gib:g}, allowed: less than --budget-gib, {budget_gib:g}")
     check_outputs(json_path)
     check_device(device, here=False)
     configs = load_configs(model)
@@ -72,20 +89,23 @@ def memory(model: str, device: str, budget_gib: float | None, json_path: str | N
     }
     best = None
     if budget_gib is not None:
-        options = simulation.options(budget_gib * GIB)
+        options = simulation.options((budget_gib - reserve_gib) * GIB)
         best = next((o for o in options if o.fits), None)
-        console.print(_options_table(f"within {budget_gib:g} GiB", options))
+        console.print(_options_table(f"within {budget_gib:g} GiB, {reserve_gib:g} of them reserved", options))
         if best:
             offload = ", component offload" if best.offload else ""
             click.echo(
                 f"fits: {best.cfg} guidance{offload}, {best.decode} decode in chunks of {best.decode_chunk_size}: "
-                f"{best.peak / GIB:.2f} GiB of {budget_gib:g}, weights included"
+                f"{best.peak / GIB:.2f} GiB and {reserve_gib:g} reserved of {budget_gib:g}, weights included"
             )
         else:
             least = min(o.peak for o in options)
-            click.echo(f"nothing fits {budget_gib:g} GiB: the least is {least / GIB:.2f} GiB")
+            click.echo(
+                f"nothing fits {budget_gib:g} GiB: the least is {least / GIB:.2f} GiB and {reserve_gib:g} reserved"
+            )
         result |= {
             "budget_gib": budget_gib,
+            "reserve_gib": reserve_gib,
             "fits": best is not None,
             "decode_chunk_size": best and best.decode_chunk_size,
             "best": best and _option_dict(best),

@@ -35,6 +35,8 @@ from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, Maker, workload_calls
 
 GIB = 2**30
+# Of a device's memory, what no simulation counts: a CUDA context takes about half a GiB, kernels' workspaces the rest.
+RESERVE_GIB = 0.75
 # Of a device's free memory: the rest is for fragments and for kernels' workspaces.
 _USABLE = 0.9
 

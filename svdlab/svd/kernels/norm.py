@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +79,18 @@ def merged_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return group_mean.expand_as(means).flatten(-2), group_variance.expand_as(means).flatten(-2)
 
 
-def video_scale_and_shift(norm: VideoGroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of the normalisation of one video (F, H, W, C), whatever part is normalised later.
+def video_scale_and_shift(norm: VideoGroupNorm, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of the normalisation of one video, whatever part is normalised later.
 
-    Frame by frame in a fixed order: the result does not depend on a chunk size.
+    Args:
+        norm: whose normalisation.
+        parts: all pixels of the video, some of each frame at a time: (F, P, C), of any P.
     """
-    means, variances = channel_moments(x.flatten(1, 2))
-    mean = means.mean(0)
-    group_mean, variance = merged_moments(mean, (variances + (means - mean).square()).mean(0))
+    counts, means, variances = zip(*((part.shape[1], *channel_moments(part)) for part in parts), strict=True)
+    mean, variance = torch.stack(means), torch.stack(variances)
+    weight = mean.new_tensor(counts).div_(sum(counts) * mean.shape[1])[:, None, None]
+    total = (mean * weight).sum((0, 1))
+    group_mean, variance = merged_moments(total, ((variance + (mean - total).square()) * weight).sum((0, 1)))
     scale = (variance + norm.eps).rsqrt() * norm.weight
     return scale, norm.bias - group_mean * scale
 
