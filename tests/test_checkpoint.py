@@ -257,7 +257,7 @@ def test_a_bad_index_is_refused(copy: Path) -> None:
 def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SvdlabError, match="is no diffusers checkpoint: model_index.json is missing"):
         checkpoint_path(tmp_path)
-    with pytest.raises(SvdlabError, match="is no folder, allowed: a folder, a single file, owner/name, "):
+    with pytest.raises(SvdlabError, match="is no folder, allowed: a folder, owner/name, embedded"):
         checkpoint_path(tmp_path / "nowhere")
 
 

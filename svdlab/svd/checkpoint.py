@@ -159,8 +159,8 @@ def load_components(
     configs = _read_configs(path)
     normalization = _normalization(*_read_json(path, "feature_extractor/preprocessor_config.json"))
     networks: dict[str, Any] = {
-        name: _load(make, getattr(configs, name), path / name, _STEMS[name], variant, dtype, torch.device(device))
-        for name, make in NETWORKS.items()
+        name: _load(NETWORKS[name], getattr(configs, name), path / name, stem, variant, dtype, torch.device(device))
+        for name, stem in _STEMS.items()
     }
     return Components(**networks, scheduler=scheduler, feature_extractor=normalization)
 
@@ -283,8 +283,8 @@ def checkpoint_path(
             path = _download(str(checkpoint), variant, revision, weights)
         else:
             raise SvdlabError(
-                f"model: {str(checkpoint)!r} is no folder, allowed: a folder, a single file, owner/name, "
-                f"owner/name/FILE.safetensors, {EMBEDDED}"
+                f"model: {str(checkpoint)!r} is no folder, allowed: a folder, owner/name, {EMBEDDED}, a single file, "
+                "owner/name/FILE.safetensors"
             )
     if path.is_file() and variant is not None:
         raise SvdlabError(f"variant: got {short(variant)} with the single file {path}, allowed: only with a folder")
