@@ -81,7 +81,7 @@ class Lab:
     One computation at a time: a second thread waits, and finds what the first one made.
 
     Args:
-        model: "embedded", a checkpoint folder, or a name on the hub.
+        model: "embedded", a checkpoint's folder or single file, or a name on the hub.
         device: where both run.
         dtype: the working dtype; the truth is float64.
         image: what the clips start from; default: ``samples.sample_picture``.

@@ -272,7 +272,13 @@ Numbers = Callable[[int, int], Mapping[str, int]]
 
 
 def _numbers(network: str, config: Any) -> Numbers:
-    """The numbers that stand in the file's names, from a level and a number in the folder's."""
+    """The numbers that stand in the file's names, from a level and a number in the folder's.
+
+    Blocks are counted through all levels: ``down`` and ``up`` are a resnet's, ``down_end`` and ``up_end`` a level's
+    last; ``behind`` is the place in its block behind the resnet and the transformer, if there is one. The VAE counts
+    its decoder's levels from the frames, ``reversed``, and its middle resnets from 1, ``next``; the UNet has a
+    transformer between its two, ``twice``.
+    """
     levels = len(config.block_out_channels) if network != "image_encoder" else 0
     layers = per_level("layers_per_block", config.layers_per_block, levels) if network == "unet" else ()
     # A level's way down ends with a downsampler, which is a block of its own; its way up has one resnet more.

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from svdlab.parity.reference import load_diffusers
+from svdlab.parity.reference import load_diffusers, resolve
 from svdlab.svd.checkpoint import checkpoint_files, checkpoint_path
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene, speed
 from svdlab.training.recipe import Recipe
 
@@ -63,7 +64,7 @@ class Sampler:
         self.pipe = load_diffusers(checkpoint_path(model), torch.float32, device)
         self.pipe.set_progress_bar_config(disable=True)
         self.scenes = [sample_scene(i) for i in range(images)]
-        self.steps, self.num_frames = steps, int(self.pipe.unet.config.num_frames)
+        self.steps, self.num_frames = steps, int(resolve(self.pipe, GenerationSettings()).num_frames or 0)
         self.bar = tqdm(desc="clips through diffusers", unit="clip")
 
     def __call__(self, *, fps: int = 7, motion_bucket_id: int = 127, seed: int = 0, **options: Any) -> np.ndarray:
