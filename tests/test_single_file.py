@@ -57,6 +57,7 @@ OTHER_DEPTHS: dict[str, Any] = {
     "image_encoder": {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_act": "quick_gelu", "image_size": 230},
     "scheduler": {"sigma_max": 500.0, "timestep_spacing": "trailing"},
 }
+QKV = "conditioner.embedders.0.open_clip.model.visual.transformer.resblocks.0.attn.in_proj_weight"
 CONV_IN = "model.diffusion_model.input_blocks.0.0.bias"
 
 
@@ -253,7 +254,10 @@ PUBLISHED = official_shapes(
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("svd", "svd"), ("svd_xt_1_1", "svd-xt")])
-def test_every_weight_of_the_published_files_is_accounted_for(name: str, architecture: str, tmp_path: Path) -> None:
+def test_every_weight_of_the_published_files_is_accounted_for(
+    name: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorFile, "read", lambda self, name: pytest.fail("a weight was read"))
     path = sparse_file(tmp_path / f"{name}.safetensors", PUBLISHED)
     assert load_configs(path) == ARCHITECTURES[architecture]
     file = SingleFile(path)
@@ -261,8 +265,71 @@ def test_every_weight_of_the_published_files_is_accounted_for(name: str, archite
     parts = ("open_clip.model.", "embedders.3.encoder.decoder.", "post_quant_conv", "first_stage_model.encoder.")
     assert all(any(part in key for part in parts) and ".visual." not in key for key in file.unused)
     assert layout_of(file.configs).shapes == {key: PUBLISHED[key] for key in PUBLISHED if key not in file.unused}
-    # Shapes alone: a sweep asks for them before it reads gigabytes.
+    # A sweep asks for the shapes before it loads any weight.
     assert SVDPipeline.from_single_file(path, device="meta").unet.conv_out.weight.shape == (4, 320, 3, 3)
+
+
+# By their names in a folder and in a file, what another weight of the same shape could be taken for.
+ALIKE = {
+    "unet": {
+        "down_blocks.1.resnets.1.spatial_res_block.norm1.bias": "input_blocks.5.0.in_layers.0.bias",
+        "down_blocks.1.resnets.1.spatial_res_block.conv2.bias": "input_blocks.5.0.out_layers.3.bias",
+        "down_blocks.1.resnets.1.temporal_res_block.conv1.bias": "input_blocks.5.0.time_stack.in_layers.2.bias",
+        "down_blocks.2.attentions.0.temporal_transformer_blocks.0.norm1.bias": (
+            "input_blocks.7.1.time_stack.0.norm1.bias"
+        ),
+        "mid_block.resnets.1.spatial_res_block.norm2.bias": "middle_block.2.out_layers.0.bias",
+        "up_blocks.0.resnets.2.spatial_res_block.time_emb_proj.bias": "output_blocks.2.0.emb_layers.1.bias",
+        "up_blocks.0.upsamplers.0.conv.bias": "output_blocks.2.1.conv.bias",
+        "up_blocks.1.upsamplers.0.conv.bias": "output_blocks.5.2.conv.bias",
+        "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k.weight": (
+            "output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight"
+        ),
+        "time_embedding.linear_2.bias": "time_embed.2.bias",
+        "add_embedding.linear_2.bias": "label_emb.0.2.bias",
+    },
+    "vae": {
+        "encoder.down_blocks.3.resnets.1.norm1.bias": (
+            "conditioner.embedders.3.encoder.encoder.down.3.block.1.norm1.bias"
+        ),
+        "encoder.mid_block.resnets.1.conv1.bias": "conditioner.embedders.3.encoder.encoder.mid.block_2.conv1.bias",
+        "encoder.mid_block.attentions.0.to_k.bias": "conditioner.embedders.3.encoder.encoder.mid.attn_1.k.bias",
+        "decoder.mid_block.attentions.0.to_v.bias": "first_stage_model.decoder.mid.attn_1.v.bias",
+        "decoder.mid_block.attentions.0.to_out.0.bias": "first_stage_model.decoder.mid.attn_1.proj_out.bias",
+        "decoder.up_blocks.0.resnets.2.temporal_res_block.norm2.bias": (
+            "first_stage_model.decoder.up.3.block.2.time_stack.out_layers.0.bias"
+        ),
+        "decoder.up_blocks.1.upsamplers.0.conv.bias": "first_stage_model.decoder.up.2.upsample.conv.bias",
+        "decoder.up_blocks.0.resnets.0.time_mixer.mix_factor": "first_stage_model.decoder.up.3.block.0.mix_factor",
+    },
+    "image_encoder": {
+        "vision_model.pre_layrnorm.bias": "ln_pre.bias",
+        "vision_model.encoder.layers.30.layer_norm2.bias": "transformer.resblocks.30.ln_2.bias",
+        "vision_model.embeddings.class_embedding": "class_embedding",
+    },
+}
+BELOW = {
+    "unet": "model.diffusion_model.",
+    "vae": "",
+    "image_encoder": "conditioner.embedders.0.open_clip.model.visual.",
+}
+
+
+@pytest.mark.parametrize("network", ALIKE)
+def test_weights_of_one_shape_are_told_apart(network: str) -> None:
+    places = layout_of(ARCHITECTURES["svd"]).places[network]
+    expected = {name: BELOW[network] + key for name, key in ALIKE[network].items()}
+    assert {name: places[name][0] for name in expected} == expected
+
+
+def test_clips_attention_is_that_of_the_module_that_the_file_was_written_from(single: Path) -> None:
+    """open_clip uses torch's own, whose queries, keys and values are one weight."""
+    state, attention = load_file(single), load_components(single).image_encoder.vision_model.encoder.layers[1].self_attn
+    own = torch.nn.MultiheadAttention(64, attention.heads, batch_first=True)
+    below = QKV.replace("resblocks.0", "resblocks.1").removesuffix("in_proj_weight")
+    own.load_state_dict({key.removeprefix(below): weight for key, weight in state.items() if key.startswith(below)})
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(attention(x), own(x, x, x, need_weights=False)[0])
 
 
 def test_what_the_weights_do_not_say_is_the_published_or_what_is_given(single: Path, tmp_path: Path) -> None:
@@ -310,7 +377,6 @@ def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], object]:
     return lambda state: state.update({new: state.pop(old)})
 
 
-QKV = "conditioner.embedders.0.open_clip.model.visual.transformer.resblocks.0.attn.in_proj_weight"
 DAMAGES = {
     "renamed": (renamed(CONV_IN, f"{CONV_IN}s"), f"weight '{CONV_IN}' is missing (1 in all)"),
     "extra": (lambda s: s.update(extra=torch.zeros(1)), "weight 'extra' has no place in this architecture (1 in all)"),
@@ -427,6 +493,8 @@ def test_one_weight_is_in_memory_at_a_time(
     assert len(held) > 1000 and most <= 2  # the one before, until the next one is read
     convert(tiny, tmp_path / "one.safetensors")
     assert most <= 4  # queries, keys and values make one
+    kept = load_components(single).image_encoder.state_dict().values()
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in kept)
 
 
 def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
