@@ -26,7 +26,7 @@ import test_diagnose as tests  # noqa: E402 - it sets one thread
 from svdlab.parity.bugs import BUGS  # noqa: E402
 from svdlab.parity.trace import Trace  # noqa: E402
 from svdlab.samples import sample_photo  # noqa: E402
-from svdlab.svd.checkpoint import checkpoint_folder  # noqa: E402
+from svdlab.svd.checkpoint import checkpoint_path  # noqa: E402
 from svdlab.svd.random_checkpoint import write_random_checkpoint  # noqa: E402
 from svdlab.svd.settings import GenerationSettings  # noqa: E402
 
@@ -35,7 +35,7 @@ torch.set_num_threads(threads)
 
 def port() -> None:
     """All of it, without taps, the frames alone, one prediction alone; with the command's limit of time."""
-    _port(checkpoint_folder("embedded"), tests.SETTINGS.replace(num_frames=8, num_inference_steps=4), whole_only=False)
+    _port(checkpoint_path("embedded"), tests.SETTINGS.replace(num_frames=8, num_inference_steps=4), whole_only=False)
 
 
 def others() -> None:

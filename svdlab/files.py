@@ -64,14 +64,27 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
     Raises:
         OSError: the disk is full, the folder above cannot be written.
     """
-    target = Path(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with atomic_folder(path) as temporary:
         for name, data in files.items():
             with (temporary / name).open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``path``; renamed to it on success, removed on any failure.
+
+    A folder with something in it that is there already stays as it is.
+
+    Raises:
+        OSError: the disk is full, the folder above cannot be written.
+    """
+    target = Path(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
         temporary.chmod(0o777 & ~_umask())
         try:
             os.rename(temporary, target)

@@ -1,19 +1,20 @@
-"""Reading a safetensors file that may be damaged, crafted, or changed by another process while it is open."""
+"""Reading a safetensors file that may be damaged, crafted, or changed while it is open; writing one bit by bit."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Annotated
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.reading import MAX_BYTES, Document, check_file, parse_as
 
 # The dtypes of safetensors that torch has everywhere.
@@ -33,6 +34,36 @@ CODES: Mapping[str, torch.dtype] = {
 _PART = 2**30
 
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Entry(Protocol):
+    """What a tensor is."""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors writes it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Kind(NamedTuple):
+    """What a tensor is that no file holds yet, or not as it is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Tensors(Protocol):
+    """Tensors by name, each read when it is asked for."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def parts(self, name: str) -> Iterable[bytes | memoryview]:
+        """A tensor's bytes as stored."""
 
 
 class _Entry(Document):
@@ -155,3 +186,73 @@ class TensorFile:
 
     def _broken(self, reason: str) -> SvdlabError:
         return SvdlabError(f"{self.path}: not a whole safetensors file ({reason})")
+
+
+def check_entries(
+    where: str,
+    found: Mapping[str, Entry],
+    wanted: Mapping[str, tuple[int, ...]],
+    inert: Collection[str],
+    dtypes: Collection[str],
+) -> None:
+    """Check that there is every weight of an architecture, and nothing else.
+
+    Args:
+        where: the file or folder, for the error.
+        found: what there is.
+        wanted: the architecture's shapes.
+        inert: names that may be there and are not read.
+        dtypes: that a weight may be stored in.
+
+    Raises:
+        SvdlabError: the first weight that is missing, has no place, another shape or another dtype.
+    """
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise SvdlabError(f"{where}: weight {missing[0]!r} is missing ({len(missing)} in all)")
+    if extra := sorted(found.keys() - wanted.keys() - set(inert)):
+        raise SvdlabError(f"{where}: weight {short(extra[0])} has no place in this architecture ({len(extra)} in all)")
+    for key, shape in wanted.items():
+        if (entry := found[key]).shape != shape:
+            raise SvdlabError(f"{where}: weight {key!r} has shape {short(entry.shape)}, the config wants {shape}")
+        if entry.dtype not in dtypes:
+            raise SvdlabError(f"{where}: weight {key!r} is {entry.dtype}, allowed: {', '.join(dtypes)}")
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, Entry],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor: one of them is in memory at a time.
+
+    Args:
+        path: of the file; ``files.atomic_path`` makes it whole or not at all.
+        entries: of every tensor; dtypes are of ``CODES``.
+        read: gives a tensor that is as its entry says.
+        metadata: of the file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    # The widest first: every tensor lies at a multiple of its numbers' size.
+    names = sorted(entries, key=lambda name: (-CODES[entries[name].dtype].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        dtype, shape = entries[name].dtype, entries[name].shape
+        start, end = end, end + math.prod(shape) * CODES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(bytes_of(read(name)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, in row-major order."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdlab.errors import SvdlabError
-from svdlab.svd.checkpoint import checkpoint_folder, load_components
+from svdlab.svd.checkpoint import checkpoint_path, load_components
 from svdlab.svd.random_checkpoint import write_random_checkpoint
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -256,9 +256,9 @@ def test_a_bad_index_is_refused(copy: Path) -> None:
 
 def test_what_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SvdlabError, match="is no diffusers checkpoint: model_index.json is missing"):
-        checkpoint_folder(tmp_path)
+        checkpoint_path(tmp_path)
     with pytest.raises(SvdlabError, match="is no folder, allowed: a folder, owner/name, embedded"):
-        checkpoint_folder(tmp_path / "nowhere")
+        checkpoint_path(tmp_path / "nowhere")
 
 
 def test_a_hub_name_with_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_a_hub_name_with_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         SvdlabError, match="model: 'svdlab-nobody/nothing' is no folder and the hub did not give it"
     ) as error:
-        checkpoint_folder("svdlab-nobody/nothing")
+        checkpoint_path("svdlab-nobody/nothing")
     assert "\n" not in str(error.value)
 
 

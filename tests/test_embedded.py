@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from svdlab.parity.reference import load_diffusers
-from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
+from svdlab.svd.checkpoint import EMBEDDED, checkpoint_path
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene
 from svdlab.training.recipe import IMAGE_ENCODER, UNET, VAE, Recipe
@@ -47,13 +47,13 @@ def usual(pipe: SVDPipeline) -> np.ndarray:
 
 
 def test_it_is_in_the_package_and_small() -> None:
-    folder = checkpoint_folder(EMBEDDED)
+    folder = checkpoint_path(EMBEDDED)
     assert folder.parent.name == "svdlab"
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 20e6
 
 
 def test_its_card_has_the_recipe_of_this_version(pipe: SVDPipeline) -> None:
-    card = (checkpoint_folder(EMBEDDED) / "README.md").read_text()
+    card = (checkpoint_path(EMBEDDED) / "README.md").read_text()
     recipe = re.search(r"```json\n(.*?)```", card, re.S)
     assert recipe and json.loads(recipe[1]) == json.loads(json.dumps(Recipe().to_dict()))
     assert (pipe.unet.config, pipe.image_encoder.config) == (UNET, IMAGE_ENCODER)
@@ -61,7 +61,7 @@ def test_its_card_has_the_recipe_of_this_version(pipe: SVDPipeline) -> None:
 
 
 def test_diffusers_makes_the_same_clip_of_it(pipe: SVDPipeline) -> None:
-    theirs = load_diffusers(checkpoint_folder(EMBEDDED))
+    theirs = load_diffusers(checkpoint_path(EMBEDDED))
     theirs.set_progress_bar_config(disable=True)
     options = dict(**SIZES, output_type="np")
     mine, other = (

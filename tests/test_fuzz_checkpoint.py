@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from fuzzing import damage_bytes, damage_json, fuzz
 from safetensors.torch import load_file, save_file
+from sparse import sparse_file
 
 from svdlab.parity.digests import checkpoint_digest
 from svdlab.samples import sample_picture
+from svdlab.svd.convert import convert
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import write_random_checkpoint
 from svdlab.svd.settings import GenerationSettings
+from svdlab.tensors import TensorFile
 
 INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 TEXTS = (
@@ -60,6 +63,50 @@ def damaged_weights(chance: random.Random, data: bytes) -> bytes:
         header = damage_json(chance, header, chance.choice((1, 2)))
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint in one file."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_random_checkpoint(
+        folder / "folder",
+        unet={"block_out_channels": (32, 32), "num_attention_heads": (2, 2)},
+        vae={"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
+        image_encoder={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    )
+    return convert(folder / "folder", folder / "one.safetensors").target
+
+
+def test_damaged_single_files(single: Path, tmp_path: Path) -> None:
+    file, path = TensorFile(single), tmp_path / "damaged.safetensors"
+    shapes = {name: list(entry.shape) for name, entry in file.entries.items()}
+    held = json.loads(file.metadata["svdlab.config"])
+
+    def single_files(chance: random.Random) -> None:
+        """Names and shapes that are in themselves a file, or options that are in themselves JSON."""
+        damaged, options = dict(shapes), held
+        way = chance.randrange(4)
+        for name in chance.sample(list(damaged), chance.choice((1, 2, 10))) if way < 2 else ():
+            part = chance.choice(name.split("."))
+            if way == 0:
+                names = [other for other in damaged if part in other.split(".")]
+                damaged = {other: damaged[other] for other in damaged if other not in names}
+            else:
+                damaged[name] = chance.choice(([], [0], [7] * 5, damaged[name][::-1], [s * 64 for s in damaged[name]]))
+        if way == 2:
+            options = damage_json(chance, held, chance.choice((1, 2)))
+        if way == 3:
+            path.write_bytes(damage_bytes(chance, single.read_bytes(), 1))
+        else:
+            metadata = {"svdlab.config": json.dumps(options)}
+            sparse_file(path, {name: tuple(shape) for name, shape in damaged.items()}, "F32", metadata)
+        if chance.random() < 0.3:
+            checkpoint_digest(path)
+        SVDPipeline.from_pretrained(path)
+
+    tally = fuzz(single_files, cases=100, memory=4 * single.stat().st_size)
+    assert tally.total() < 50 or min(tally["accepted"], tally["refused"]) > tally.total() // 20
 
 
 def test_damaged_checkpoints(sharded: Path, tmp_path: Path) -> None:

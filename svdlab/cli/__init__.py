@@ -29,6 +29,7 @@ _COMMANDS = {
     "bench": ("svdlab.cli.bench", "time svdlab against diffusers"),
     "bundle": ("svdlab.cli.bundle", "one stage or module in plain files, for a port's unit tests"),
     "compare": ("svdlab.cli.parity", "the verdict on two traces, and where they part"),
+    "convert": ("svdlab.cli.convert", "a checkpoint into a single file or a folder"),
     "demo": ("svdlab.cli.demo", "a port with six bugs, diagnosed"),
     "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
     "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),

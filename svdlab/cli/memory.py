@@ -25,7 +25,7 @@ from svdlab.tables import Column, Table
     "--model",
     default="svd-xt",
     show_default=True,
-    help=f"Whose architecture: {', '.join(ARCHITECTURES)}, embedded, a folder, or a name on the hub.",
+    help=f"Whose architecture: {', '.join(ARCHITECTURES)}, embedded, a folder, a single file, or a name on the hub.",
 )
 @click.option("--device", default="cuda", show_default=True, help="Where it would run; it need not be here.")
 @click.option(

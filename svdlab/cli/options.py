@@ -12,7 +12,10 @@ from svdlab.errors import SvdlabError, short
 from svdlab.svd.settings import GenerationSettings
 
 MODEL = click.option(
-    "--model", default="embedded", show_default=True, help="Checkpoint: embedded, a folder, or a name on the hub."
+    "--model",
+    default="embedded",
+    show_default=True,
+    help="Checkpoint: embedded, a folder, a single .safetensors file, or a folder's or file's name on the hub.",
 )
 
 

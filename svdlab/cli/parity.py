@@ -135,7 +135,7 @@ def trace(
     if out is None:
         raise SvdlabError("--out: is missing, allowed: the trace to write")
     from svdlab.parity.trace import DTYPES, Trace
-    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_path
 
     if inputs is not None and image is not None:
         raise SvdlabError("--image: not together with --inputs, which replays that trace's image")
@@ -151,7 +151,7 @@ def trace(
         "taps": taps,
         "until": until,
         "path": out,
-        "checkpoint": checkpoint_folder(model),
+        "checkpoint": checkpoint_path(model),
         "optional": optional,
     }
     if implementation == "svdlab":
@@ -211,11 +211,11 @@ def compare(
     perturbed = None
     if rerun:
         from svdlab.parity.reference import capture_diffusers, load_diffusers
-        from svdlab.svd.checkpoint import checkpoint_folder
+        from svdlab.svd.checkpoint import checkpoint_path
 
-        folder = checkpoint_folder(model)
-        diffusers = load_diffusers(folder, DTYPES[one.dtype], device)
-        perturbed = capture_diffusers(diffusers, replay=one, perturb=0, progress=True, checkpoint=folder)
+        path = checkpoint_path(model)
+        diffusers = load_diffusers(path, DTYPES[one.dtype], device)
+        perturbed = capture_diffusers(diffusers, replay=one, perturb=0, progress=True, checkpoint=path)
     _report(compare_traces(one, other, exact, perturbed=perturbed, progress=True), json_path, every)
 
 

@@ -19,25 +19,25 @@ from svdlab.files import check_outputs, write_json
 def weights(checkpoint: str, check: str | None, out: str | None, json_path: str | None) -> None:
     """Compare the weights that a port has loaded with CHECKPOINT, key by key.
 
-    CHECKPOINT is a folder, a name on the hub, or "embedded". A checksum is sha256 of the values as float32,
-    little-endian, in row-major order.
+    CHECKPOINT is a folder, a single file, a name on the hub, or "embedded". A checksum is sha256 of the values as
+    float32, little-endian, in row-major order.
     """
     from rich.console import Console
 
     from svdlab.parity.weights import check_weights, checkpoint_weights, checksum
-    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_path
 
     if (check is None) == (out is None):
         raise SvdlabError("--check and --out: got both or none, allowed: one of them")
     check_outputs(json_path, out, inputs=[checkpoint, check])
-    folder = checkpoint_folder(checkpoint)
+    path = checkpoint_path(checkpoint)
     if out is not None:
-        sums = {key: checksum(tensor) for key, tensor in checkpoint_weights(folder)}
+        sums = {key: checksum(tensor) for key, tensor in checkpoint_weights(path)}
         write_json(out, sums)
         click.echo(f"{out}: {len(sums)} checksums")
         return
     assert check is not None
-    report = check_weights(folder, check, progress=True)
+    report = check_weights(path, check, progress=True)
     if report.bad:
         Console().print(report.table())
     else:

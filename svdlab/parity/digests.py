@@ -9,14 +9,15 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
-from svdlab.svd.checkpoint import checkpoint_files
-from svdlab.tensors import TensorFile
+from svdlab.svd.checkpoint import open_weights
+from svdlab.tensors import Tensors
 
 # Fields of the trace's header.
 DIGESTS = ("checkpoint", "inputs")
@@ -26,40 +27,34 @@ _DRAWS = ("input.noise", "input.latents")
 _INPUTS = ("input.source", *_DRAWS)
 
 
-def checkpoint_digest(folder: str | os.PathLike[str], variant: str | None = None) -> str:
-    """Of all weights of a checkpoint folder as stored: every tensor's name, dtype, shape and bytes.
+def checkpoint_digest(checkpoint: str | os.PathLike[str], variant: str | None = None) -> str:
+    """Of all weights of a checkpoint as stored: every tensor's name in a folder, dtype, shape and bytes.
 
-    How the tensors are spread over files, and in which order they are in a file, does not matter. Every byte is read,
-    in as many threads as there are cores: 0.9 s per GB were measured on one busy core.
+    How the tensors are spread over files, and in which order they are in a file, does not matter: a single file has
+    the digest of the folder with its weights. Every byte is read, in as many threads as there are cores: 0.9 s per GB
+    were measured on one busy core.
 
     Args:
-        folder: in diffusers' layout.
+        checkpoint: a folder in diffusers' layout, or a single file.
         variant: file name variant ("fp16").
 
     Raises:
         SvdlabError: a component without weights, or a file that is no whole safetensors file.
     """
-    root = Path(folder)
     found: dict[str, str] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for path in checkpoint_files(root, variant):
-            if path.suffix == ".safetensors":
-                component = path.relative_to(root).parts[0]
-                found |= {f"{component}/{key}": value for key, value in _file_digests(path, pool).items()}
+        for component, weights in open_weights(Path(checkpoint), variant).items():
+            digests = pool.map(partial(_tensor_digest, weights), weights.entries)
+            found |= {f"{component}/{key}": value for key, value in zip(weights.entries, digests, strict=True)}
     return _combined(found)
 
 
-def _file_digests(path: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
-    file = TensorFile(path)
-
-    def digest(key: str) -> str:
-        entry = file.entries[key]
-        made = hashlib.sha256(json.dumps([entry.dtype, entry.shape]).encode())
-        for part in file.parts(key):
-            made.update(part)
-        return made.hexdigest()
-
-    return dict(zip(file.entries, pool.map(digest, file.entries), strict=True))
+def _tensor_digest(weights: Tensors, key: str) -> str:
+    entry = weights.entries[key]
+    made = hashlib.sha256(json.dumps([entry.dtype, entry.shape]).encode())
+    for part in weights.parts(key):
+        made.update(part)
+    return made.hexdigest()
 
 
 def _combined(found: Mapping[str, str]) -> str:

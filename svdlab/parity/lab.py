@@ -23,7 +23,7 @@ from svdlab.parity.candidate import capture
 from svdlab.parity.compare import Comparison, compare
 from svdlab.parity.trace import Trace
 from svdlab.samples import sample_picture
-from svdlab.svd.checkpoint import EMBEDDED, checkpoint_folder
+from svdlab.svd.checkpoint import EMBEDDED, checkpoint_path
 from svdlab.svd.images import to_unit
 from svdlab.svd.memory import measured_peak
 from svdlab.svd.pipeline import SVDPipeline
@@ -81,7 +81,7 @@ class Lab:
     One computation at a time: a second thread waits, and finds what the first one made.
 
     Args:
-        model: "embedded", a checkpoint folder, or a name on the hub.
+        model: "embedded", a checkpoint's folder or single file, or a name on the hub.
         device: where both run.
         dtype: the working dtype; the truth is float64.
         image: what the clips start from; default: ``samples.sample_picture``.
@@ -94,9 +94,9 @@ class Lab:
         self, model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", image: Image.Image | None = None
     ):
         self.image = image or sample_picture(model)
-        self._folder, self._device = checkpoint_folder(model), device
+        self._checkpoint, self._device = checkpoint_path(model), device
         self.dtype = GenerationSettings(dtype=dtype).torch_dtype
-        self.pipe = SVDPipeline.from_pretrained(self._folder, dtype=self.dtype, device=device)
+        self.pipe = SVDPipeline.from_pretrained(self._checkpoint, dtype=self.dtype, device=device)
         self._diffusers: Any = None
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._lock = threading.RLock()
@@ -203,7 +203,7 @@ class Lab:
         from svdlab.parity.reference import cast_diffusers, load_diffusers
 
         if self._diffusers is None:
-            self._diffusers = load_diffusers(self._folder, self.dtype, self._device)
+            self._diffusers = load_diffusers(self._checkpoint, self.dtype, self._device)
         return cast_diffusers(self._diffusers, dtype)
 
     def _trace(self, key: Any, make: Callable[[], Trace], on_progress: OnProgress | None) -> Trace:

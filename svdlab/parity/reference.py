@@ -32,8 +32,11 @@ from svdlab.parity.recorder import Recorder
 from svdlab.parity.replay import inputs_to_replay, replay_images, source_images
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
+from svdlab.svd.checkpoint import ImageNormalization, load_components
 from svdlab.svd.images import to_rgb
+from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.workloads import NETWORKS
 
 
 def load_diffusers(
@@ -46,8 +49,11 @@ def load_diffusers(
 ) -> Any:
     """Load ``StableVideoDiffusionPipeline`` from a checkpoint folder in diffusers' layout (or a hub name).
 
+    Of a single file, which diffusers cannot load, its networks get the weights that svdlab read: no second copy of
+    them is made, in memory or on the disk.
+
     Args:
-        folder: the folder.
+        folder: the folder, or a single file.
         dtype: what the networks run in.
         device: where.
         weights_dtype: round the weights to this first. The truth for a float16 run is float64 arithmetic on
@@ -58,6 +64,11 @@ def load_diffusers(
         SvdlabError: diffusers is not installed, or it cannot read the folder.
     """
     requires("diffusers", "transformers")
+    if os.path.isfile(folder):
+        made = load_components(os.fspath(folder), weights_dtype or dtype, variant=variant)
+        networks = {name: diffusers_network(name, getattr(made, name)) for name in NETWORKS}
+        pipe = diffusers_pipeline(**networks, scheduler=made.scheduler, feature_extractor=made.feature_extractor)
+        return cast_diffusers(pipe, dtype, device)
     try:
         with _quiet():
             from diffusers import StableVideoDiffusionPipeline
@@ -103,14 +114,25 @@ def diffusers_network(name: str, network: nn.Module) -> Any:
     return reference.eval().requires_grad_(False)
 
 
-def diffusers_pipeline(unet: nn.Module, vae: nn.Module, image_encoder: nn.Module, scheduler: Any) -> Any:
-    """diffusers' pipeline around its networks and svdlab's scheduler settings (``EulerScheduler``)."""
+def diffusers_pipeline(
+    unet: nn.Module,
+    vae: nn.Module,
+    image_encoder: nn.Module,
+    scheduler: EulerScheduler,
+    feature_extractor: ImageNormalization = ImageNormalization(),  # noqa: B008 - frozen
+) -> Any:
+    """diffusers' pipeline around its networks and svdlab's settings."""
     with _quiet():
         from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
         from transformers import CLIPImageProcessor
 
+        statistics = {name: list(value) for name, value in feature_extractor.model_dump(by_alias=True).items()}
         pipe = StableVideoDiffusionPipeline(
-            vae, image_encoder, unet, EulerDiscreteScheduler.from_config(scheduler.model_dump()), CLIPImageProcessor()
+            vae,
+            image_encoder,
+            unet,
+            EulerDiscreteScheduler.from_config(scheduler.model_dump()),
+            CLIPImageProcessor(**statistics),
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -32,7 +32,7 @@ def three_way(
     One pipeline is in memory at a time.
 
     Args:
-        model: checkpoint folder in diffusers' layout, hub name, or "embedded".
+        model: checkpoint folder in diffusers' layout, single file, hub name, or "embedded".
         image: a PIL image or a list of them.
         settings: which generation; its dtype is the working dtype.
         device: where all three run.
@@ -46,11 +46,11 @@ def three_way(
         SvdlabError: bad settings, an image that cannot be read, a checkpoint that does not load.
     """
     from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
-    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_path
     from svdlab.svd.pipeline import SVDPipeline
 
     settings = settings or GenerationSettings()
-    checkpoint = checkpoint_folder(os.fspath(model))
+    checkpoint = checkpoint_path(os.fspath(model))
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 

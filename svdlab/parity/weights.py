@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError, short
 from svdlab.reading import read_as
-from svdlab.svd.checkpoint import checkpoint_files
+from svdlab.svd.checkpoint import open_weights
 from svdlab.tables import Cell, Table
 from svdlab.tensors import TensorFile
 
@@ -75,21 +75,18 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
-def checkpoint_weights(folder: str | os.PathLike[str], variant: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a checkpoint folder in diffusers' layout, as stored.
+def checkpoint_weights(checkpoint: str | os.PathLike[str], variant: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a checkpoint, a folder or a single file, as stored and by its name in a folder.
 
     Raises:
         SvdlabError: a file that is no whole safetensors file.
     """
-    root = Path(folder)
-    for path in checkpoint_files(root, variant):
-        if path.suffix == ".safetensors":
-            component = path.relative_to(root).parts[0]
-            yield from ((f"{component}.{key}", tensor) for key, tensor in _tensors(path))
+    for component, weights in open_weights(Path(checkpoint), variant).items():
+        yield from ((f"{component}.{key}", weights.read(key)) for key in weights.entries)
 
 
 def check_weights(
-    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
     dump: str | os.PathLike[str],
     variant: str | None = None,
     progress: bool = False,
@@ -97,7 +94,7 @@ def check_weights(
     """Compare what a port has loaded with a checkpoint.
 
     Args:
-        folder: the checkpoint, in diffusers' layout.
+        checkpoint: a folder in diffusers' layout, or a single file.
         dump: a ``.safetensors`` file or a folder of them, or a ``.json`` of checksums (``checksum``) by key. Keys are
             the checkpoint's, with the component before them (``unet.conv_in.weight``), or without in a file or a
             folder of the component's name.
@@ -111,7 +108,7 @@ def check_weights(
     right = {}
     results = []
     sums: dict[str, str] = {}
-    for key, tensor in tqdm(checkpoint_weights(folder, variant), desc="weights", disable=not progress):
+    for key, tensor in tqdm(checkpoint_weights(checkpoint, variant), desc="weights", disable=not progress):
         right[key] = tensor
         sums[checksum(tensor)] = key
     for key, tensor in right.items():

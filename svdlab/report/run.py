@@ -365,8 +365,8 @@ def notebooks_at_a_time(model: str, device: str) -> int:
     import psutil
     import torch
 
-    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_files, checkpoint_path
 
-    weights = sum(file.stat().st_size for file in checkpoint_folder(model).glob("*/*.safetensors"))
+    weights = sum(file.stat().st_size for file in checkpoint_files(checkpoint_path(model)))
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     return 2 if 2 * 12 * weights < free else 1

@@ -1,17 +1,18 @@
-"""A checkpoint in diffusers' folder format to modules: every key and shape checked, safetensors only.
+"""A checkpoint to modules: every key and shape checked, safetensors only.
 
-A folder holds ``model_index.json``, ``unet/``, ``vae/``, ``image_encoder/``, ``scheduler/`` and
-``feature_extractor/``. Nothing is unpickled.
+A folder in diffusers' format holds ``model_index.json``, ``unet/``, ``vae/``, ``image_encoder/``, ``scheduler/`` and
+``feature_extractor/``; ``single_file`` reads what holds all weights in one. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -28,14 +29,21 @@ from svdlab.svd.image_encoder import CLIPVision
 from svdlab.svd.kernels import use_kernels
 from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.single_file import FLOATS, Options, SingleFile
 from svdlab.svd.unet import UNet
 from svdlab.svd.vae import VAE
+from svdlab.svd.workloads import NETWORKS
+from svdlab.tensors import Entry, Kind, TensorFile, Tensors, check_entries
 
 EMBEDDED = "embedded"
+_HUB_FILE = re.compile(
+    r"(?:https://huggingface\.co/(?=[^/]+/[^/]+/(?:blob|resolve)/))?(?P<repo>[\w.-]+/[\w.-]+)/"
+    r"(?:(?:blob|resolve)/(?P<revision>[\w.-]+)/)?(?P<file>(?:[\w.-]+/)*[\w.-]+\.safetensors)"
+)
 # Saved by old versions of transformers; a constant.
 _INERT_KEYS = {"vision_model.embeddings.position_ids"}
 _PIPELINE = "StableVideoDiffusionPipeline"
-_UNET_FILE, _CLIP_FILE = "diffusion_pytorch_model", "model"
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "image_encoder": "model"}
 
 
 Level = Annotated[float, Field(ge=-1e3, le=1e3)]
@@ -58,7 +66,7 @@ class _Index(BaseModel):
 
 
 # Of the weights that a network may hold: what is cast to its dtype. Others would be cast, too, and be wrong.
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_FLOATS = (*FLOATS, "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -82,28 +90,59 @@ def resolve_size(settings: GenerationSettings, unet: UNetConfig, vae: VAEConfig)
     side = (unet.sample_size or 96) * factor
     # The published configs say 96, though the models were trained at 576x1024 (SVD paper, section 4).
     height, width = (576, 1024) if unet.sample_size == 96 else (side, side)
-    resolved = settings.replace(
-        height=settings.height or height,
-        width=settings.width or width,
-        num_frames=settings.num_frames or unet.num_frames,
-    )
+    num_frames = settings.num_frames or unet.num_frames
+    if num_frames is None:
+        raise SvdlabError(
+            "num_frames: got none, and the single file does not say it; allowed: 14 for SVD, 25 for SVD-XT"
+        )
+    resolved = settings.replace(height=settings.height or height, width=settings.width or width, num_frames=num_frames)
     for name in ("height", "width"):
         if (value := getattr(resolved, name)) % factor:
             raise SvdlabError(f"{name}: got {value}, allowed: multiples of {factor} (this checkpoint's VAE)")
     return resolved
 
 
+class Folder:
+    """A checkpoint in diffusers' folder format, open: every option, name, shape and dtype checked, no weight read.
+
+    Args:
+        path: the folder.
+        variant: "fp16" is of ``*.fp16.safetensors``.
+
+    Attributes:
+        configs: of the three networks.
+        scheduler: what ``scheduler_config.json`` holds.
+        feature_extractor: what ``preprocessor_config.json`` holds of image_mean and image_std.
+        weights: of each network.
+
+    Raises:
+        SvdlabError: an option svdlab does not implement, a missing, extra or misshapen weight, a damaged file.
+    """
+
+    def __init__(self, path: Path, variant: str | None = None):
+        self.configs = _read_configs(path)
+        self.scheduler, where = _read_json(path, "scheduler/scheduler_config.json")
+        EulerScheduler.from_config(self.scheduler, where)
+        held, where = _read_json(path, "feature_extractor/preprocessor_config.json")
+        self.feature_extractor = _normalization(held, where).model_dump(by_alias=True, mode="json")
+        self.weights = open_weights(path, variant)
+        for name, make in NETWORKS.items():
+            with torch.device("meta"):
+                shapes = {key: tuple(t.shape) for key, t in make(getattr(self.configs, name)).state_dict().items()}
+            check_entries(str(path / name), self.weights[name].entries, shapes, _INERT_KEYS, FLOATS)
+
+
 def load_components(
-    repo_or_folder: str | Path = EMBEDDED,
+    checkpoint: str | Path = EMBEDDED,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     variant: str | None = None,
     revision: str | None = None,
 ) -> Components:
-    """Load a checkpoint: ``"embedded"``, a local folder, or a name on the Hugging Face hub.
+    """Load a checkpoint.
 
     Args:
-        repo_or_folder: which checkpoint.
+        checkpoint: as ``checkpoint_path`` takes it.
         dtype: of all weights.
         device: where they go.
         variant: ``"fp16"`` reads ``*.fp16.safetensors``.
@@ -113,29 +152,59 @@ def load_components(
         SvdlabError: no such checkpoint, an option svdlab does not implement, a missing, extra or misshapen weight, a
             damaged file. Configs of all components are checked before any weight is read.
     """
-    folder = checkpoint_folder(repo_or_folder, variant, revision)
-    scheduler = EulerScheduler.from_config(*_read_json(folder, "scheduler/scheduler_config.json"))
-    configs = _read_configs(folder)
-    statistics, where = _read_json(folder, "feature_extractor/preprocessor_config.json")
-    normalization = _normalization(statistics, where)
+    path = checkpoint_path(checkpoint, variant, revision)
+    if path.is_file():
+        return load_single_file(path, dtype, device)
+    scheduler = EulerScheduler.from_config(*_read_json(path, "scheduler/scheduler_config.json"))
+    configs = _read_configs(path)
+    normalization = _normalization(*_read_json(path, "feature_extractor/preprocessor_config.json"))
+    networks: dict[str, Any] = {
+        name: _load(NETWORKS[name], getattr(configs, name), path / name, stem, variant, dtype, torch.device(device))
+        for name, stem in _STEMS.items()
+    }
+    return Components(**networks, scheduler=scheduler, feature_extractor=normalization)
 
-    def load(module: type[nn.Module], config: Any, name: str, stem: str) -> Any:
-        return _load(module, config, folder / name, stem, variant, dtype, torch.device(device))
 
-    return Components(
-        load(UNet, configs.unet, "unet", _UNET_FILE),
-        load(VAE, configs.vae, "vae", _UNET_FILE),
-        load(CLIPVision, configs.image_encoder, "image_encoder", _CLIP_FILE),
-        scheduler,
-        normalization,
-    )
+def load_single_file(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    options: Options = MappingProxyType({}),
+) -> Components:
+    """Load a checkpoint in one file, weight by weight: there is no second copy of it in memory.
+
+    Args:
+        path: the file.
+        dtype: of all weights.
+        device: where they go.
+        options: what its weights do not say, see ``single_file.SingleFile``.
+
+    Raises:
+        SvdlabError: as ``SingleFile``; options that do not belong together.
+    """
+    file, device = SingleFile(path, options), torch.device(device)
+    _check_together(str(path), file.configs)
+    scheduler = EulerScheduler.from_config(file.scheduler, f"{path}: scheduler")
+    normalization = read_config(ImageNormalization, file.feature_extractor, f"{path}: feature_extractor")
+    networks: dict[str, Any] = {}
+    for name, make in NETWORKS.items():
+        with torch.device("meta"):
+            module = make(getattr(file.configs, name))
+        weights = file.weights[name]
+        state = {}
+        for key, entry in weights.entries.items():
+            # Where only shapes are asked for, gigabytes need not be read.
+            weight = torch.empty(entry.shape, device="meta") if device.type == "meta" else weights.read(key)
+            state[key] = weight.to(device=device, dtype=dtype)
+        networks[name] = _for_inference(module, state, device)
+    return Components(**networks, scheduler=scheduler, feature_extractor=normalization)
 
 
 def load_configs(model: str | Path, revision: str | None = None) -> Configs:
     """The architecture of a checkpoint, without its weights.
 
     Args:
-        model: a name of ``ARCHITECTURES``, "embedded", a folder, or a name on the hub.
+        model: a name of ``ARCHITECTURES``, or what ``checkpoint_path`` takes.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -143,7 +212,8 @@ def load_configs(model: str | Path, revision: str | None = None) -> Configs:
     """
     if str(model) in ARCHITECTURES:
         return ARCHITECTURES[str(model)]
-    return _read_configs(checkpoint_folder(model, revision=revision, weights=False))
+    path = checkpoint_path(model, revision=revision, weights=False)
+    return SingleFile(path).configs if path.is_file() else _read_configs(path)
 
 
 def _normalization(statistics: Mapping[str, Any], where: str) -> ImageNormalization:
@@ -162,51 +232,115 @@ def _read_configs(folder: Path) -> Configs:
     vae = _config(folder, "vae/config.json", VAEConfig)
     clip_options, clip_where = _read_json(folder, "image_encoder/config.json")
     known = {name: value for name, value in clip_options.items() if name in CLIPVisionConfig.model_fields}
-    clip = read_config(CLIPVisionConfig, known, clip_where)
+    configs = Configs(unet, vae, read_config(CLIPVisionConfig, known, clip_where))
+    _check_together(str(folder), configs)
+    return configs
+
+
+def _check_together(where: str, configs: Configs) -> None:
+    """Whether the three networks are of one pipeline."""
+    unet, vae, clip = configs.unet, configs.vae, configs.image_encoder
     if unet.in_channels != 2 * unet.out_channels or unet.out_channels != vae.latent_channels:
         raise SvdlabError(
-            f"{folder}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
+            f"{where}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
             f"{vae.latent_channels} do not belong together (in = 2 * out, out = latent)"
         )
     contexts = per_level("cross_attention_dim", unet.cross_attention_dim, len(unet.block_out_channels))
     if set(contexts) != {clip.projection_dim}:
         raise SvdlabError(
-            f"{folder}: unet cross_attention_dim {short(unet.cross_attention_dim)} and image_encoder projection_dim "
+            f"{where}: unet cross_attention_dim {short(unet.cross_attention_dim)} and image_encoder projection_dim "
             f"{clip.projection_dim} do not belong together (they are equal)"
         )
-    return Configs(unet, vae, clip)
 
 
-def checkpoint_folder(
-    repo_or_folder: str | Path, variant: str | None = None, revision: str | None = None, weights: bool = True
+def checkpoint_path(
+    checkpoint: str | Path, variant: str | None = None, revision: str | None = None, weights: bool = True
 ) -> Path:
-    """The local folder of a checkpoint, downloaded from the hub (with its weights or without) when it is not one.
+    """Where a checkpoint is on this machine, downloaded from the hub when it is not.
+
+    Args:
+        checkpoint: "embedded"; a folder in diffusers' format or its name on the hub, owner/name; a single file in the
+            original naming, or its name on the hub, owner/name/FILE.safetensors or
+            https://huggingface.co/owner/name/resolve/main/FILE.safetensors.
+        variant: of a folder's files.
+        revision: branch, tag or commit on the hub, over the one in an address.
+        weights: False leaves them out of a folder's download.
+
+    Returns:
+        A folder, or a single file.
 
     Raises:
-        SvdlabError: neither a folder nor a repository that can be reached, or a folder that is no checkpoint.
+        SvdlabError: nothing on this machine that can be reached on the hub, a folder that is no checkpoint, or a
+            variant of a single file.
     """
-    if str(repo_or_folder) == EMBEDDED:
+    if str(checkpoint) == EMBEDDED:
         return Path(__file__).parent.parent / "checkpoint"
-    folder = Path(repo_or_folder).expanduser()
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_folder)):
-            raise SvdlabError(f"model: {str(repo_or_folder)!r} is no folder, allowed: a folder, owner/name, embedded")
-        folder = _download(str(repo_or_folder), variant, revision, weights)
-    if not (folder / "model_index.json").is_file():
-        raise SvdlabError(f"model: {folder} is no diffusers checkpoint: model_index.json is missing")
-    return folder
+    path = Path(checkpoint).expanduser()
+    if not path.is_dir() and not path.is_file():
+        if match := _HUB_FILE.fullmatch(str(checkpoint)):
+            path = _download_file(match["repo"], match["file"], revision or match["revision"])
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+            path = _download(str(checkpoint), variant, revision, weights)
+        else:
+            raise SvdlabError(
+                f"model: {str(checkpoint)!r} is no folder, allowed: a folder, owner/name, {EMBEDDED}, a single file, "
+                "owner/name/FILE.safetensors"
+            )
+    if path.is_file() and variant is not None:
+        raise SvdlabError(f"variant: got {short(variant)} with the single file {path}, allowed: only with a folder")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise SvdlabError(f"model: {path} is no diffusers checkpoint: model_index.json is missing")
+    return path
 
 
-def checkpoint_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """Every file that loading a checkpoint reads: configs, then weights.
+def checkpoint_files(path: Path, variant: str | None = None) -> list[Path]:
+    """Every file that loading a checkpoint reads: configs, then weights; or the single file.
 
     Raises:
         SvdlabError: a component without weights.
     """
-    stems = {"unet": _UNET_FILE, "vae": _UNET_FILE, "image_encoder": _CLIP_FILE}
-    configs = [folder / name / "config.json" for name in stems]
-    configs += [folder / "scheduler/scheduler_config.json", folder / "feature_extractor/preprocessor_config.json"]
-    return configs + [file for name, stem in stems.items() for file in _weight_files(folder / name, stem, variant)]
+    if path.is_file():
+        return [path]
+    configs = [path / name / "config.json" for name in _STEMS]
+    configs += [path / "scheduler/scheduler_config.json", path / "feature_extractor/preprocessor_config.json"]
+    return configs + [file for name in _STEMS for file in _weight_files(path / name, _STEMS[name], variant)]
+
+
+def open_weights(path: Path, variant: str | None = None) -> Mapping[str, Tensors]:
+    """The weights of each network as stored, by their names in a folder, whether it is a folder or a single file.
+
+    Raises:
+        SvdlabError: a network without weights, or a file that is no whole safetensors file.
+    """
+    if path.is_file():
+        return SingleFile(path).weights
+    return {name: _Shards(path / name, _weight_files(path / name, stem, variant)) for name, stem in _STEMS.items()}
+
+
+class _Shards:
+    """A network's weights in a folder: ``tensors.Tensors``."""
+
+    def __init__(self, folder: Path, files: Sequence[Path]):
+        self._holders: dict[str, TensorFile] = {}
+        for path in files:
+            file = TensorFile(path)
+            if twice := sorted(self._holders.keys() & file.entries.keys()):
+                raise SvdlabError(f"{path}: weight {short(twice[0])} is in another file of {folder}, too")
+            self._holders |= dict.fromkeys(file.entries, file)
+        self.entries: Mapping[str, Entry] = {name: file.entries[name] for name, file in self._holders.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._holders[name].read(name)
+
+    def parts(self, name: str) -> Iterator[bytes]:
+        return self._holders[name].parts(name)
+
+
+def _download_file(repo: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _hub(f"{repo}/{file}", "file"):
+        return Path(hf_hub_download(repo, file, revision=revision))
 
 
 def _download(repo: str, variant: str | None, revision: str | None, weights: bool) -> Path:
@@ -214,11 +348,17 @@ def _download(repo: str, variant: str | None, revision: str | None, weights: boo
 
     suffix = f".{variant}" if variant else ""
     tensors = [f"*/*{suffix}.safetensors", f"*/*{suffix}-*.safetensors"] if weights else []
-    try:
+    with _hub(repo, "folder"):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *tensors]))
+
+
+@contextmanager
+def _hub(name: str, kind: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the hub client raises a dozen types: no network, no such name, gated, bad token
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SvdlabError(f"model: {repo!r} is no folder and the hub did not give it: {reason}") from None
+        raise SvdlabError(f"model: {name!r} is no {kind} and the hub did not give it: {reason}") from None
 
 
 def _read_json(folder: Path, name: str) -> tuple[dict[str, Any], str]:
@@ -256,7 +396,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
 
 
 def _load(
-    cls: type[nn.Module],
+    make: Callable[[Any], nn.Module],
     config: Any,
     folder: Path,
     stem: str,
@@ -265,33 +405,28 @@ def _load(
     device: torch.device,
 ) -> nn.Module:
     with torch.device("meta"):
-        module = cls(config)
+        module = make(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     files = _weight_files(folder, stem, variant)
-    found: dict[str, tuple[int, ...]] = {}
-    kinds: dict[str, str] = {}
+    found: dict[str, Kind] = {}
     for path in files:
         with open_safetensors(path) as file:
             for key in file.keys():  # noqa: SIM118 - it is no mapping
                 if key in found:
                     raise SvdlabError(f"{path}: weight {short(key)} is in another file of {folder}, too")
                 part = file.get_slice(key)
-                found[key], kinds[key] = tuple(part.get_shape()), part.get_dtype()
+                found[key] = Kind(part.get_dtype(), tuple(part.get_shape()))
     where = str(files[0] if len(files) == 1 else folder)
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise SvdlabError(f"{where}: weight {missing[0]!r} is missing ({len(missing)} in all)")
-    if extra := sorted(found.keys() - wanted.keys() - _INERT_KEYS):
-        raise SvdlabError(f"{where}: weight {short(extra[0])} has no place in this architecture ({len(extra)} in all)")
-    for key, shape in wanted.items():
-        if found[key] != shape:
-            raise SvdlabError(f"{where}: weight {key!r} has shape {short(found[key])}, the config wants {shape}")
-        if kinds[key] not in _FLOATS:
-            raise SvdlabError(f"{where}: weight {key!r} is {kinds[key]}, allowed: {', '.join(_FLOATS)}")
+    check_entries(where, found, wanted, _INERT_KEYS, _FLOATS)
     state: dict[str, Tensor] = {}
     for path in files:
         with open_safetensors(path) as file:
             for key in wanted.keys() & set(file.keys()):
                 state[key] = file.get_tensor(key).to(device=device, dtype=dtype)
+    return _for_inference(module, state, device)
+
+
+def _for_inference(module: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> nn.Module:
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().requires_grad_(False)
     return use_kernels(module if device.type == "cpu" else channels_last(module))
@@ -339,29 +474,43 @@ def write_checkpoint(
         dtype: of the weights in the files.
     """
     folder = Path(folder)
-    models: tuple[tuple[str, Any, str, str | None], ...] = (
-        ("unet", unet, _UNET_FILE, "UNetSpatioTemporalConditionModel"),
-        ("vae", vae, _UNET_FILE, "AutoencoderKLTemporalDecoder"),
-        ("image_encoder", image_encoder, _CLIP_FILE, None),
-    )
-    for name, model, stem, class_name in models:
-        config: dict[str, Any] = model.config.model_dump()
-        if class_name:
-            config["_class_name"] = class_name
-        else:
-            config |= {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]}
-        _write_json(folder / name / "config.json", config)
+    models: dict[str, Any] = {"unet": unet, "vae": vae, "image_encoder": image_encoder}
+    configs = Configs(**{name: model.config for name, model in models.items()})
+    write_configs(folder, configs, {**SVD_SCHEDULER, **scheduler}, ImageNormalization().model_dump(by_alias=True))
+    for name, model in models.items():
         state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-        save_file(state, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
-    _write_json(
-        folder / "scheduler/scheduler_config.json",
-        {"_class_name": "EulerDiscreteScheduler", **SVD_SCHEDULER, **scheduler},
-    )
+        save_file(state, weights_path(folder, name), metadata={"format": "pt"})
+    return folder
+
+
+def weights_path(folder: Path, network: str) -> Path:
+    """Where a network's weights are in a folder, if they are in one file."""
+    return folder / network / f"{_STEMS[network]}.safetensors"
+
+
+def write_configs(
+    folder: Path, configs: Configs, scheduler: Mapping[str, Any], feature_extractor: Mapping[str, Any]
+) -> None:
+    """Write all of a checkpoint in diffusers' folder format but the weights.
+
+    Args:
+        folder: made if needed.
+        configs: of the networks.
+        scheduler, feature_extractor: as ``Folder`` has them.
+    """
+    classes: dict[str, dict[str, Any]] = {
+        "unet": {"_class_name": "UNetSpatioTemporalConditionModel"},
+        "vae": {"_class_name": "AutoencoderKLTemporalDecoder"},
+        "image_encoder": {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]},
+    }
+    for name, about_class in classes.items():
+        _write_json(folder / name / "config.json", {**getattr(configs, name).model_dump(), **about_class})
+    _write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler", **scheduler})
     _write_json(
         folder / "feature_extractor/preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
-            **ImageNormalization().model_dump(by_alias=True),
+            **feature_extractor,
             "size": {"shortest_edge": 224},
             "crop_size": {"height": 224, "width": 224},
         },
@@ -377,7 +526,6 @@ def write_checkpoint(
             "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
         },
     )
-    return folder
 
 
 def _write_json(path: Path, options: Mapping[str, Any]) -> None:

@@ -129,7 +129,8 @@ class UNetConfig(Config):
         Layers | tuple[Layers | tuple[Layers, ...], ...], _of_levels(_MAX_LAYERS, "or one for each resnet of each")
     ] = 1
     num_attention_heads: Annotated[Width | tuple[Width, ...], _of_levels(_MAX_WIDTH)] = (5, 10, 20, 20)
-    num_frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] = 25
+    # None where a single file does not say it: then whoever generates does.
+    num_frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = 25
 
     @model_validator(mode="after")
     def _check(self) -> UNetConfig:

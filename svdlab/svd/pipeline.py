@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +24,15 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.svd import images
-from svdlab.svd.checkpoint import EMBEDDED, Components, channels_last, load_components, resolve_size
+from svdlab.svd.checkpoint import (
+    EMBEDDED,
+    Components,
+    channels_last,
+    checkpoint_path,
+    load_components,
+    load_single_file,
+    resolve_size,
+)
 from svdlab.svd.config import Configs
 from svdlab.svd.modules import own_modules
 from svdlab.svd.settings import GenerationSettings
@@ -94,6 +103,8 @@ class SVDPipeline(Stages):
     ) -> SVDPipeline:
         """Load a checkpoint in diffusers' format from the hub, a folder, or the package ("embedded").
 
+        A single file that needs no options loads here, too: see ``from_single_file``.
+
         Args:
             dtype: of the weights, float32 by default; ``torch_dtype`` is diffusers' older name for it.
             variant: ``"fp16"`` for half-precision files.
@@ -103,6 +114,50 @@ class SVDPipeline(Stages):
         """
         dtype = dtype or torch_dtype or torch.float32
         return cls(load_components(repo_or_folder, dtype, device, variant, revision))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path_or_repo_file: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        unet: Mapping[str, Any] = MappingProxyType({}),
+        vae: Mapping[str, Any] = MappingProxyType({}),
+        image_encoder: Mapping[str, Any] = MappingProxyType({}),
+        scheduler: Mapping[str, Any] = MappingProxyType({}),
+        feature_extractor: Mapping[str, Any] = MappingProxyType({}),
+    ) -> SVDPipeline:
+        """Load a checkpoint in one file, in the naming of the code that the model was trained with.
+
+        What its weights do not say is read from the file, where ``svdlab convert`` has written it, or is the published
+        models': see ``single_file.UNSAID``.
+
+        Example:
+            >>> pipe = SVDPipeline.from_single_file("svd_xt.safetensors", dtype=torch.float16)
+
+        Args:
+            path_or_repo_file: a file, ``owner/name/svd_xt.safetensors`` on the hub, or its address there.
+            dtype: of the weights, float32 by default; ``torch_dtype`` is diffusers' older name for it.
+            revision: branch, tag or commit on the hub.
+            unet: options of its ``config.json`` that the weights do not say: num_frames, num_attention_heads,
+                sample_size.
+            vae: scaling_factor, force_upcast, sample_size.
+            image_encoder: num_attention_heads, hidden_act, layer_norm_eps, image_size.
+            scheduler: options of ``scheduler_config.json``.
+            feature_extractor: image_mean, image_std.
+
+        Raises:
+            SvdlabError: a folder, see ``from_pretrained``; else see ``checkpoint.load_single_file``.
+        """
+        path = checkpoint_path(path_or_repo_file, revision=revision)
+        if path.is_dir():
+            raise SvdlabError(f"{path}: is a folder, allowed: a single file; from_pretrained loads folders")
+        given = {"unet": unet, "vae": vae, "image_encoder": image_encoder}
+        given |= {"scheduler": scheduler, "feature_extractor": feature_extractor}
+        return cls(load_single_file(path, dtype or torch_dtype or torch.float32, device, given))
 
     def with_bugs(self, *names: str) -> SVDPipeline:
         """The same weights with bugs of the catalogue injected; this pipeline stays as it is.

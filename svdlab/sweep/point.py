@@ -106,15 +106,15 @@ def identify_model(
     """
     import torch
 
-    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_path
     from svdlab.svd.pipeline import SVDPipeline
 
-    folder = checkpoint_folder(name, revision=revision)
-    pipe = SVDPipeline.from_pretrained(folder, device="meta", dtype=torch.float32)
+    path = checkpoint_path(name, revision=revision)
+    pipe = SVDPipeline.from_pretrained(path, device="meta", dtype=torch.float32)
     resolved = [pipe.resolve(s.replace(dtype="float32")).replace(dtype=s.dtype) for s in settings]
-    # A folder is found again from anywhere.
-    name = str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
-    return _identify(name, folder), resolved
+    # A folder or a file is found again from anywhere.
+    name = str(given.absolute()) if (given := Path(name).expanduser()).exists() else name
+    return _identify(name, path), resolved
 
 
 def check_points_fit(model: Model, settings: Sequence[GenerationSettings], device: str) -> None:
@@ -130,11 +130,12 @@ def check_points_fit(model: Model, settings: Sequence[GenerationSettings], devic
     check_fits(configs, max(settings, key=lambda point: least_bytes(configs, point)), device)
 
 
-def _identify(name: str, folder: Path) -> Model:
+def _identify(name: str, path: Path) -> Model:
     from svdlab.svd.checkpoint import checkpoint_files
 
+    folder = path.parent if path.is_file() else path
     digest = hashlib.sha256()
-    for file in checkpoint_files(folder):
+    for file in checkpoint_files(path):
         state = file.stat()
         line = f"{file.relative_to(folder).as_posix()} {_digest(file, state.st_size, state.st_mtime_ns)}\n"
         digest.update(line.encode())
@@ -219,14 +220,14 @@ def _lab(source: Source, dtype: str) -> Lab:
     from PIL import Image
 
     from svdlab.parity.lab import Lab
-    from svdlab.svd.checkpoint import checkpoint_folder
+    from svdlab.svd.checkpoint import checkpoint_path
 
     _loaded = None  # two models at once may not fit
     try:
-        folder = checkpoint_folder(source.model.name, revision=source.model.revision)
-        found = _identify(source.model.name, folder)
+        path = checkpoint_path(source.model.name, revision=source.model.revision)
+        found = _identify(source.model.name, path)
         with Image.open(io.BytesIO(source.image)) as image:
-            lab = Lab(str(folder), source.device, dtype, image.convert("RGB"))
+            lab = Lab(str(path), source.device, dtype, image.convert("RGB"))
     except Exception as error:  # whatever it is, it would meet every point
         raise SweepHalted(f"{where}: the model does not load: {error or type(error).__name__}") from error
     if found.fingerprint != source.model.fingerprint:

@@ -147,7 +147,7 @@ def run_sweep(
         out: the folder, made if needed; points that are there already are taken over.
         changes: of the settings, one per point; see ``grid``.
         settings: what all points share.
-        model: "embedded", a checkpoint folder, or a name on the hub.
+        model: "embedded", a checkpoint's folder or single file, or a name on the hub.
         revision: branch, tag or commit on the hub.
         device: where points are computed.
         image: what the clips start from; default: ``samples.sample_picture``.

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from svdlab.parity.reference import load_diffusers
-from svdlab.svd.checkpoint import checkpoint_folder
+from svdlab.parity.reference import load_diffusers, resolve
+from svdlab.svd.checkpoint import checkpoint_files, checkpoint_path
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.settings import GenerationSettings
 from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene, speed
 from svdlab.training.recipe import Recipe
 
@@ -60,10 +61,10 @@ class Sampler:
     """Clips of the held-out first frames, (N, F, H, W, 3) in [0, 1], by diffusers."""
 
     def __init__(self, model: str, images: int, steps: int, device: str):
-        self.pipe = load_diffusers(checkpoint_folder(model), torch.float32, device)
+        self.pipe = load_diffusers(checkpoint_path(model), torch.float32, device)
         self.pipe.set_progress_bar_config(disable=True)
         self.scenes = [sample_scene(i) for i in range(images)]
-        self.steps, self.num_frames = steps, int(self.pipe.unet.config.num_frames)
+        self.steps, self.num_frames = steps, int(resolve(self.pipe, GenerationSettings()).num_frames or 0)
         self.bar = tqdm(desc="clips through diffusers", unit="clip")
 
     def __call__(self, *, fps: int = 7, motion_bucket_id: int = 127, seed: int = 0, **options: Any) -> np.ndarray:
@@ -158,11 +159,11 @@ def model_card(model: str, figures: list[Figure], images: int, steps: int) -> st
     """The checkpoint's README, in Markdown: data, recipe, the figures that ``evaluate`` measured, limits."""
     from jinja2 import Environment, PackageLoader
 
-    pipe, folder = SVDPipeline.from_pretrained(model), checkpoint_folder(model)
+    pipe, files = SVDPipeline.from_pretrained(model), checkpoint_files(checkpoint_path(model))
     networks = {"UNet": pipe.unet, "VAE": pipe.vae, "image encoder": pipe.image_encoder}
     loader = Environment(loader=PackageLoader("svdlab.training"), keep_trailing_newline=True)
     return loader.get_template("model_card.md").render(
-        megabytes=round(sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6, 1),
+        megabytes=round(sum(f.stat().st_size for f in files if f.suffix == ".safetensors") / 1e6, 1),
         num_frames=pipe.unet.config.num_frames,
         speed=speed(127),
         parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
