@@ -146,7 +146,7 @@ class Stages:
         if dtype != self.dtype:
             vae = own_modules(vae)
             vae.encoder, vae.quant_conv = cast_copy(vae.encoder, dtype), cast_copy(vae.quant_conv, dtype)
-        mode, _ = vae.encode(pixels.to(dtype))
+        mode = vae.encode(pixels.to(dtype)).latent_dist.mode()
         return mode.to(self.dtype).repeat_interleave(settings.num_videos_per_prompt, 0)
 
     def time_ids(self, settings: GenerationSettings) -> Tensor:
@@ -279,5 +279,5 @@ def decode_latents(vae: VAE, latents: Tensor, chunk: int | None, exact: bool) ->
     """
     videos = [v[None] for v in latents]
     if exact or chunk is None:
-        return torch.cat([vae.decode(v, chunk or 2) for v in videos])
-    return torch.cat([torch.cat([vae.decode(c) for c in v.split(chunk, dim=1)], dim=1) for v in videos])
+        return torch.cat([vae.decode_videos(v, chunk or 2) for v in videos])
+    return torch.cat([torch.cat([vae.decode_videos(c) for c in v.split(chunk, dim=1)], dim=1) for v in videos])
