@@ -287,7 +287,7 @@ def test_clip_equals_transformers(activation: str) -> None:
     own = use_kernels(CLIPVision(CLIPVisionConfig(**config)))
     own.load_state_dict(reference.state_dict(), strict=True)
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(8))
-    result, expected = own(pixels)[:, 0], reference(pixels).image_embeds
+    result, expected = own(pixels).image_embeds, reference(pixels).image_embeds
     assert ratio(result, expected, reference.double()(pixels.double()).image_embeds) <= 4
 
 

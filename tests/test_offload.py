@@ -114,7 +114,9 @@ def decoded(pipe: SVDPipeline, free: float, monkeypatch: pytest.MonkeyPatch, **c
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     seen: list[int] = []
     decode = pipe.vae.decode_videos
-    monkeypatch.setattr(pipe.vae, "decode_videos", lambda latents, chunk=None: (seen.append(chunk), decode(latents, chunk))[1])
+    monkeypatch.setattr(
+        pipe.vae, "decode_videos", lambda latents, chunk=None: (seen.append(chunk), decode(latents, chunk))[1]
+    )
     settings = SMALL.replace(num_frames=4, decode_chunk_size="auto", **changes)
     latents = torch.randn(1, 4, 4, 4, 5, generator=torch.Generator().manual_seed(1))
     frames = pipe.decode(latents, settings)

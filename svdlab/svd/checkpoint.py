@@ -35,6 +35,14 @@ EMBEDDED = "embedded"
 # Saved by old versions of transformers; a constant.
 _INERT_KEYS = {"vision_model.embeddings.position_ids"}
 _PIPELINE = "StableVideoDiffusionPipeline"
+MODEL_INDEX: Mapping[str, Any] = {
+    "_class_name": _PIPELINE,
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+    "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+}
 _UNET_FILE, _CLIP_FILE = "diffusion_pytorch_model", "model"
 
 
@@ -162,25 +170,44 @@ def _read_configs(folder: Path) -> Configs:
     vae = _config(folder, "vae/config.json", VAEConfig)
     clip_options, clip_where = _read_json(folder, "image_encoder/config.json")
     known = {name: value for name, value in clip_options.items() if name in CLIPVisionConfig.model_fields}
-    clip = read_config(CLIPVisionConfig, known, clip_where)
+    configs = Configs(unet, vae, read_config(CLIPVisionConfig, known, clip_where))
+    check_together(str(folder), configs)
+    return configs
+
+
+def check_together(where: str, configs: Configs) -> None:
+    """Whether the three networks are of one pipeline.
+
+    Raises:
+        SvdlabError: they are not; ``where`` they are from is in the error.
+    """
+    unet, vae, clip = configs.unet, configs.vae, configs.image_encoder
     if unet.in_channels != 2 * unet.out_channels or unet.out_channels != vae.latent_channels:
         raise SvdlabError(
-            f"{folder}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
+            f"{where}: unet in_channels {unet.in_channels}, out_channels {unet.out_channels} and vae latent_channels "
             f"{vae.latent_channels} do not belong together (in = 2 * out, out = latent)"
         )
     contexts = per_level("cross_attention_dim", unet.cross_attention_dim, len(unet.block_out_channels))
     if set(contexts) != {clip.projection_dim}:
         raise SvdlabError(
-            f"{folder}: unet cross_attention_dim {short(unet.cross_attention_dim)} and image_encoder projection_dim "
+            f"{where}: unet cross_attention_dim {short(unet.cross_attention_dim)} and image_encoder projection_dim "
             f"{clip.projection_dim} do not belong together (they are equal)"
         )
-    return Configs(unet, vae, clip)
 
 
 def checkpoint_folder(
-    repo_or_folder: str | Path, variant: str | None = None, revision: str | None = None, weights: bool = True
+    repo_or_folder: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+    **hub: Any,
 ) -> Path:
     """The local folder of a checkpoint, downloaded from the hub (with its weights or without) when it is not one.
+
+    Args:
+        repo_or_folder, variant, revision: as for ``load_components``.
+        weights: False leaves them out of a download.
+        hub: further options of ``huggingface_hub.snapshot_download``.
 
     Raises:
         SvdlabError: neither a folder nor a repository that can be reached, or a folder that is no checkpoint.
@@ -191,7 +218,7 @@ def checkpoint_folder(
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo_or_folder)):
             raise SvdlabError(f"model: {str(repo_or_folder)!r} is no folder, allowed: a folder, owner/name, embedded")
-        folder = _download(str(repo_or_folder), variant, revision, weights)
+        folder = _download(str(repo_or_folder), variant, weights, revision=revision, **hub)
     if not (folder / "model_index.json").is_file():
         raise SvdlabError(f"model: {folder} is no diffusers checkpoint: model_index.json is missing")
     return folder
@@ -209,13 +236,13 @@ def checkpoint_files(folder: Path, variant: str | None = None) -> list[Path]:
     return configs + [file for name, stem in stems.items() for file in _weight_files(folder / name, stem, variant)]
 
 
-def _download(repo: str, variant: str | None, revision: str | None, weights: bool) -> Path:
+def _download(repo: str, variant: str | None, weights: bool, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     suffix = f".{variant}" if variant else ""
     tensors = [f"*/*{suffix}.safetensors", f"*/*{suffix}-*.safetensors"] if weights else []
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *tensors]))
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*/*.json", *tensors], **hub))
     except Exception as error:  # the hub client raises a dozen types: no network, no such name, gated, bad token
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SvdlabError(f"model: {repo!r} is no folder and the hub did not give it: {reason}") from None
@@ -328,7 +355,9 @@ def write_checkpoint(
     image_encoder: CLIPVision,
     *,
     scheduler: Mapping[str, Any] = {},  # noqa: B006 - read only
-    dtype: torch.dtype = torch.float32,
+    feature_extractor: ImageNormalization | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    variant: str | None = None,
 ) -> Path:
     """Write modules as a checkpoint in diffusers' folder format, which diffusers and svdlab load alike.
 
@@ -336,7 +365,9 @@ def write_checkpoint(
         folder: made if needed.
         unet, vae, image_encoder: their weights and configs.
         scheduler: options over ``SVD_SCHEDULER``.
-        dtype: of the weights in the files.
+        feature_extractor: CLIP's statistics; None for the published ones.
+        dtype: of the weights in the files; None for each network's own.
+        variant: such as "fp16", in the names of the files with weights.
     """
     folder = Path(folder)
     models: tuple[tuple[str, Any, str, str | None], ...] = (
@@ -351,8 +382,9 @@ def write_checkpoint(
         else:
             config |= {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]}
         _write_json(folder / name / "config.json", config)
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-        save_file(state, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+        state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+        dotted = f".{variant}" if variant else ""
+        save_file(state, folder / name / f"{stem}{dotted}.safetensors", metadata={"format": "pt"})
     _write_json(
         folder / "scheduler/scheduler_config.json",
         {"_class_name": "EulerDiscreteScheduler", **SVD_SCHEDULER, **scheduler},
@@ -361,25 +393,15 @@ def write_checkpoint(
         folder / "feature_extractor/preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
-            **ImageNormalization().model_dump(by_alias=True),
+            **(feature_extractor or ImageNormalization()).model_dump(by_alias=True),
             "size": {"shortest_edge": 224},
             "crop_size": {"height": 224, "width": 224},
         },
     )
-    _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": _PIPELINE,
-            "feature_extractor": ["transformers", "CLIPImageProcessor"],
-            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-            "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-            "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
-        },
-    )
+    _write_json(folder / "model_index.json", MODEL_INDEX)
     return folder
 
 
 def _write_json(path: Path, options: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options, indent=2) + "\n")
+    path.write_text(json.dumps(dict(options), indent=2) + "\n")

@@ -48,7 +48,8 @@ def adopt(name: str, component: Any) -> Any:
         return component
     if name == "scheduler" and hasattr(component, "config"):
         with about("scheduler"):
-            options = {**component.config, "_class_name": type(component).__name__}
+            options = {option: value for option, value in component.config.items() if value is not None}
+            options["_class_name"] = type(component).__name__
             return EulerScheduler.from_config(options, type(component).__name__)
     if name == "feature_extractor" and hasattr(component, "image_mean") and hasattr(component, "image_std"):
         statistics = {"image_mean": tuple(component.image_mean), "image_std": tuple(component.image_std)}

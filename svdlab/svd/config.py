@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,6 +23,15 @@ Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 
 
 Checked = TypeVar("Checked", bound="Config")
+
+
+class Options(dict[str, Any]):
+    """A dict whose values are attributes, too, as in diffusers' configs (``configuration_utils.py:FrozenDict``)."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 class Config(Document):
@@ -51,8 +60,8 @@ class Config(Document):
         """The same options with some changed, checked again."""
         return type(self)(**{**self.model_dump(), **changes})
 
-    # Also by name, as diffusers' configs (``configuration_utils.py:FrozenDict``).
-    def keys(self) -> Iterable[str]:
+    # Also by name, as diffusers' configs.
+    def keys(self) -> KeysView[str]:
         """The options' names, as for ``dict(config)``."""
         return type(self).model_fields.keys()
 

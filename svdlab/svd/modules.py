@@ -1,4 +1,7 @@
-"""What the three networks have in common, and networks that share their weights and nothing else: what edits one, the other does not notice."""
+"""What the three networks have in common; and networks that share their weights and nothing else.
+
+What edits one of these, the other does not notice.
+"""
 
 from __future__ import annotations
 

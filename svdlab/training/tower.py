@@ -29,7 +29,9 @@ class Described(nn.Module):
         self.head = nn.Linear(image_encoder.config.projection_dim, len(SHAPES) + len(DIRECTIONS) + _NUMBERS)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return self.head(self.image_encoder(pixels).image_embeds).split([len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1)
+        return self.head(self.image_encoder(pixels).image_embeds).split(
+            [len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1
+        )
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
