@@ -95,7 +95,10 @@ def test_every_probe_is_at_parity(
 
 
 def test_two_different_images(checkpoints: dict[str, Path], photo: Image.Image) -> None:
-    settings = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=2)
+    """With two videos each, which diffusers mixes, in chunks that hold the end of one and the start of the next."""
+    settings = GenerationSettings(
+        height=32, width=40, num_frames=3, num_inference_steps=2, num_videos_per_prompt=2, decode_chunk_size=2
+    )
     other = photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     comparison = three_way(checkpoints["tiny"], [photo, other], settings)
     assert comparison.verdict == "parity", comparison.summary()

@@ -94,7 +94,7 @@ def _from_array(image: Any) -> Tensor:
     (``image_processor.py:VaeImageProcessor.preprocess``).
     """
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
-        if image.dtype.kind not in "buif" or image.dtype.itemsize > 8:
+        if (image.dtype.kind not in "bf" and image.dtype != np.uint8) or image.dtype.itemsize > 8:
             raise SvdlabError(f"got numpy {image.dtype}, allowed: uint8, or floats in [0, 1] or [-1, 1]")
         tensor = torch.from_numpy(np.moveaxis(image, -1, -3).astype(image.dtype.newbyteorder("="), order="C"))
     elif isinstance(image, Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
@@ -103,7 +103,7 @@ def _from_array(image: Any) -> Tensor:
         raise SvdlabError(f"got a {type(image).__name__} of shape {tuple(image.shape)}, allowed: {_KINDS}")
     else:
         raise SvdlabError(f"got {type(image).__name__}, allowed: {_KINDS}")
-    if tensor.is_complex():
+    if not (tensor.is_floating_point() or tensor.dtype in (torch.uint8, torch.bool)):
         raise SvdlabError(f"got {tensor.dtype}, allowed: uint8, or floats in [0, 1] or [-1, 1]")
     tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if not tensor.isfinite().all():
