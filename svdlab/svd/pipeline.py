@@ -82,7 +82,7 @@ class SVDPipeline(DiffusersInterface):
     Args:
         vae, image_encoder, unet, scheduler, feature_extractor: svdlab's own, or diffusers' and transformers', whose
             weights are shared; see ``components.adopt``.
-        compat: "diffusers" for diffusers' frames also where svdlab mends them; ``svdlab.svd.compat`` has the table.
+        compat: "diffusers" for diffusers' frames also where svdlab mends them: docs/compatibility.md.
 
     Raises:
         SvdlabError: a component that svdlab does not implement, or networks that do not belong together.
@@ -233,6 +233,13 @@ class SVDPipeline(DiffusersInterface):
         other, replaced = copy.copy(self), replaced or {}
         other._wrapped = [*(pair for pair in self._wrapped if pair[0] not in replaced), *wrapped]
         other.put_stages({**self.replaced, **replaced})
+        return other
+
+    def __copy__(self) -> Self:
+        """The same networks, and stages that run on those which the copy has, whatever is put in their places."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.put_stages(self.replaced)
         return other
 
     def put_stages(self, replaced: Mapping[str, Callable[..., Any]]) -> None:
