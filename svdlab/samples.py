@@ -42,12 +42,12 @@ def sample_photo() -> Image.Image:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An RGB image from a file.
+    """An RGB image from a file, upright: turned as its EXIF orientation says, as diffusers' ``load_image`` does.
 
     Raises:
         SvdlabError: no such file, no image, or see ``svd.images.to_rgb``.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from svdlab.svd.images import to_rgb
 
@@ -63,4 +63,4 @@ def read_image(path: str | Path) -> Image.Image:
             except Exception:  # broken files make PIL's readers raise almost anything
                 raise SvdlabError("not an image that can be read") from None
             with opened:
-                return to_rgb(opened)
+                return ImageOps.exif_transpose(to_rgb(opened))

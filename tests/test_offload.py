@@ -113,8 +113,10 @@ def decoded(pipe: SVDPipeline, free: float, monkeypatch: pytest.MonkeyPatch, **c
     """Frames, and the chunk in which they were decoded with so many bytes free."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     seen: list[int] = []
-    decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda latents, chunk=None: (seen.append(chunk), decode(latents, chunk))[1])
+    decode = pipe.vae.decode_videos
+    monkeypatch.setattr(
+        pipe.vae, "decode_videos", lambda latents, chunk=None: (seen.append(chunk), decode(latents, chunk))[1]
+    )
     settings = SMALL.replace(num_frames=4, decode_chunk_size="auto", **changes)
     latents = torch.randn(1, 4, 4, 4, 5, generator=torch.Generator().manual_seed(1))
     frames = pipe.decode(latents, settings)

@@ -95,7 +95,10 @@ def test_every_probe_is_at_parity(
 
 
 def test_two_different_images(checkpoints: dict[str, Path], photo: Image.Image) -> None:
-    settings = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=2)
+    """With two videos each, which diffusers mixes, in chunks that hold the end of one and the start of the next."""
+    settings = GenerationSettings(
+        height=32, width=40, num_frames=3, num_inference_steps=2, num_videos_per_prompt=2, decode_chunk_size=2
+    )
     other = photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     comparison = three_way(checkpoints["tiny"], [photo, other], settings)
     assert comparison.verdict == "parity", comparison.summary()
@@ -143,7 +146,8 @@ def test_return_tuple_and_callback(pipe: SVDPipeline, photo: Image.Image) -> Non
         seen.append((step, float(timestep)))
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    (latents,) = pipe(photo, output_type="latent", return_dict=False, callback_on_step_end=callback, **SMALL)
+    latents = pipe(photo, output_type="latent", return_dict=False, callback_on_step_end=callback, **SMALL)
+    assert latents.shape == (1, 3, 4, 4, 5), "as diffusers: the frames themselves, not a tuple of them"
     assert [step for step, _ in seen] == [0, 1] and not latents.any()
 
 
@@ -322,7 +326,7 @@ def test_native_size() -> None:
         (dict(decode_chunk_size=0), "decode_chunk_size: got 0"),
         (dict(decode="fast"), "decode: got 'fast', allowed: parity, exact"),
         (dict(output_type="gif"), "output_type: got 'gif', allowed: pil, np, pt, latent"),
-        (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback_on_step_end_tensor_inputs: got"),
+        (dict(callback_on_step_end_tensor_inputs=["sigma"]), "callback_on_step_end_tensor_inputs: got"),
         (dict(latents=torch.zeros(1, 2, 4, 4, 5)), r"latents: got shape \(1, 2, 4, 4, 5\), allowed: \(1, 3, 4, 4, 5\)"),
         (dict(generator=[torch.Generator()] * 3), "generator: got a list of 3, allowed: one, or one per video"),
     ],
@@ -366,7 +370,7 @@ def test_settings_in_bad_json(text: str, message: str) -> None:
         ("photo.png", "image: got str, allowed: a PIL image"),
         ([], "image: got an empty list"),
         (np.full((8, 8, 3), np.nan, dtype=np.float32), "image: got NaN or infinity"),
-        (np.full((8, 8, 3), 7.0), r"image: got values in \[7, 7\], allowed: values in \[0, 1\]"),
+        (np.full((8, 8, 3), 7.0), r"image: got values in \[7, 7\], allowed: values in \[0, 1\] or \[-1, 1\]"),
         (np.zeros((8, 8)), r"image: got a ndarray of shape \(8, 8\)"),
         (torch.zeros(1, 4, 8, 8), r"image: got a Tensor of shape \(1, 4, 8, 8\)"),
         (torch.zeros(3, 0, 8), "image: got no pixels"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from svdlab.errors import SvdlabError, printable
 from svdlab.samples import read_image, sample_photo, sample_picture
@@ -73,6 +73,28 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path, monkeypatch: pytest.
         assert str(error.value).startswith(printable(f"image: {path}: {message}"))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_file_is_read_upright(tmp_path: Path, orientation: int) -> None:
+    """Cameras store what the sensor saw, and how to turn it."""
+    upright = Image.fromarray(
+        np.array([[[250, 0, 0], [0, 250, 0], [0, 0, 250]], [[0] * 3, [120] * 3, [250] * 3]], np.uint8)
+    )
+    turned = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright if orientation == 1 else upright.transpose(turned[orientation])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.save(tmp_path / "camera.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "camera.png")), np.asarray(upright))
+
+
 def test_an_image_in_memory_is_refused_likewise() -> None:
     truncated = io.BytesIO()
     sample_photo().save(truncated, "JPEG")
@@ -83,6 +105,8 @@ def test_an_image_in_memory_is_refused_likewise() -> None:
         (np.zeros((1, 4, 3), np.uint8), "got 4x1 pixels, allowed"),
         (torch.zeros(3, 1, 1), "got 1x1 pixels, allowed"),
         (np.zeros((4, 4, 3), object), "got numpy object, allowed"),
+        (np.zeros((4, 4, 3), np.uint16), "got numpy uint16, allowed: uint8, or floats in"),
+        (torch.ones(3, 4, 4, dtype=torch.int32), "got torch.int32, allowed: uint8, or floats in"),
         (np.zeros((4, 4, 3), complex), "got numpy complex128, allowed"),
         (torch.zeros(3, 4, 4, dtype=torch.complex64), "got torch.complex64, allowed"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from svdlab.bench.timing import (
 from svdlab.samples import sample_picture
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 from svdlab.svd.architectures import ARCHITECTURES, SVD_SCHEDULER
-from svdlab.svd.checkpoint import Components, Configs, ImageNormalization, channels_last, resolve_size
+from svdlab.svd.checkpoint import Configs, ImageNormalization, channels_last, resolve_size
 from svdlab.svd.kernels import plain, use_kernels
 from svdlab.svd.memory import Simulation
 from svdlab.svd.pipeline import SVDPipeline
@@ -250,7 +250,7 @@ class Bench:
 
     def _clip(self, own: Any, settings: GenerationSettings) -> Work:
         pixels = self._maker(settings)(settings.num_videos_per_prompt, 3, *(own.config.image_size,) * 2)
-        return lambda tower: tower(pixels), lambda reference: reference(pixels).image_embeds
+        return lambda tower: tower(pixels).image_embeds, lambda reference: reference(pixels).image_embeds
 
     def _maker(self, settings: GenerationSettings) -> Callable[..., Tensor]:
         """Makes random tensors of a shape; both implementations get the same ones."""
@@ -269,7 +269,7 @@ class Bench:
             pairs = {name: self.networks(name, dtype) for name in NETWORKS}
             scheduler = EulerScheduler.from_config(SVD_SCHEDULER)
             own = {name: pair[0] for name, pair in pairs.items()}
-            pipe = SVDPipeline(Components(**own, scheduler=scheduler, feature_extractor=ImageNormalization()))
+            pipe = SVDPipeline(**own, scheduler=scheduler, feature_extractor=ImageNormalization())
             references = {name: pair[1] for name, pair in pairs.items()}
         settings = pipe.resolve(settings)
         image = sample_picture(self.model)
@@ -290,7 +290,7 @@ class Bench:
             faster = diffusers_pipeline(**compiled, vae=compiled_vae(references["vae"]), scheduler=pipe.scheduler)
             calls[COMPILED] = lambda: faster(image, **options())
             unet: Any = torch.compile(plain(pipe.unet))
-            own_compiled = SVDPipeline(replace(pipe.components, unet=unet))
+            own_compiled = SVDPipeline(**{**pipe.components, "unet": unet})
             calls[SVDLAB_COMPILED] = lambda: run(own_compiled)
         simulation, steps = Simulation(pipe.configs, settings, "cuda"), settings.num_inference_steps
         once = sum(simulation.flops(name) for name in ("image_encoder", "vae_encode", "decode_exact"))

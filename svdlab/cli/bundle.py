@@ -30,7 +30,7 @@ def bundle(what: str, reference: str, out: str, step: int, json_path: str | None
     check_new_folder(out)
     check_outputs(json_path, folders=[out], inputs=[reference, model])
     trace = Trace.open(reference)
-    pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[trace.dtype], device=device)
+    pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[trace.dtype], device=device, compat="diffusers")
     bundles = make_bundles(pipe, what, trace, step)
     source = f"Made by svdlab from the checkpoint `{model}` in {trace.dtype}, from the inputs of `{trace.label}`."
     folders = write_bundles(bundles, out, source)

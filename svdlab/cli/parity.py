@@ -158,7 +158,9 @@ def trace(
         from svdlab.parity.candidate import capture
         from svdlab.svd.pipeline import SVDPipeline
 
-        pipe = SVDPipeline.from_pretrained(shared["checkpoint"], dtype=settings.torch_dtype, device=device)
+        pipe = SVDPipeline.from_pretrained(
+            shared["checkpoint"], dtype=settings.torch_dtype, device=device, compat="diffusers"
+        )
         made = capture(pipe, picture, settings, progress=True, **shared)
     else:
         import torch
@@ -257,7 +259,7 @@ def diagnose(
     check_outputs(json_path, junit, inputs=[reference, candidate, truth, candidate_truth, model])
     one, other = Trace.open(reference), Trace.open(candidate)
     exact = None if truth is None else Trace.open(truth)
-    pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device)
+    pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device, compat="diffusers")
     own = None if candidate_truth is None else Trace.open(candidate_truth)
     found = explain(one, other, exact, pipe=pipe, candidate_truth=own, seconds=seconds, progress=True)
     click.echo(found.summary())

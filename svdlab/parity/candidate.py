@@ -77,7 +77,9 @@ def capture(
     models = {"image_encoder": pipe.image_encoder, "vae": pipe.vae, "unet": pipe.unet}
     chosen = tapping.select(models, taps)
     run_settings = settings
-    if any(name.startswith("vae.decoder") for name in chosen) and not settings.effective_decode_chunk:
+    if any(name.startswith("vae.decoder") for name in chosen) and (
+        settings.decode == "exact" or not isinstance(settings.decode_chunk_size, int)
+    ):
         # All frames at once gives what the exact decode gives, which does not call the modules whose hooks record.
         run_settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
     writer = TraceWriter(

@@ -96,7 +96,7 @@ class Lab:
         self.image = image or sample_picture(model)
         self._checkpoint, self._device = checkpoint_path(model), device
         self.dtype = GenerationSettings(dtype=dtype).torch_dtype
-        self.pipe = SVDPipeline.from_pretrained(self._checkpoint, dtype=self.dtype, device=device)
+        self.pipe = SVDPipeline.from_pretrained(self._checkpoint, dtype=self.dtype, device=device, compat="diffusers")
         self._diffusers: Any = None
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._lock = threading.RLock()

@@ -23,7 +23,6 @@ from torch.utils.hooks import RemovableHandle
 from svdlab.parity import taps as tapping
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.stages import Chain, StageJudge, distance
-from svdlab.svd.checkpoint import Components
 from svdlab.svd.kernels.registry import plain
 from svdlab.svd.modules import state_of
 from svdlab.svd.pipeline import SVDPipeline
@@ -157,10 +156,8 @@ def _split(name: str) -> tuple[str, int | None]:
 
 def _plain(pipe: SVDPipeline) -> SVDPipeline:
     """With the plain layers, whose every module is called."""
-    c = pipe.components
-    return SVDPipeline(
-        Components(plain(c.unet), plain(c.vae), plain(c.image_encoder), c.scheduler, c.feature_extractor)
-    )
+    components = {name: plain(c) if isinstance(c, nn.Module) else c for name, c in pipe.components.items()}
+    return SVDPipeline(**components, compat=pipe.compat)
 
 
 def _skips(unet: nn.Module) -> Iterator[str]:

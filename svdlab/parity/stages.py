@@ -356,7 +356,7 @@ class StageJudge:
         self.reference, self.candidate, self.pipe, self.tick = reference, candidate, pipe, tick
         self.candidate_truth = candidate_truth
         self.settings = pipe.resolve(reference.settings.replace(dtype=reference.dtype))
-        self.exact_pipe = SVDPipeline(copy.deepcopy(pipe.components)).to(torch.float64)
+        self.exact_pipe = SVDPipeline(**copy.deepcopy(pipe.components), compat=pipe.compat).to(torch.float64)
         probes = [name for name in candidate if name in reference and _is_judged(name)]
         draws = [name for name in INPUTS if name in reference and name not in probes]
         if "input.source" in reference and not is_8bit(reference["input.source"]):

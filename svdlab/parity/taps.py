@@ -16,7 +16,7 @@ facts decide what a tap holds, whatever the implementation's own layout is:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -99,7 +99,7 @@ def split(name: str) -> tuple[str, int | None] | None:
     return None
 
 
-def modules(models: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def modules(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Every tapped module of ``image_encoder``, ``vae`` and ``unet``, those that are given, under its tap name."""
     for model in (name for name in MODELS if name in models):
         for path, module in models[model].named_modules():
@@ -108,7 +108,7 @@ def modules(models: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def select(models: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
+def select(models: Mapping[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The tapped modules that any of the shell-style ``patterns`` names (``*`` matches dots, too).
 
     Raises:

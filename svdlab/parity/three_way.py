@@ -58,7 +58,7 @@ def three_way(
         return None if folder is None else Path(folder) / f"{name}.safetensors"
 
     shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress, "checkpoint": checkpoint}
-    pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device)
+    pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device, compat="diffusers")
     settings = pipe.resolve(settings)
     candidate = capture(pipe, image, settings, path=path("svdlab"), **shared)
     del pipe

@@ -43,6 +43,14 @@ _HUB_FILE = re.compile(
 # Saved by old versions of transformers; a constant.
 _INERT_KEYS = {"vision_model.embeddings.position_ids"}
 _PIPELINE = "StableVideoDiffusionPipeline"
+MODEL_INDEX: Mapping[str, Any] = {
+    "_class_name": _PIPELINE,
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+    "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+}
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "image_encoder": "model"}
 
 
@@ -183,7 +191,7 @@ def load_single_file(
         SvdlabError: as ``SingleFile``; options that do not belong together.
     """
     file, device = SingleFile(path, options), torch.device(device)
-    _check_together(str(path), file.configs)
+    check_together(str(path), file.configs)
     scheduler = EulerScheduler.from_config(file.scheduler, f"{path}: scheduler")
     normalization = read_config(ImageNormalization, file.feature_extractor, f"{path}: feature_extractor")
     networks: dict[str, Any] = {}
@@ -233,12 +241,16 @@ def _read_configs(folder: Path) -> Configs:
     clip_options, clip_where = _read_json(folder, "image_encoder/config.json")
     known = {name: value for name, value in clip_options.items() if name in CLIPVisionConfig.model_fields}
     configs = Configs(unet, vae, read_config(CLIPVisionConfig, known, clip_where))
-    _check_together(str(folder), configs)
+    check_together(str(folder), configs)
     return configs
 
 
-def _check_together(where: str, configs: Configs) -> None:
-    """Whether the three networks are of one pipeline."""
+def check_together(where: str, configs: Configs) -> None:
+    """Whether the three networks are of one pipeline.
+
+    Raises:
+        SvdlabError: they are not; ``where`` they are from is in the error.
+    """
     unet, vae, clip = configs.unet, configs.vae, configs.image_encoder
     if unet.in_channels != 2 * unet.out_channels or unet.out_channels != vae.latent_channels:
         raise SvdlabError(
@@ -254,7 +266,11 @@ def _check_together(where: str, configs: Configs) -> None:
 
 
 def checkpoint_path(
-    checkpoint: str | Path, variant: str | None = None, revision: str | None = None, weights: bool = True
+    checkpoint: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+    **hub: Any,
 ) -> Path:
     """Where a checkpoint is on this machine, downloaded from the hub when it is not.
 
@@ -265,6 +281,7 @@ def checkpoint_path(
         variant: of a folder's files.
         revision: branch, tag or commit on the hub, over the one in an address.
         weights: False leaves them out of a folder's download.
+        hub: further options of ``huggingface_hub.snapshot_download`` and ``hf_hub_download``.
 
     Returns:
         A folder, or a single file.
@@ -278,9 +295,9 @@ def checkpoint_path(
     path = Path(checkpoint).expanduser()
     if not path.is_dir() and not path.is_file():
         if match := _HUB_FILE.fullmatch(str(checkpoint)):
-            path = _download_file(match["repo"], match["file"], revision or match["revision"])
+            path = _download_file(match["repo"], match["file"], revision=revision or match["revision"], **hub)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
-            path = _download(str(checkpoint), variant, revision, weights)
+            path = _download(str(checkpoint), variant, weights, revision=revision, **hub)
         else:
             raise SvdlabError(
                 f"model: {str(checkpoint)!r} is no folder, allowed: a folder, owner/name, {EMBEDDED}, a single file, "
@@ -336,20 +353,20 @@ class _Shards:
         return self._holders[name].parts(name)
 
 
-def _download_file(repo: str, file: str, revision: str | None) -> Path:
+def _download_file(repo: str, file: str, **hub: Any) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _hub(f"{repo}/{file}", "file"):
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(hf_hub_download(repo, file, **hub))
 
 
-def _download(repo: str, variant: str | None, revision: str | None, weights: bool) -> Path:
+def _download(repo: str, variant: str | None, weights: bool, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     suffix = f".{variant}" if variant else ""
     tensors = [f"*/*{suffix}.safetensors", f"*/*{suffix}-*.safetensors"] if weights else []
     with _hub(repo, "folder"):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*/*.json", *tensors]))
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*/*.json", *tensors], **hub))
 
 
 @contextmanager
@@ -463,7 +480,9 @@ def write_checkpoint(
     image_encoder: CLIPVision,
     *,
     scheduler: Mapping[str, Any] = {},  # noqa: B006 - read only
-    dtype: torch.dtype = torch.float32,
+    feature_extractor: ImageNormalization | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    variant: str | None = None,
 ) -> Path:
     """Write modules as a checkpoint in diffusers' folder format, which diffusers and svdlab load alike.
 
@@ -471,21 +490,24 @@ def write_checkpoint(
         folder: made if needed.
         unet, vae, image_encoder: their weights and configs.
         scheduler: options over ``SVD_SCHEDULER``.
-        dtype: of the weights in the files.
+        feature_extractor: CLIP's statistics; None for the published ones.
+        dtype: of the weights in the files; None for each network's own.
+        variant: such as "fp16", in the names of the files with weights.
     """
     folder = Path(folder)
     models: dict[str, Any] = {"unet": unet, "vae": vae, "image_encoder": image_encoder}
     configs = Configs(**{name: model.config for name, model in models.items()})
-    write_configs(folder, configs, {**SVD_SCHEDULER, **scheduler}, ImageNormalization().model_dump(by_alias=True))
+    statistics = (feature_extractor or ImageNormalization()).model_dump(by_alias=True)
+    write_configs(folder, configs, {**SVD_SCHEDULER, **scheduler}, statistics)
     for name, model in models.items():
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-        save_file(state, weights_path(folder, name), metadata={"format": "pt"})
+        state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
+        save_file(state, weights_path(folder, name, variant), metadata={"format": "pt"})
     return folder
 
 
-def weights_path(folder: Path, network: str) -> Path:
+def weights_path(folder: Path, network: str, variant: str | None = None) -> Path:
     """Where a network's weights are in a folder, if they are in one file."""
-    return folder / network / f"{_STEMS[network]}.safetensors"
+    return folder / network / f"{_STEMS[network]}{f'.{variant}' if variant else ''}.safetensors"
 
 
 def write_configs(
@@ -515,19 +537,9 @@ def write_configs(
             "crop_size": {"height": 224, "width": 224},
         },
     )
-    _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": _PIPELINE,
-            "feature_extractor": ["transformers", "CLIPImageProcessor"],
-            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-            "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-            "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
-        },
-    )
+    _write_json(folder / "model_index.json", MODEL_INDEX)
 
 
 def _write_json(path: Path, options: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options, indent=2) + "\n")
+    path.write_text(json.dumps(dict(options), indent=2) + "\n")

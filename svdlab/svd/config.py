@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,6 +23,15 @@ Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 
 
 Checked = TypeVar("Checked", bound="Config")
+
+
+class Options(dict[str, Any]):
+    """A dict whose values are attributes, too, as in diffusers' configs (``configuration_utils.py:FrozenDict``)."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 class Config(Document):
@@ -50,6 +59,30 @@ class Config(Document):
     def replace(self: Checked, **changes: Any) -> Checked:
         """The same options with some changed, checked again."""
         return type(self)(**{**self.model_dump(), **changes})
+
+    # Also by name, as diffusers' configs.
+    def keys(self) -> KeysView[str]:
+        """The options' names, as for ``dict(config)``."""
+        return type(self).model_fields.keys()
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The options' names and values."""
+        return [(name, self[name]) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An option's value, or ``default`` where there is no such option."""
+        return self[name] if name in self else default
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        return iter(self.keys())
 
 
 def read_config(cls: type[Checked], options: Mapping[str, Any], where: str, *, inert: Sequence[str] = ()) -> Checked:

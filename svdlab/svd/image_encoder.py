@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.svd.config import CLIPVisionConfig
+from svdlab.svd.modules import Network
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -109,7 +111,13 @@ class CLIPTower(nn.Module):
         return self.post_layernorm(x[:, 0])
 
 
-class CLIPVision(nn.Module):
+class ImageEmbeddings(NamedTuple):
+    """What the tower makes of B images: ``image_embeds`` (B, projection_dim)."""
+
+    image_embeds: Tensor
+
+
+class CLIPVision(Network):
     """The tower and its projection.
 
     Source: transformers ``models/clip/modeling_clip.py:CLIPVisionModelWithProjection``.
@@ -121,6 +129,6 @@ class CLIPVision(nn.Module):
         self.vision_model = CLIPTower(config)
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, 1, projection_dim) of CLIP-normalised pixels (B, 3, image_size, image_size)."""
-        return self.visual_projection(self.vision_model(pixels))[:, None]
+    def forward(self, pixel_values: Tensor) -> ImageEmbeddings:
+        """Embeddings of CLIP-normalised pixels (B, 3, image_size, image_size)."""
+        return ImageEmbeddings(self.visual_projection(self.vision_model(pixel_values)))

@@ -88,10 +88,14 @@ def resize(image: Image.Image | Tensor, height: int, width: int) -> Tensor:
 
 
 def _from_array(image: Any) -> Tensor:
-    """Numpy or tensor to (B, 3, H, W) float32 in [0, 1]."""
+    """Numpy or tensor to (B, 3, H, W) float32 in [0, 1].
+
+    Where some values are negative they are taken to be in [-1, 1], as diffusers takes them
+    (``image_processor.py:VaeImageProcessor.preprocess``).
+    """
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
-        if image.dtype.kind not in "buif" or image.dtype.itemsize > 8:
-            raise SvdlabError(f"got numpy {image.dtype}, allowed: uint8, or floats in [0, 1]")
+        if (image.dtype.kind not in "bf" and image.dtype != np.uint8) or image.dtype.itemsize > 8:
+            raise SvdlabError(f"got numpy {image.dtype}, allowed: uint8, or floats in [0, 1] or [-1, 1]")
         tensor = torch.from_numpy(np.moveaxis(image, -1, -3).astype(image.dtype.newbyteorder("="), order="C"))
     elif isinstance(image, Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
         tensor = image.detach().cpu()
@@ -99,14 +103,16 @@ def _from_array(image: Any) -> Tensor:
         raise SvdlabError(f"got a {type(image).__name__} of shape {tuple(image.shape)}, allowed: {_KINDS}")
     else:
         raise SvdlabError(f"got {type(image).__name__}, allowed: {_KINDS}")
-    if tensor.is_complex():
-        raise SvdlabError(f"got {tensor.dtype}, allowed: uint8, or floats in [0, 1]")
+    if not (tensor.is_floating_point() or tensor.dtype in (torch.uint8, torch.bool)):
+        raise SvdlabError(f"got {tensor.dtype}, allowed: uint8, or floats in [0, 1] or [-1, 1]")
     tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if not tensor.isfinite().all():
-        raise SvdlabError("got NaN or infinity, allowed: values in [0, 1]")
-    if 0 in tensor.shape or tensor.min() < 0 or tensor.max() > 1:
+        raise SvdlabError("got NaN or infinity, allowed: values in [0, 1] or [-1, 1]")
+    if 0 in tensor.shape or tensor.min() < -1 or tensor.max() > 1:
         span = "no pixels" if 0 in tensor.shape else f"values in [{tensor.min():.3g}, {tensor.max():.3g}]"
-        raise SvdlabError(f"got {span}, allowed: values in [0, 1] (or uint8)")
+        raise SvdlabError(f"got {span}, allowed: values in [0, 1] or [-1, 1] (or uint8)")
+    if tensor.min() < 0:
+        tensor = tensor / 2 + 0.5
     _check_size(tensor.shape[-1], tensor.shape[-2])
     return tensor[None] if tensor.ndim == 3 else tensor
 

@@ -1,13 +1,36 @@
-"""Networks that share their weights and nothing else: what edits one, the other does not notice."""
+"""What the three networks have in common; and networks that share their weights and nothing else.
+
+What edits one of these, the other does not notice.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class Network(nn.Module):
+    """A network with a ``config``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+
+def no_effect(name: str, why: str) -> None:
+    """Say that a switch of diffusers changes nothing here."""
+    warnings.warn(f"svdlab: {name} has no effect: {why}", stacklevel=3)
 
 
 def own_modules(network: Module) -> Module:

@@ -1,13 +1,14 @@
 """Stable Video Diffusion, one image to a clip: the whole story, top to bottom.
 
 ``prepare`` turns the user's image and seed into ``Inputs``; ``denoise`` and ``decode`` are deterministic from there.
-Each step of them is a stage (``svdlab.svd.stages``).
+Each step of them is a stage (``svdlab.svd.stages``). What else diffusers' users call is in ``svdlab.svd.interface``.
 Source: diffusers ``pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py``.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,31 +21,35 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.svd import images
 from svdlab.svd.checkpoint import (
     EMBEDDED,
-    Components,
     channels_last,
+    check_together,
     checkpoint_path,
     load_components,
     load_single_file,
     resolve_size,
 )
+from svdlab.svd.compat import COMPAT, check_compat, check_image
+from svdlab.svd.components import COMPONENTS, NETWORKS
 from svdlab.svd.config import Configs
+from svdlab.svd.interface import DiffusersInterface, SVDOutput, plain_numbers
 from svdlab.svd.modules import own_modules
-from svdlab.svd.settings import GenerationSettings
-from svdlab.svd.stages import STAGE, Change, Stages
+from svdlab.svd.overrides import overridden, start
+from svdlab.svd.settings import CallSettings, GenerationSettings
+from svdlab.svd.stages import STAGE, Change
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from svdlab.svd.video import Clip
 
 Probe = Callable[[str, Tensor], None]
 Callback = Callable[["SVDPipeline", int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-NETWORKS = ("image_encoder", "vae", "unet")
 # A forked process has none of its parent's OpenMP threads, and its first parallel loop would wait for them for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
@@ -69,51 +74,109 @@ class Inputs:
     latents: Tensor
 
 
-@dataclass
-class SVDOutput:
-    """What a call returns: ``frames`` as PIL lists, numpy (B, F, H, W, 3), tensor (B, F, 3, H, W), or latents."""
-
-    frames: Any
-
-
-class SVDPipeline(Stages):
-    """Stable Video Diffusion with the call signature of diffusers' ``StableVideoDiffusionPipeline``.
+class SVDPipeline(DiffusersInterface):
+    """Stable Video Diffusion with the constructor, the call and the names of diffusers' pipeline.
 
     Example:
         >>> pipe = SVDPipeline.from_pretrained("embedded")
         >>> frames = pipe(image, height=64, width=64, num_frames=8).frames[0]
+
+    Args:
+        vae, image_encoder, unet, scheduler, feature_extractor: svdlab's own, or diffusers' and transformers', whose
+            weights are shared; see ``components.adopt``.
+        compat: "diffusers" for diffusers' frames also where svdlab mends them: docs/compatibility.md.
+
+    Raises:
+        SvdlabError: a component that svdlab does not implement, or networks that do not belong together.
     """
 
-    def __init__(self, components: Components):
-        self.unet, self.vae, self.image_encoder = components.unet, components.vae, components.image_encoder
-        self.scheduler, self.feature_extractor = components.scheduler, components.feature_extractor
-        self._replaced: dict[str, Callable[..., Any]] = {}
-        self._wrapped: list[tuple[str, Callable[..., Any]]] = []
+    # Whether what a subclass overrides stands in the stages' places, as in a call.
+    overrides_run = False
+
+    def __init__(
+        self,
+        vae: Any,
+        image_encoder: Any,
+        unet: Any,
+        scheduler: Any,
+        feature_extractor: Any,
+        *,
+        compat: str | None = None,
+    ):
+        check_compat(compat)
+        self.register_modules(
+            vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler, feature_extractor=feature_extractor
+        )
+        check_together("components", self.configs)
+        self.compat = compat
+        self.replaced: dict[str, Callable[..., Any]] = {}
+        self._wrapped: list[tuple[str, Callable[..., Any]]] = list(COMPAT[compat].wrap.items()) if compat else []
+        self.put_stages({})
 
     @classmethod
     def from_pretrained(
         cls,
         repo_or_folder: str | Path = EMBEDDED,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        device: torch.device | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
-    ) -> SVDPipeline:
+        compat: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        device_map: str | None = None,
+        **components: Any,
+    ) -> Self:
         """Load a checkpoint in diffusers' format from the hub, a folder, or the package ("embedded").
 
         A single file that needs no options loads here, too: see ``from_single_file``.
 
         Args:
-            dtype: of the weights, float32 by default; ``torch_dtype`` is diffusers' older name for it.
+            dtype: of the weights, float32 by default; or one for each network by its name, "default" for the others.
+                ``torch_dtype`` is diffusers' older name for it.
+            device: where the networks go, by default the CPU; ``device_map`` is diffusers' name for it.
             variant: ``"fp16"`` for half-precision files.
+            compat: of the constructor.
+            cache_dir, token, local_files_only, force_download, revision: of a download from the hub.
+            use_safetensors: False is refused: nothing is unpickled.
+            low_cpu_mem_usage: diffusers'; a network is never in memory twice, whatever it says.
+            components: in the place of the checkpoint's, by name: of the constructor.
 
         Raises:
-            SvdlabError: see ``checkpoint.load_components``.
+            SvdlabError: see ``checkpoint.load_components``; an argument of diffusers that cannot be honoured, by name.
         """
-        dtype = dtype or torch_dtype or torch.float32
-        return cls(load_components(repo_or_folder, dtype, device, variant, revision))
+        for name in components:
+            if name not in COMPONENTS:
+                raise SvdlabError(
+                    f"from_pretrained: {short(name)} is not implemented, allowed: {', '.join(COMPONENTS)}"
+                )
+        if use_safetensors is False:
+            raise SvdlabError("use_safetensors: got False, allowed: True; svdlab reads safetensors only")
+        if device_map is not None and not isinstance(device_map, (str, torch.device)) or device_map in _MAPS:
+            raise SvdlabError(f"device_map: got {short(device_map)}, allowed: one device; enable_model_cpu_offload")
+        check_compat(compat)
+        dtypes = _dtypes(torch_dtype if dtype is None else dtype)
+        path = checkpoint_path(
+            repo_or_folder,
+            variant,
+            revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        # No weight may be rounded to one network's dtype on its way to another's.
+        widest = functools.reduce(torch.promote_types, dtypes.values())
+        loaded = vars(load_components(path, widest, device_map or device or "cpu", variant))
+        for name, of_network in dtypes.items():
+            loaded[name].to(of_network)
+        return cls(**{**loaded, **components}, **({"compat": compat} if compat else {}))
 
     @classmethod
     def from_single_file(
@@ -124,12 +187,13 @@ class SVDPipeline(Stages):
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         revision: str | None = None,
+        compat: str | None = None,
         unet: Mapping[str, Any] = MappingProxyType({}),
         vae: Mapping[str, Any] = MappingProxyType({}),
         image_encoder: Mapping[str, Any] = MappingProxyType({}),
         scheduler: Mapping[str, Any] = MappingProxyType({}),
         feature_extractor: Mapping[str, Any] = MappingProxyType({}),
-    ) -> SVDPipeline:
+    ) -> Self:
         """Load a checkpoint in one file, in the naming of the code that the model was trained with.
 
         What its weights do not say is read from the file, where ``svdlab convert`` has written it, or is the published
@@ -142,6 +206,7 @@ class SVDPipeline(Stages):
             path_or_repo_file: a file, ``owner/name/svd_xt.safetensors`` on the hub, or its address there.
             dtype: of the weights, float32 by default; ``torch_dtype`` is diffusers' older name for it.
             revision: branch, tag or commit on the hub.
+            compat: of the constructor.
             unet: options of its ``config.json`` that the weights do not say: num_frames, num_attention_heads,
                 sample_size.
             vae: scaling_factor, force_upcast, sample_size.
@@ -157,7 +222,9 @@ class SVDPipeline(Stages):
             raise SvdlabError(f"{path}: is a folder, allowed: a single file; from_pretrained loads folders")
         given = {"unet": unet, "vae": vae, "image_encoder": image_encoder}
         given |= {"scheduler": scheduler, "feature_extractor": feature_extractor}
-        return cls(load_single_file(path, dtype or torch_dtype or torch.float32, device, given))
+        check_compat(compat)
+        loaded = vars(load_single_file(path, dtype or torch_dtype or torch.float32, device, given))
+        return cls(**loaded, **({"compat": compat} if compat else {}))
 
     def with_bugs(self, *names: str) -> SVDPipeline:
         """The same weights with bugs of the catalogue injected; this pipeline stays as it is.
@@ -214,26 +281,47 @@ class SVDPipeline(Stages):
     def _variant(
         self, replaced: dict[str, Callable[..., Any]] | None = None, wrapped: Sequence[tuple[str, Any]] = ()
     ) -> SVDPipeline:
-        """A copy with other stages, as attributes of the copy; the wrappers see its networks."""
+        """A copy with other stages; a function in a stage's place replaces what is wrapped around that, too."""
         other, replaced = copy.copy(self), replaced or {}
-        other._replaced = {**self._replaced, **replaced}
         other._wrapped = [*(pair for pair in self._wrapped if pair[0] not in replaced), *wrapped]
-        for name in STAGE:
-            vars(other).pop(name, None)
-        vars(other).update(other._replaced)
-        for name, wrapper in other._wrapped:
-            vars(other)[name] = partial(wrapper, other, getattr(other, name))
+        other.put_stages({**self.replaced, **replaced})
         return other
 
-    @property
-    def components(self) -> Components:
-        """Everything that the pipeline is made of."""
-        return Components(self.unet, self.vae, self.image_encoder, self.scheduler, self.feature_extractor)
+    def __copy__(self) -> Self:
+        """The same networks, and stages that run on those which the copy has, whatever is put in their places."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other.put_stages(self.replaced)
+        return other
 
-    def to(self, *args: Any, **kwargs: Any) -> SVDPipeline:
-        """Move and cast all three networks as ``nn.Module.to`` does; returns itself."""
-        for module in (self.unet, self.vae, self.image_encoder):
-            module.to(*args, **kwargs)
+    def put_stages(self, replaced: Mapping[str, Callable[..., Any]]) -> None:
+        """Make these functions and what is wrapped around them this object's stages; the wrappers see its networks."""
+        self.replaced = dict(replaced)
+        for name in STAGE:
+            vars(self).pop(name, None)
+        vars(self).update(self.replaced)
+        for name, wrapper in self._wrapped:
+            vars(self)[name] = partial(wrapper, self, getattr(self, name))
+
+    def to(
+        self,
+        *args: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        torch_device: torch.device | str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> Self:
+        """Move and cast all three networks; returns itself.
+
+        Args:
+            args: a device, a dtype, or both in this order.
+            device, dtype: the same by name; ``torch_device`` and ``torch_dtype`` are diffusers' older names.
+            silence_dtype_warnings: diffusers'; there are none here.
+        """
+        named = {"device": device or torch_device, "dtype": dtype or torch_dtype}
+        for name in NETWORKS:
+            getattr(self, name).to(*args, **{key: value for key, value in named.items() if value is not None})
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
@@ -244,8 +332,8 @@ class SVDPipeline(Stages):
             device: of which kind; a name with a number, such as "cuda:1", says both.
         """
         self._offload_device = torch.device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}")
-        for module in (self.unet, self.vae, self.image_encoder):
-            channels_last(module.to("cpu"))
+        for name in NETWORKS:
+            channels_last(getattr(self, name).to("cpu"))
 
     @contextmanager
     def _on_device(self, module: nn.Module) -> Iterator[None]:
@@ -274,8 +362,8 @@ class SVDPipeline(Stages):
         sigmas: Sequence[float] | None = None,
         min_guidance_scale: float = 1.0,
         max_guidance_scale: float = 3.0,
-        fps: int = 7,
-        motion_bucket_id: int = 127,
+        fps: float = 7,
+        motion_bucket_id: float = 127,
         noise_aug_strength: float = 0.02,
         decode_chunk_size: int | Literal["auto"] | None = None,
         num_videos_per_prompt: int | None = 1,
@@ -290,57 +378,68 @@ class SVDPipeline(Stages):
         cfg: str = "batched",
         progress: bool = True,
         probe: Probe | None = None,
-    ) -> SVDOutput | tuple[Any]:
+    ) -> Any:
         """Generate clips from images. Arguments up to ``return_dict`` are diffusers', by name and by order.
 
         Args:
-            image: PIL image or list of them; numpy (H, W, 3) or (B, H, W, 3), uint8 or float in [0, 1]; tensor
-                (3, H, W) or (B, 3, H, W) in [0, 1]. Any size.
+            image: PIL image or list of them; numpy (H, W, 3) or (B, H, W, 3), uint8 or float; tensor (3, H, W) or
+                (B, 3, H, W). Any size; floats in [0, 1], or in [-1, 1] where some are negative.
             height, width: of the clip in pixels, multiples of the VAE's scale factor; None for the checkpoint's own.
             num_frames: None for the checkpoint's own.
             sigmas: custom sigmas, falling; the last one is where sampling ends (usually 0).
             min_guidance_scale, max_guidance_scale: at the first and at the last frame; the ramp may fall.
             decode_chunk_size: None decodes as if all at once, in chunks of 2; "auto" gives the same in the largest
-                chunks that fit the free memory; n gives diffusers' result for that n.
+                chunks that fit the free memory; n gives diffusers' result for that n (of several clips each by itself,
+                unless ``compat`` is "diffusers").
             generator: one, or one per video.
             latents: unit Gaussian (B * videos, F, 4, h, w) in any dtype, on any device.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); may return new latents.
-            return_dict: False returns a one-tuple.
+            callback_on_step_end_tensor_inputs: what it gets, of the names in ``interface.CALLBACK_TENSORS``.
+            return_dict: False returns the frames alone, True an ``SVDOutput``.
             decode: "exact" makes the frames independent of ``decode_chunk_size``.
             cfg: "sequential" runs guidance in two passes for half the activation memory.
             progress: show a bar over steps.
             probe: called with the name and value of every tensor of a trace.
 
+        Numbers may be numpy's or torch's, and whole ones floats, such as ``motion_bucket_id=127.0``.
+
         Raises:
             SvdlabError: a value that is not allowed, before any work.
         """
+        self.check_inputs(image, height, width)
         images.check_output_type(output_type)
-        if tuple(callback_on_step_end_tensor_inputs) != ("latents",):
-            given = list(callback_on_step_end_tensor_inputs)
-            raise SvdlabError(f"callback_on_step_end_tensor_inputs: got {given}, allowed: ['latents']")
-        settings = GenerationSettings(
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
+        if self.compat == "diffusers":
+            height, width = (
+                side or (self.unet.config.sample_size or 0) * self.vae_scale_factor for side in (height, width)
+            )
+        settings: GenerationSettings = CallSettings(
+            **plain_numbers(
+                height=height,
+                width=width,
+                num_frames=num_frames,
+                num_inference_steps=num_inference_steps,
+                min_guidance_scale=min_guidance_scale,
+                max_guidance_scale=max_guidance_scale,
+                fps=fps,
+                motion_bucket_id=motion_bucket_id,
+                noise_aug_strength=noise_aug_strength,
+                decode_chunk_size=decode_chunk_size,
+                num_videos_per_prompt=num_videos_per_prompt or 1,
+            ),
             sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
-            min_guidance_scale=min_guidance_scale,
-            max_guidance_scale=max_guidance_scale,
-            fps=fps,
-            motion_bucket_id=motion_bucket_id,
-            noise_aug_strength=noise_aug_strength,
-            decode_chunk_size=decode_chunk_size,
             decode=decode,
             cfg=cfg,
-            num_videos_per_prompt=num_videos_per_prompt or 1,
             dtype=str(self.dtype).removeprefix("torch."),
         )
-        inputs = self.prepare(image, settings, generator, latents)
-        result = self.denoise(inputs, settings, probe=probe, callback=callback_on_step_end, progress=progress)
+        callback, gather = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs, settings, probe)
+        self._settings = settings = self.resolve(settings)
+        pipe, inputs = start(self, image, settings, generator, latents)
+        self._videos = len(inputs.latents)
+        result = pipe.denoise(inputs, settings, probe=gather, callback=callback, progress=progress)
         if output_type != "latent":
-            result = images.postprocess(self._decode(result, settings, probe), output_type)
-        return SVDOutput(result) if return_dict else (result,)
+            result = images.postprocess(pipe._decode(result, settings, probe), output_type)
+        return SVDOutput(result) if return_dict else result
 
     def generate(self, image: Any, settings: GenerationSettings, progress: bool = True) -> list[Clip]:
         """Clips from settings, seeded by them: what the command line, notebooks and sweeps call.
@@ -356,8 +455,8 @@ class SVDPipeline(Stages):
         def after_step(_: SVDPipeline, step: int, __: Tensor, held: dict[str, Tensor]) -> None:
             self.check_finite(f"latents after step {step}", held["latents"])
 
-        inputs = self.prepare(image, settings, generator)
-        frames = self.run(inputs, settings, callback=after_step, progress=progress)
+        pipe, inputs = start(self, image, settings, generator, None)
+        frames = pipe.run(inputs, settings, callback=after_step, progress=progress)
         self.check_finite("frames", frames)
         return [Clip.from_tensor(f, settings.fps, settings) for f in frames]
 
@@ -404,8 +503,13 @@ class SVDPipeline(Stages):
         """Read and resize the images, then draw: noise augmentation first, initial latents second.
 
         Raises:
-            SvdlabError: an image, generator list or latents of the wrong kind, shape or range.
+            SvdlabError: an image, generator list or latents of the wrong kind, shape or range; a subclass that
+                overrides what only a call asks, see ``overrides.OVERRIDABLE``.
         """
+        if not self.overrides_run and (names := overridden(self)):
+            raise SvdlabError(f"{names[0]}: overridden, allowed: calling the pipeline, or its generate")
+        if self.compat == "diffusers":
+            check_image(image)
         settings = self.resolve(settings)
         height, width, factor = settings.height, settings.width, self.vae.config.scale_factor
         assert height and width and settings.num_frames
@@ -491,7 +595,7 @@ class SVDPipeline(Stages):
         with self._on_device(self.unet):
             conditioning = self.condition(image_embeddings, added_time_ids, settings, guided)
             latents = self.initial_latents(inputs.latents.to(device, dtype), sigmas)
-            for i, timestep in enumerate(tqdm(timesteps, disable=not progress, desc="denoise", unit="step")):
+            for i, timestep in enumerate(self.progress_bar(timesteps) if progress else timesteps):
                 model_input = self.model_input(latents, image_latents, sigmas[i], guided)
                 record(f"model_input.{i:03}", model_input)
                 noise_pred = self.predict_noise(model_input, timestep, conditioning, settings)
@@ -513,6 +617,19 @@ class SVDPipeline(Stages):
             frames = self.decode(latents, self.resolve(settings))
         (probe or _ignore)("frames", frames)
         return frames
+
+
+# Of diffusers: how accelerate spreads the networks over several devices.
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _dtypes(given: torch.dtype | Mapping[str, torch.dtype] | None) -> dict[str, torch.dtype]:
+    """A dtype for each network."""
+    if not isinstance(given, Mapping):
+        given = {"default": given or torch.float32}
+    if others := given.keys() - NETWORKS.keys() - {"default"}:
+        raise SvdlabError(f"dtype: got {short(sorted(others)[0])}, allowed: {', '.join(NETWORKS)}, default")
+    return {name: given.get(name, given.get("default", torch.float32)) for name in NETWORKS}
 
 
 @cache

@@ -16,14 +16,11 @@ from pydantic import model_validator
 from torch import Tensor
 
 from svdlab.errors import SvdlabError, short
-from svdlab.svd.config import Config, read_config
+from svdlab.svd.config import Config, Options, read_config
 from svdlab.svd.settings import MAX_SIGMA, MIN_SIGMA
 
-# Options of diffusers' scheduler that only matter for schedules made from betas or for other samplers.
-_INERT = (
-    "beta_start beta_end beta_schedule trained_betas num_train_timesteps interpolation_type steps_offset "
-    "rescale_betas_zero_snr clip_sample set_alpha_to_one skip_prk_steps"
-).split()
+# Options of diffusers' older schedulers that no schedule reads.
+_INERT = ("clip_sample", "set_alpha_to_one", "skip_prk_steps")
 # What each remaining option must be; anything else is another sampler.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("v_prediction",),
@@ -52,6 +49,15 @@ class EulerScheduler(Config):
     use_beta_sigmas: bool | None = False
     final_sigmas_type: str = "zero"
     timestep_spacing: str = "linspace"
+    # For schedules made from betas: they change nothing here, and are kept for who makes another sampler of ``config``.
+    beta_start: Any = 0.0001
+    beta_end: Any = 0.02
+    beta_schedule: Any = "linear"
+    trained_betas: Any = None
+    num_train_timesteps: Any = 1000
+    interpolation_type: Any = "linear"
+    steps_offset: Any = 0
+    rescale_betas_zero_snr: Any = False
 
     @model_validator(mode="after")
     def _check(self) -> EulerScheduler:
@@ -78,6 +84,11 @@ class EulerScheduler(Config):
         if name != "EulerDiscreteScheduler":
             raise SvdlabError(f"{where}: scheduler {name!r} is not implemented; allowed: EulerDiscreteScheduler")
         return read_config(cls, options, where, inert=_INERT)
+
+    @property
+    def config(self) -> Options:
+        """The options as diffusers' scheduler has them: another one is made of them by its ``from_config``."""
+        return Options(_class_name="EulerDiscreteScheduler", **self.model_dump())
 
     def init_noise_sigma(self, sigmas: Tensor) -> Tensor:
         """The first latents' standard deviation: sqrt(sigma_max^2 + 1), or sigma_max unless the spacing is leading."""

@@ -111,7 +111,7 @@ class GenerationSettings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SvdlabError(_one_line(error)) from None
+            raise SvdlabError(_one_line(error, type(self))) from None
 
     @model_validator(mode="after")
     def _check_sigmas(self) -> GenerationSettings:
@@ -170,9 +170,24 @@ class GenerationSettings(BaseModel):
         return getattr(torch, self.dtype)
 
 
-def allowed(field: str) -> str:
+_Rate = Annotated[int, Field(ge=1, le=1000)] | Annotated[float, Field(ge=1, le=1000)]
+_Bucket = Annotated[int, Field(ge=0, le=1023)] | Annotated[float, Field(ge=0, le=1023)]
+
+
+class CallSettings(GenerationSettings):
+    """Of a call of the pipeline: the model can be fed a fraction of a frame rate, which a video file cannot have."""
+
+    fps: _Rate = 7  # type: ignore[assignment]
+    motion_bucket_id: _Bucket = 127  # type: ignore[assignment]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any): ...
+
+
+def allowed(field: str, settings: type[GenerationSettings] = GenerationSettings) -> str:
     """What a field takes, in words: "integer >= 1"."""
-    schema = GenerationSettings.model_json_schema()["properties"][field]
+    schema = settings.model_json_schema()["properties"][field]
     options = schema.get("anyOf", [schema])
     return " or ".join(_words(option) for option in options)
 
@@ -190,11 +205,11 @@ def _float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, settings: type[GenerationSettings]) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     field = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return f"{field[:60]}: no such setting, allowed: {', '.join(GenerationSettings.model_fields)}"
-    return f"{field}: got {short(first['input'])}, allowed: {allowed(field)}"
+        return f"{field[:60]}: no such setting, allowed: {', '.join(settings.model_fields)}"
+    return f"{field}: got {short(first['input'])}, allowed: {allowed(field, settings)}"

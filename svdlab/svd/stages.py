@@ -132,7 +132,8 @@ class Stages:
     @torch.no_grad()
     def image_embedding(self, clip_pixels: Tensor, settings: GenerationSettings) -> Tensor:
         """``image_embeddings`` (V, 1, D), one token per video. Source: ``_encode_image``."""
-        return self.image_encoder(clip_pixels).repeat_interleave(settings.num_videos_per_prompt, 0)
+        made = self.image_encoder(clip_pixels.to(self.image_encoder.dtype)).image_embeds[:, None]
+        return made.to(self.dtype).repeat_interleave(settings.num_videos_per_prompt, 0)
 
     @torch.no_grad()
     def image_latents(self, image: Tensor, noise: Tensor, settings: GenerationSettings) -> Tensor:
@@ -142,11 +143,11 @@ class Stages:
         ``_encode_vae_image``.
         """
         pixels = image + settings.noise_aug_strength * noise
-        vae, dtype = self.vae, self.vae.config.encoder_dtype(self.dtype)
-        if dtype != self.dtype:
+        vae, dtype = self.vae, self.vae.config.encoder_dtype(self.vae.dtype)
+        if dtype != self.vae.dtype:
             vae = own_modules(vae)
             vae.encoder, vae.quant_conv = cast_copy(vae.encoder, dtype), cast_copy(vae.quant_conv, dtype)
-        mode, _ = vae.encode(pixels.to(dtype))
+        mode = vae.encode(pixels.to(dtype)).latent_dist.mode()
         return mode.to(self.dtype).repeat_interleave(settings.num_videos_per_prompt, 0)
 
     def time_ids(self, settings: GenerationSettings) -> Tensor:
@@ -167,6 +168,10 @@ class Stages:
         """``guidance_scale`` (F,): a ramp over frames, the same in every step. Source: ``__call__``, 8."""
         assert settings.num_frames
         return torch.linspace(settings.min_guidance_scale, settings.max_guidance_scale, settings.num_frames)
+
+    def is_guided(self, settings: GenerationSettings) -> bool:
+        """Whether there is a frame with guidance above 1."""
+        return bool(self.guidance_ramp(settings).to(self.dtype).max() > 1)
 
     @torch.no_grad()
     def condition(
@@ -240,7 +245,8 @@ class Stages:
 
             configs = Configs(self.unet.config, self.vae.config, self.image_encoder.config)
             chunk, exact = largest_chunk(configs, settings, self.device), True
-        return wide(decode_latents(self.vae, 1 / self.vae.config.scaling_factor * latents, chunk, exact))
+        latents = (1 / self.vae.config.scaling_factor * latents).to(self.vae.dtype)
+        return wide(decode_latents(self.vae, latents, chunk, exact))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -279,5 +285,5 @@ def decode_latents(vae: VAE, latents: Tensor, chunk: int | None, exact: bool) ->
     """
     videos = [v[None] for v in latents]
     if exact or chunk is None:
-        return torch.cat([vae.decode(v, chunk or 2) for v in videos])
-    return torch.cat([torch.cat([vae.decode(c) for c in v.split(chunk, dim=1)], dim=1) for v in videos])
+        return torch.cat([vae.decode_videos(v, chunk or 2) for v in videos])
+    return torch.cat([torch.cat([vae.decode_videos(c) for c in v.split(chunk, dim=1)], dim=1) for v in videos])

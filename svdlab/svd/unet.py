@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from svdlab.svd.layers import (
     TransformerConditioning,
     Upsample,
 )
+from svdlab.svd.modules import Network, no_effect
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,13 @@ class UpBlock(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class Prediction(NamedTuple):
+    """What the UNet returns in diffusers' form: ``sample`` (B, F, out_channels, h, w), the v-prediction."""
+
+    sample: Tensor
+
+
+class UNet(Network):
     """SVD's denoiser.
 
     Source: diffusers ``models/unets/unet_spatio_temporal_condition.py:UNetSpatioTemporalConditionModel``.
@@ -195,7 +203,41 @@ class UNet(nn.Module):
         added = self.add_embedding(ids)
         return Conditioning(added, [t.condition(image_embeddings, num_frames) for t in self.transformers()])
 
-    def forward(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | Conditioning,
+        added_time_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """``forward``, or with tensors diffusers' form of it, which computes the conditioning anew in every call.
+
+        Args:
+            sample, timestep: of ``forward``.
+            encoder_hidden_states: ``image_embeddings`` of ``condition``; or ``forward``'s conditioning.
+            added_time_ids: of ``condition``.
+            return_dict: False returns a plain tuple.
+
+        Returns:
+            ``forward``'s result; in diffusers' form a ``Prediction``.
+        """
+        if isinstance(encoder_hidden_states, Conditioning):
+            return super().__call__(sample, timestep, encoder_hidden_states)
+        if added_time_ids is None:
+            raise SvdlabError("added_time_ids: got none, allowed: (batch, 3): fps - 1, motion bucket, augmentation")
+        conditioning = self.condition(encoder_hidden_states, added_time_ids, sample.shape[1])
+        made = super().__call__(sample, timestep, conditioning)
+        return Prediction(made) if return_dict else (made,)
+
+    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
+        """diffusers', which here has no effect."""
+        no_effect("enable_forward_chunking", "feed-forward layers run in pieces wherever these would be large")
+
+    def disable_forward_chunking(self) -> None:
+        """The inverse of ``enable_forward_chunking``, without an effect."""
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
         """One denoising step's network pass.
 
         Args:

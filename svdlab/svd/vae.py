@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdlab.errors import SvdlabError
 from svdlab.svd import layout
 from svdlab.svd.config import VAEConfig
+from svdlab.svd.images import randn
 from svdlab.svd.layers import (
     Conv2d,
     Downsample,
@@ -20,6 +23,7 @@ from svdlab.svd.layers import (
     TemporalConv,
     Upsample,
 )
+from svdlab.svd.modules import Network
 
 
 class AttentionBlock(SpatialSelfAttention):
@@ -140,7 +144,37 @@ class TemporalDecoder(nn.Module):
         return self.time_conv_out(self.conv_out(F.silu(self.conv_norm_out(x))))
 
 
-class VAE(nn.Module):
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over the latents of B images: ``mean`` and ``std`` (B, latent, h, w) each.
+
+    Source: diffusers ``models/autoencoders/vae.py:DiagonalGaussianDistribution``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def mode(self) -> Tensor:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Latents drawn from it."""
+        return self.mean + self.std * randn(self.mean.shape, generator, self.mean.device, self.mean.dtype)
+
+
+class Encoded(NamedTuple):
+    """What ``VAE.encode`` returns, in diffusers' form."""
+
+    latent_dist: Posterior
+
+
+class Decoded(NamedTuple):
+    """What ``VAE.decode`` returns, in diffusers' form: ``sample`` (B * F, 3, H, W) in about [-1, 1]."""
+
+    sample: Tensor
+
+
+class VAE(Network):
     """SVD's autoencoder.
 
     Source: diffusers ``models/autoencoders/autoencoder_kl_temporal_decoder.py:AutoencoderKLTemporalDecoder``.
@@ -153,13 +187,33 @@ class VAE(nn.Module):
         self.decoder = TemporalDecoder(config)
         self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior of images (B, 3, H, W) in [-1, 1]: (B, latent, h, w) each."""
+    def encode(self, images: Tensor, return_dict: bool = True) -> Encoded:
+        """The posterior of images (B, 3, H, W) in [-1, 1].
+
+        Args:
+            images: that.
+            return_dict: diffusers'; what is returned is a tuple either way.
+        """
         moments = self.quant_conv(self.encoder(layout.from_channels_first(images[:, None])))
         mean, log_variance = layout.to_channels_first(moments)[:, 0].chunk(2, dim=1)
-        return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return Encoded(Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))))
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+    def decode(self, z: Tensor, num_frames: int, return_dict: bool = True) -> Decoded:
+        """diffusers' form of ``decode_videos``.
+
+        Args:
+            z: latents (B * F, latent, h, w), divided by the scaling factor.
+            num_frames: F.
+            return_dict: as for ``encode``.
+
+        Raises:
+            SvdlabError: latents that are no whole number of videos.
+        """
+        if z.ndim != 4 or len(z) % num_frames:
+            raise SvdlabError(f"z: got shape {tuple(z.shape)}, allowed: (videos * {num_frames}, latent, h, w)")
+        return Decoded(self.decode_videos(z.unflatten(0, (-1, num_frames))).flatten(0, 1))
+
+    def decode_videos(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """Frames of whole videos, each decoded as one: the result does not depend on ``chunk``.
 
         Args:

@@ -25,9 +25,9 @@ class Autoencoder(nn.Module):
         self.vae = vae
 
     def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, std = self.vae.encode(frames.flatten(0, 1))
+        mean, std = self.vae.encode(frames.flatten(0, 1)).latent_dist
         latents = (mean + std * noise.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return self.vae.decode(latents), mean, std
+        return self.vae.decode_videos(latents), mean, std
 
 
 def initialise_(vae: VAE) -> VAE:

@@ -87,9 +87,9 @@ def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: tor
         mean, spread = recipe.noise_aug
         strengths = torch.randn(recipe.augmentations, generator=generator).mul(spread).add(mean).exp().clamp(max=1.0)
         noisy = [frames[:1] + float(s) * torch.randn(frames[:1].shape, generator=generator) for s in strengths]
-        latents = vae.encode(torch.cat([frames, *noisy]).to(device))[0].cpu()
+        latents = vae.encode(torch.cat([frames, *noisy]).to(device)).latent_dist.mean.cpu()
         pixels = clip_pixels(frames[:1], image_encoder.config.image_size)
-        embedding = image_encoder(pixels.to(device))[0].cpu()
+        embedding = image_encoder(pixels.to(device)).image_embeds.cpu()
         body = torch.from_numpy(scene.coverage(path)[0]).float()[:, None]
         near = F.max_pool2d(body, kernel_size=8)
         motion = torch.tensor([float(fps - 1), float(bucket)])

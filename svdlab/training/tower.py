@@ -29,7 +29,9 @@ class Described(nn.Module):
         self.head = nn.Linear(image_encoder.config.projection_dim, len(SHAPES) + len(DIRECTIONS) + _NUMBERS)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return self.head(self.image_encoder(pixels)[:, 0]).split([len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1)
+        return self.head(self.image_encoder(pixels).image_embeds).split(
+            [len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1
+        )
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
@@ -62,4 +64,4 @@ def _numbers(scene: Scene) -> list[float]:
 @torch.no_grad()
 def normalise_(image_encoder: CLIPVision, pixels: Tensor) -> None:
     """Scale the projection so that embeddings have unit standard deviation: the UNet should hear them."""
-    image_encoder.visual_projection.weight.div_(image_encoder(pixels).std())
+    image_encoder.visual_projection.weight.div_(image_encoder(pixels).image_embeds.std())

@@ -28,9 +28,9 @@ ROOMY = ("cpu",)
 class ChunkedVAE(VAE):
     """A VAE whose decoder holds ``chunk`` frames of what it can treat frame by frame."""
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+    def decode_videos(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         if chunk is None or not usable(CHUNKED_DECODE, latents):
-            return super().decode(latents)
+            return super().decode_videos(latents)
         return layout.to_channels_first(in_chunks(self.decoder, layout.from_channels_first(latents), chunk))
 
 
@@ -124,7 +124,7 @@ class _TwoFrames(torch.nn.Module):
         self.vae = VAE(VAEConfig(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2))
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents, chunk=2)
+        return self.vae.decode_videos(latents, chunk=2)
 
 
 def _trial() -> Trial:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from svdlab.errors import SvdlabError
@@ -25,6 +26,8 @@ from svdlab.svd.modules import own_modules
 OFF = "SVDLAB_KERNELS_OFF"
 # How much farther from the float64 result than the plain layer a kernel may be, as for every tensor of a parity trace.
 TOLERANCE = 4.0
+# Whole numbers in a row of the grid in which a weight is summed up.
+_GRID = 128
 CPU_FLOATS = (torch.float32, torch.bfloat16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,15 +63,36 @@ class Verdict:
     why: str
 
 
+def content(weight: Tensor) -> Any:
+    """What tells whether a weight holds other numbers than before, for a small part of what its product costs.
+
+    Its bits as whole numbers, in a grid, summed along both sides: a single other bit is in the sums, numbers that
+    have changed places are, and so is every edit that torch counts no version for: of ``parameter.data``, by a fused
+    optimizer, of what was made in ``torch.inference_mode``.
+
+    Args:
+        weight: of any shape, dtype and layout. One that is only simulated holds no numbers and is never another.
+    """
+    if isinstance(weight, FakeTensor):
+        return ()
+    numbers = weight.detach().contiguous().flatten()
+    if numbers.storage_offset() * numbers.itemsize % 8:  # not where eight bytes can be read at once
+        numbers = numbers.clone()
+    octets = numbers.view(torch.uint8)
+    whole = len(octets) // (8 * _GRID) * 8 * _GRID
+    grid = octets[:whole].view(torch.int64).view(-1, _GRID)
+    parts = grid.sum(0), grid.sum(1), octets[whole:]
+    return weight.dtype, weight.shape, *(part.numpy().tobytes() for part in parts)
+
+
 class WeightCache:
-    """What a fast layer makes of its weight, made anew whenever that is another one or was changed in place.
+    """What a fast layer makes of its weight, made anew whenever that holds other numbers.
 
     Modules that share their parameters share it, too. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        # The storage is held, so that its address cannot come to mean another weight.
-        self._held: tuple[Any, int, list[Tensor]] | None = None
+        self._held: tuple[Any, list[Tensor]] | None = None
 
     @property
     def empty(self) -> bool:
@@ -77,11 +101,11 @@ class WeightCache:
 
     def get(self, weight: Tensor, make: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """What ``make`` gives for ``weight``, kept."""
-        storage, held = weight.untyped_storage(), self._held
-        if held is None or held[0]._cdata != storage._cdata or held[1] != weight._version:
+        numbers, held = content(weight), self._held
+        if held is None or held[0] != numbers:
             # One assignment, for a thread that reads meanwhile.
-            held = self._held = storage, weight._version, make(weight)
-        return held[2]
+            held = self._held = numbers, make(weight)
+        return held[1]
 
     def __deepcopy__(self, memo: Any) -> WeightCache:
         return WeightCache()
