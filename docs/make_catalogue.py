@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svdlab.bench.timing import machine
-from svdlab.parity.bugs import BUGS, Bug
+from svdlab.parity.bugs import BUGS, DEPARTURES, Bug
 from svdlab.parity.compare import MSE_BAR, THRESHOLD
 from svdlab.parity.demo import SETTINGS
 from svdlab.parity.diagnose import CatalogueRow, catalogue
@@ -22,6 +22,7 @@ NEEDS = {
     "init_noise_unscaled": "shows at a low first sigma; at 700 both factors are the same to within rounding",
     "clips_repeated_after_guidance": "shows with `num_videos_per_prompt` of 2 or more",
     "head_counts": "shows in a UNet of three levels or more",
+    "frames_truncated": "shows in the optional probe `frames_8bit`",
 }
 _SOURCES = {
     "diffusers": "https://github.com/huggingface/diffusers/blob/v{}/src/diffusers/",
@@ -42,6 +43,12 @@ def bug_table() -> Table:
     """What every bug is: nothing here is measured."""
     rows = [(f"`{b.name}`", b.cause, f"`{b.stage}`", place(b), b.met) for b in BUGS.values()]
     return Table(["bug", "cause: what the port did", "stage", "right in", "met in"], rows)
+
+
+def departure_table() -> Table:
+    """What the original does, and what diffusers does instead."""
+    rows = [(f"`{name}`", o.does, o.diffusers, f"`{o.source}`") for name, o in DEPARTURES.items()]
+    return Table(["departure", "the original", "diffusers", "in generative-models at 0ad7de9"], rows)
 
 
 def figure_table(rows: Sequence[CatalogueRow]) -> Table:
@@ -79,6 +86,7 @@ def main() -> None:
 show what they do. This page is generated: `python docs/make_catalogue.py`.
 
 - [The bugs](#the-bugs)
+- [What is no bug](#what-is-no-bug)
 - [What the usual threshold says of each](#what-the-usual-threshold-says-of-each)
 
 ## The bugs
@@ -89,6 +97,15 @@ document, where one is known. Many are met in several forms, such as another eps
 `svdlab/parity/bugs.py` has them all, and the diagnosis tries each.
 
 {bug_table().to_markdown()}
+## What is no bug
+
+Stability AI's own code, with which the model was trained, does what {len(DEPARTURES)} of these entries say: there it is
+diffusers that departs from the original. The diagnosis says so ("no bug, the original's choice"), and lists them apart
+from the bugs. With `--reference stability` it takes the original's side, and `svdlab trace` and `svdlab parity` let
+svdlab do as the original does, in all of these or, with `--departure NAME`, in some
+([diagnosis.md](diagnosis.md#the-originals-choices)).
+
+{departure_table().to_markdown()}
 ## What the usual threshold says of each
 
 Each bug alone in svdlab, in its first form, against diffusers on the embedded checkpoint: {settings.num_frames} frames

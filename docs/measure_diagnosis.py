@@ -64,7 +64,7 @@ def _port(folder: Path, settings: GenerationSettings, whole_only: bool) -> None:
         candidate = Trace({n: whole[n] for n in names}, whole.settings, "port", dtype=whole.dtype)
         began = time.monotonic()
         found = bench.diagnose(candidate, seconds=None if whole_only else 40)
-        seconds, named = time.monotonic() - began, set(found.bugs)
+        seconds, named = time.monotonic() - began, set(found.named)
         print(
             f"{words}: {found.verdict}, {len(named & wanted)} of {len(wanted)} names, {len(named - wanted)} false, "
             f"wrong {', '.join(stage.stage for stage in found.wrong)}; {seconds:.0f} s on {threads} threads",

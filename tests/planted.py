@@ -50,6 +50,7 @@ SHOWS = {
     "guide": "noise_pred.000",
     "euler_step": "latents.000",
     "decode": "frames",
+    "to_8bit": "frames_8bit",
 }
 
 
@@ -64,6 +65,7 @@ class Planted:
         first_module: the first tap that it makes wrong, where it lies inside a network.
         first_probe: the first tensor of a trace that differs; of the stage where it is not given.
         settings, unet: generation settings and options of the random checkpoint without which it does nothing.
+        optional: whether a trace shows it only in a probe that has to be asked for.
     """
 
     plant: Plant
@@ -73,6 +75,7 @@ class Planted:
     first_probe: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     unet: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "first_probe", self.first_probe or SHOWS[self.stage])
@@ -761,6 +764,25 @@ def ramp_without_end(ramp: Tensor, step: int, steps: int) -> Tensor:
     return (low + (high - low) * at).reshape(1, -1, *(1 for _ in ramp.shape[2:])).expand_as(ramp).contiguous()
 
 
+def other_ramp(low: float, high: float) -> Callable[[Tensor, int, int], Tensor]:
+    """The same in every step, whatever was asked for."""
+
+    def ramp(given: Tensor, step: int, steps: int) -> Tensor:
+        scale = low + (high - low) * torch.arange(given.shape[1], dtype=given.dtype) / max(given.shape[1] - 1, 1)
+        return scale.view(1, -1, *(1 for _ in given.shape[2:])).expand_as(given).contiguous()
+
+    return ramp
+
+
+def truncated(pipe: Any, stack: ExitStack) -> None:
+    """8-bit pictures of the integer part of the levels."""
+
+    def pictures(images: np.ndarray) -> list[PIL.Image.Image]:
+        return [PIL.Image.fromarray((255 * image).astype(np.uint8)) for image in images]
+
+    patch(stack, pipe.video_processor, "numpy_to_pil", pictures)
+
+
 def told_one_frame(pipe: Any, stack: ExitStack) -> None:
     """Each chunk is decoded as so many clips of one frame."""
 
@@ -846,7 +868,7 @@ PLANTS: dict[str, Planted] = {
     "temporal_group_norm_per_frame_vae": Planted(norm_per_frame("vae"), "decode", "temporal_norm_vae"),
     "group_norm_eps": Planted(eps(("unet", "vae"), 1e-5), "image_latents", "eps"),
     "group_norm_eps:unet": Planted(eps(("unet",), 1e-6), "predict_noise", "eps"),
-    "group_norm_eps:stability": Planted(eps(("unet",), 1e-5, "res_block"), "predict_noise", "eps"),
+    "resnet_norm_eps": Planted(eps(("unet",), 1e-5, "res_block"), "predict_noise", "eps"),
     "group_norm_eps:vae_temporal": Planted(eps(("vae",), 1e-6, "temporal_res_block"), "decode", "eps"),
     "decode_unscaled": Planted(
         decode(lambda pipe, z, frames, chunk: (z * pipe.vae.config.scaling_factor, frames, chunk)), "decode", "unscale"
@@ -908,7 +930,15 @@ PLANTS: dict[str, Planted] = {
     "conv_weight_axes:time": Planted(reweighted(backwards_in_time), "predict_noise", "conv_axes"),
     "layer_norm_eps": Planted(layer_norm_eps("unet", 1e-6), "predict_noise", "layer_norm_eps"),
     "decode_chunked:num_frames": Planted(told_one_frame, "decode", "chunk"),
+    "guidance_ramp_of_original": Planted(guidance(other_ramp(1.0, 2.5), keep), "guidance_ramp", "guidance"),
+    "guidance_ramp_of_original:svd_xt": Planted(guidance(other_ramp(1.5, 3.0), keep), "guidance_ramp", "guidance"),
+    "frames_truncated": Planted(truncated, "to_8bit", "levels", optional=True),
 }
+# What Stability's own code does; each in its first form.
+DEPARTURES = (
+    *("clip_from_resized_frame", "fps_not_decremented", "guidance_ramp_of_original", "resnet_norm_eps"),
+    *("decode_chunked", "frames_truncated"),
+)
 
 
 # --- outside the catalogue ---

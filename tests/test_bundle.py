@@ -33,7 +33,7 @@ def pipe(tiny: Path) -> SVDPipeline:
 @pytest.fixture(scope="module")
 def reference(pipe: SVDPipeline, photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     path = tmp_path_factory.mktemp("bundles") / "reference.safetensors"
-    return capture(pipe, photo, SETTINGS, taps=["*"], path=path)
+    return capture(pipe, photo, SETTINGS, taps=["*"], path=path, optional=True)
 
 
 def _files(
@@ -186,12 +186,15 @@ def test_every_stage_gives_what_the_reference_has(pipe: SVDPipeline, reference: 
         inputs, outputs, weights = _files(pipe, reference, stage.name, tmp_path, 1)
         assert bool(weights) == bool(stage.network)
         assert bool(inputs) == (stage.name not in ("time_ids", "sigmas", "guidance_ramp"))
-        if stage.name in ("condition", "initial_latents"):
+        if stage.name == "condition":
             continue
         assert set(outputs) == set(stage.writes)
         for name, tensor in outputs.items():
             right = reference[f"{name}.001" if stage.per_step else name]
-            _close(tensor.expand_as(right), right, CHAIN)
+            if stage.name == "to_8bit":  # a value between two levels falls to either
+                assert float((tensor - right).abs().max()) <= 1
+            else:
+                _close(tensor.expand_as(right), right, CHAIN)
         if stage.name == "euler_step":
             _close(inputs["latents"], reference["latents.000"], CHAIN)
             slope = (inputs["next_sigma"] - inputs["sigma"]) / inputs["sigma"]

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from svdlab.parity.bugs import BUGS
+from svdlab.parity.bugs import BUGS, DEPARTURES
 from svdlab.parity.diagnose import CatalogueRow
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -38,6 +38,8 @@ def test_the_page_lists_the_catalogue() -> None:
         path, _, name = bug.diffusers.partition(":")
         assert f"{Path(path).name}:{name}" in row[3] and row[4] == bug.met
         assert row[3].endswith(f"/src/{path.removeprefix('../')})" if path.startswith("..") else f"diffusers/{path})")
+    departures = [[f"`{n}`", o.does, o.diffusers, f"`{o.source}`"] for n, o in DEPARTURES.items()]
+    assert rows("What is no bug") == departures
     assert f"{len(BUGS)} bugs, " in (DOCS / "catalogue.md").read_text()
 
 

@@ -14,6 +14,7 @@ from poisoned import poisoned
 
 from svdlab import cli
 from svdlab.errors import SvdlabError
+from svdlab.parity.trace import Trace
 from svdlab.samples import sample_photo
 from svdlab.svd import checkpoint as weights
 from svdlab.svd import pipeline
@@ -238,3 +239,33 @@ def test_a_second_device_where_there_is_one(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     _, _, error = run(capsys, monkeypatch, "kernels", "--device", "cuda:9")
     assert error == "error: --device: got 'cuda:9', but torch sees no such device here; allowed: cpu, cuda\n"
+
+
+def test_the_original_s_choices_are_switched_one_by_one(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not asked for stays as in diffusers, and the trace says what was."""
+    result, kept = tmp_path / "result.json", tmp_path / "trace.safetensors"
+    shared = ["--model", str(tiny), "--until", "guidance_scale", "--reference", "stability", *SMALL]
+    one = ["--departure", "fps_not_decremented"]
+    code, _, error = run(capsys, monkeypatch, "parity", *shared, *one, "--json", str(result))
+    written = json.loads(result.read_text())
+    assert code == 1 and written["candidate"] == "svdlab (fps_not_decremented)", error
+    assert [p["name"] for p in written["probes"] if p["ratio"] > 4] == ["added_time_ids"]
+
+    arguments = ["trace", "--implementation", "svdlab", "--out", str(kept)]
+    code, _, error = run(capsys, monkeypatch, *arguments, *shared)
+    made = Trace.open(kept)
+    assert code == 0 and "frames_truncated" in made.implementation, error
+    assert made["added_time_ids"][0, 0] == 7 and made["guidance_scale"].tolist() == [[1.0, 2.5]]
+
+    for wrong, message in (
+        (["parity", *one], "--departure: only together with --reference stability"),
+        (
+            ["parity", "--reference", "stability", "--departure", "quick_gelu"],
+            "departures: got 'quick_gelu', allowed: ",
+        ),
+        ([*arguments[:2], "diffusers", *arguments[3:], *shared], "--reference stability: not with --implementation"),
+    ):
+        code, _, error = run(capsys, monkeypatch, *wrong)
+        assert code == 2 and message in error

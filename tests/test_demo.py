@@ -52,15 +52,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     code, out, err = run(capsys, monkeypatch, "demo", "--json", str(result), "--keep", str(keep))
     assert code == 1, err
     written = json.loads(result.read_text())
-    assert written["verdict"] == "explained" and written["bugs"] == ["fps_not_decremented"]
-    assert written["port"]["bugs"] == ["fps_not_decremented"] == written["port"]["alone"][0]["bugs"]
+    assert written["verdict"] == "explained" and written["bugs"] == ["time_ids_reordered"]
+    assert written["port"]["bugs"] == ["time_ids_reordered"] == written["port"]["alone"][0]["bugs"]
     assert written["port"]["mse"] == written["port"]["alone"][0]["mse"] > 0
-    assert out.index("frames MSE") < out.index("fps_not_decremented: fed fps") and "1 of the port's 1 bugs" in out
+    assert out.index("frames MSE") < out.index("time_ids_reordered: motion bucket") and "1 of the port's 1 bugs" in out
     traces = {name: Trace.open(keep / f"{name}.safetensors") for name in ("reference", "port", "truth")}
     assert traces["truth"].dtype == "float64" and traces["port"].implementation == "svdlab"
     repeat = out.splitlines()[-1].split("the same again: svdlab ")[1].split()
     code, out, err = run(capsys, monkeypatch, *repeat)
-    assert code == 1 and "fps_not_decremented" in out, err
+    assert code == 1 and "time_ids_reordered" in out, err
 
 
 def test_what_is_not_named_is_said(found: Demo) -> None:

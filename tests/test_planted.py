@@ -38,21 +38,23 @@ ALL = PLANTS | UNKNOWN | RELATED
 class Bench:
     """One checkpoint in diffusers, also in float64, and in svdlab, and one generation's clean trace."""
 
-    def __init__(self, folder: Path, photo: Any, settings: GenerationSettings) -> None:
+    def __init__(self, folder: Path, photo: Any, settings: GenerationSettings, optional: bool) -> None:
         self.plain = load_diffusers(folder, settings.torch_dtype)
         self.wide = load_diffusers(folder, torch.float64, weights_dtype=settings.torch_dtype)
         self.pipe = SVDPipeline.from_pretrained(folder, dtype=settings.torch_dtype)
-        self.clean = capture_diffusers(self.plain, photo, settings)
+        self.optional = optional
+        self.clean = capture_diffusers(self.plain, photo, settings, optional=optional)
         self.correct = self.variant(Change())
 
     @functools.cache  # noqa: B019 - as long as the module's tests run
     def planted(self, name: str, wide: bool = False) -> Trace:
         pipe = self.wide if wide else self.plain
         with planted(pipe, name):
-            return capture_diffusers(pipe, replay=self.clean, preprocess=True)
+            return capture_diffusers(pipe, replay=self.clean, preprocess=True, optional=self.optional)
 
     def variant(self, change: Change, until: str | None = None, taps: Sequence[str] = ()) -> Trace:
-        return capture(self.pipe.with_changes(change), replay=self.clean, preprocess=True, until=until, taps=taps)
+        pipe, asked = self.pipe.with_changes(change), {"until": until, "taps": taps, "optional": self.optional}
+        return capture(pipe, replay=self.clean, preprocess=True, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,9 @@ def bench_of(photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         weights = json.dumps(dict(plant.unet))
         if weights not in folders:
             folders[weights] = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), unet=plant.unet)
-        key = f"{weights} {dict(plant.settings)}"
+        key = f"{weights} {dict(plant.settings)} {plant.optional}"
         if key not in benches:
-            benches[key] = Bench(folders[weights], photo, SETTINGS.replace(**plant.settings))
+            benches[key] = Bench(folders[weights], photo, SETTINGS.replace(**plant.settings), plant.optional)
         return benches[key]
 
     return bench
@@ -89,7 +91,7 @@ def test_a_plant_shows_from_its_first_probe_on(bench_of: Callable[[Planted], Ben
     clean = bench.clean
     different = [p for p in clean.probes if p not in candidate or not torch.equal(clean[p], candidate[p])]
     assert different[0] == ALL[name].first_probe
-    assert different[-1] == "frames"
+    assert different[-1] == clean.probes[-1]
 
 
 @pytest.mark.parametrize("name", [name for name, plant in UNKNOWN.items() if plant.first_module])
@@ -112,6 +114,8 @@ def _ratio(found: Trace, same: Trace, truth: Trace, since: str) -> tuple[float, 
             size = float(wanted.norm()) or 1.0
             eps = torch.finfo(torch.float32).eps if same.dtype != "float16" else torch.finfo(torch.float16).eps
             floor = max(float((same[probe].double() - wanted).norm()) / size, eps)
+            if probe == "frames_8bit":  # a value between two levels falls to either
+                floor = max(floor, 1 / size)
             agree = found[probe].shape == wanted.shape
             ratios[probe] = float((found[probe].double() - wanted).norm()) / size / floor if agree else float("inf")
     worst = max(ratios, key=lambda probe: ratios[probe])

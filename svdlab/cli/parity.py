@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -25,7 +25,38 @@ _TAPS = click.option(
     help="Record inner modules, too, such as 'unet.down_blocks.*'; repeatable.",
 )
 _UNTIL = click.option("--until", metavar="PROBE", help="Stop after this probe, such as noise_pred.000.")
+_RULES = click.option(
+    "--reference",
+    "rules",
+    type=click.Choice(["diffusers", "stability"]),
+    default="diffusers",
+    show_default=True,
+    help="Whose choices svdlab makes: diffusers', or those of Stability's own code where diffusers departs from it.",
+)
+_DEPARTURES = click.option(
+    "--departure",
+    "departures",
+    multiple=True,
+    metavar="NAME",
+    help="With --reference stability: depart from diffusers here only, such as fps_not_decremented; repeatable.",
+)
 _EVERY = click.option("--every", is_flag=True, help="Print every probe of a long run.")
+
+
+def _departures(rules: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The departures from diffusers that were asked for.
+
+    Raises:
+        SvdlabError: a name that is not one, or names without ``--reference stability``.
+    """
+    if rules == "diffusers":
+        if given:
+            raise SvdlabError("--departure: only together with --reference stability")
+        return ()
+    from svdlab.parity.bugs import DEPARTURES, departures
+
+    departures(*given)
+    return tuple(name for name in DEPARTURES if not given or name in given)
 
 
 def _report(comparison: Comparison, json_path: str | None, every: bool) -> None:
@@ -42,6 +73,8 @@ def _report(comparison: Comparison, json_path: str | None, every: bool) -> None:
 @click.option("--keep", metavar="DIR", help="Keep the three traces in this folder.")
 @_TAPS
 @_UNTIL
+@_RULES
+@_DEPARTURES
 @_EVERY
 @JSON
 @MODEL
@@ -51,6 +84,8 @@ def _report(comparison: Comparison, json_path: str | None, every: bool) -> None:
 def parity(
     image: str | None,
     keep: str | None,
+    rules: str,
+    departures: Sequence[str],
     taps: Sequence[str],
     until: str | None,
     every: bool,
@@ -60,15 +95,30 @@ def parity(
     force: bool,
     given: dict[str, Any],
 ) -> None:
-    """Compare svdlab with diffusers, measured against diffusers in float64."""
+    """Compare svdlab with diffusers, measured against diffusers in float64.
+
+    With --reference stability svdlab does what Stability's own code does with its defaults: how far is diffusers from
+    that?
+    """
     settings = GenerationSettings(**given)
+    chosen = _departures(rules, departures)
     check_outputs(json_path, folders=[keep], inputs=[image, model])
     picture = read_image(image) if image else sample_picture(model)
     if not force:
         check_memory(model, settings, device)
     from svdlab.parity.three_way import three_way
 
-    comparison = three_way(model, picture, settings, device=device, taps=taps, until=until, folder=keep, progress=True)
+    comparison = three_way(
+        model,
+        picture,
+        settings,
+        device=device,
+        taps=taps,
+        until=until,
+        folder=keep,
+        progress=True,
+        departures=chosen,
+    )
     _report(comparison, json_path, every)
 
 
@@ -103,6 +153,8 @@ def _check_writer(path: str, json_path: str | None) -> NoReturn:
 @IMAGE
 @_TAPS
 @_UNTIL
+@_RULES
+@_DEPARTURES
 @click.option("--optional", is_flag=True, help="Record the optional probes of the trace format, too.")
 @JSON
 @MODEL
@@ -118,6 +170,8 @@ def trace(
     image: str | None,
     taps: Sequence[str],
     until: str | None,
+    rules: str,
+    departures: Sequence[str],
     optional: bool,
     json_path: str | None,
     model: str,
@@ -134,6 +188,9 @@ def trace(
         raise SvdlabError("--implementation: is missing, allowed: diffusers, svdlab")
     if out is None:
         raise SvdlabError("--out: is missing, allowed: the trace to write")
+    if rules == "stability" and implementation == "diffusers":
+        raise SvdlabError("--reference stability: not with --implementation diffusers, allowed: svdlab")
+    chosen = _departures(rules, departures)
     from svdlab.parity.trace import DTYPES, Trace
     from svdlab.svd.checkpoint import checkpoint_path
 
@@ -161,7 +218,7 @@ def trace(
         pipe = SVDPipeline.from_pretrained(
             shared["checkpoint"], dtype=settings.torch_dtype, device=device, compat="diffusers"
         )
-        made = capture(pipe, picture, settings, progress=True, **shared)
+        made = capture(pipe, picture, settings, progress=True, departures=chosen, **shared)
     else:
         import torch
 
@@ -237,6 +294,14 @@ def compare(
     help="Then try no further set of several bugs; single bugs are all tried.",
 )
 @click.option("--junit", metavar="FILE", help="Write one test case for each stage, for continuous integration.")
+@click.option(
+    "--reference",
+    "rules",
+    type=click.Choice(["diffusers", "stability"]),
+    default="diffusers",
+    show_default=True,
+    help="Whose choices are right: diffusers', or those of Stability's own code where diffusers departs from it.",
+)
 @JSON
 @MODEL
 @DEVICE
@@ -247,6 +312,7 @@ def diagnose(
     candidate_truth: str | None,
     seconds: float,
     junit: str | None,
+    rules: Literal["diffusers", "stability"],
     json_path: str | None,
     model: str,
     device: str,
@@ -261,7 +327,7 @@ def diagnose(
     exact = None if truth is None else Trace.open(truth)
     pipe = SVDPipeline.from_pretrained(model, dtype=DTYPES[one.dtype], device=device, compat="diffusers")
     own = None if candidate_truth is None else Trace.open(candidate_truth)
-    found = explain(one, other, exact, pipe=pipe, candidate_truth=own, seconds=seconds, progress=True)
+    found = explain(one, other, exact, pipe=pipe, candidate_truth=own, rules=rules, seconds=seconds, progress=True)
     click.echo(found.summary())
     if json_path:
         write_json(json_path, {**found.to_dict(), "command": shlex.join(["svdlab", *sys.argv[1:]])})

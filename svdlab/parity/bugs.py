@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +39,7 @@ from svdlab.parity.edits import (
 from svdlab.parity.probes import SHAPES
 from svdlab.svd.config import per_level
 from svdlab.svd.image_encoder import ACTIVATIONS, CLIPMLP
-from svdlab.svd.images import blur_for, normalize_for_clip, resize_with_antialiasing, to_levels, to_tensor
+from svdlab.svd.images import blur_for, normalize_for_clip, resize_with_antialiasing, to_levels, to_tensor, to_unit
 from svdlab.svd.layers import (
     GEGLU,
     AlphaBlender,
@@ -61,6 +61,26 @@ from svdlab.svd.stages import STAGE, STAGES, Change, wide
 
 
 @dataclass(frozen=True)
+class Original:
+    """That Stability AI's own code, with which the model was trained, does what an entry of the catalogue says.
+
+    Such an entry is no bug but a departure: diffusers departs from the original.
+
+    Attributes:
+        does, diffusers: what the original does, and what diffusers does.
+        source: where, in https://github.com/Stability-AI/generative-models at 0ad7de9.
+        change: the original's behaviour with its defaults.
+        argument: whether it is a value that the original's code is given, so that a run of it may agree with diffusers.
+    """
+
+    does: str
+    diffusers: str
+    source: str
+    change: Change
+    argument: bool
+
+
+@dataclass(frozen=True)
 class Bug:
     """One entry of the catalogue.
 
@@ -72,6 +92,7 @@ class Bug:
         variants: the forms in which it is met; the first one is what ``with_bugs`` injects.
         decides: what it decides wrongly, where two bugs that decide the same exclude each other.
         met: where it was met: a port, a public report, the documentation.
+        original: where it is no bug but what the original does, and diffusers does not.
     """
 
     name: str
@@ -81,6 +102,13 @@ class Bug:
     variants: tuple[Change, ...]
     decides: str = ""
     met: str = ""
+    original: Original | None = None
+
+    @property
+    def said(self) -> str:
+        """The cause; of what the original does, that it is no bug."""
+        source = self.original and f" ({self.original.source})"
+        return f"no bug, the original's choice: {self.cause}{source}" if source else self.cause
 
     @property
     def first_probe(self) -> str:
@@ -94,7 +122,8 @@ def first_probe(stage: str) -> str:
     for name in at.writes:
         if name in SHAPES:
             return f"{name}.000" if at.per_step else name
-    return next(first_probe(later.name) for later in STAGES if set(at.writes) & set(later.reads))
+    readers = (later.name for later in STAGES if set(at.writes) & set(later.reads))
+    return next(map(first_probe, readers), at.writes[0])
 
 
 _PIPELINE = "pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py"
@@ -980,18 +1009,23 @@ def _eps(value: float, where: str = ".*") -> Edit:
 
 _bug(
     "group_norm_eps",
-    "other group-norm eps: one everywhere, or as in Stability's own code",
+    "other group-norm eps: one everywhere, in one network, or in one kind of layer",
     f"{_BLOCKS}:get_up_block",
     "image_latents",
     *(Change(edit={"unet": _eps(eps), "vae": _eps(eps)}) for eps in (1e-5, 1e-6)),
     *(Change(edit={"unet": _eps(eps)}) for eps in (1e-5, 1e-6)),
-    # Stability's: the resnets of all blocks 1e-5, the transformers' norms 1e-6 as in diffusers.
-    Change(edit={"unet": _eps(1e-5, r".*res_block.*")}),
     # https://github.com/ml-explore/mlx-examples/issues/1435: the framework's default in the transformers.
     Change(edit={"unet": _eps(1e-5, r".*attentions\.\d+\.norm")}),
     Change(edit={"vae": _eps(1e-6, r".*temporal_res_block.*")}),
     *(Change(edit={"vae": _eps(eps)}) for eps in (1e-5, 1e-6)),
+    decides="group-norm eps",
     met=_PORT,
+)
+_edited("predict_noise", "unet", _eps(1e-5, r".*res_block.*"))(
+    "resnet_norm_eps",
+    "group-norm eps of all of the UNet's resnets 1e-5, not 1e-6 in the blocks with attention and in all up blocks",
+    f"{_BLOCKS}:get_up_block",
+    decides="group-norm eps",
 )
 
 # --- the decode ---
@@ -1007,9 +1041,14 @@ def _chunks_of(size: int) -> Callable[..., Tensor]:
     )
 
 
-def _always_in_chunks(pipe: Any, stage: Any, latents: Tensor, settings: GenerationSettings) -> Tensor:
-    chunk = settings.decode_chunk_size if isinstance(settings.decode_chunk_size, int) else 2
-    return stage(latents, settings.replace(decode="parity", decode_chunk_size=chunk))
+def _in_chunks(default: int) -> Callable[..., Tensor]:
+    """In chunks, of another size where the settings have one."""
+
+    def wrapper(pipe: Any, stage: Any, latents: Tensor, settings: GenerationSettings) -> Tensor:
+        chunk = settings.decode_chunk_size if isinstance(settings.decode_chunk_size, int) else default
+        return stage(latents, settings.replace(decode="parity", decode_chunk_size=chunk))
+
+    return wrapper
 
 
 _wrapped("decode", _not_divided)(
@@ -1017,14 +1056,97 @@ _wrapped("decode", _not_divided)(
     "latents not divided by the scaling factor before the decode",
     f"{_PIPELINE}:decode_latents",
 )
-_wrapped("decode", _always_in_chunks, *(_chunks_of(size) for size in range(1, 9)))(
+_wrapped("decode", _in_chunks(2), *(_chunks_of(size) for size in (*range(1, 9), 14)))(
     "decode_chunked",
     "decoded in chunks where the reference decoded at once, or in chunks of another size",
     f"{_PIPELINE}:decode_latents",
     met=_PORT,
 )
 
+_wrapped(
+    "to_8bit",
+    lambda pipe, stage, frames: (to_unit(frames) * 255).to(torch.uint8).cpu(),
+)(
+    "frames_truncated",
+    "8-bit frames truncated, not rounded",
+    "image_processor.py:VaeImageProcessor.numpy_to_pil",
+)
+
+# --- what is no bug: the original's choices ---
+
+# First and last frame's guidance scale in the published configurations, for 14 frames and for 25.
+_SVD, _SVD_XT = (1.0, 2.5), (1.5, 3.0)
+
+
+def _original_ramp(pipe: Any, stage: Any, settings: GenerationSettings) -> Tensor:
+    """The original's default in the place of diffusers' default; what was asked for stays."""
+    fields, given = GenerationSettings.model_fields, (settings.min_guidance_scale, settings.max_guidance_scale)
+    if given != tuple(fields[name].default for name in ("min_guidance_scale", "max_guidance_scale")):
+        return stage(settings)
+    return torch.linspace(*(_SVD_XT if pipe.unet.config.num_frames == 25 else _SVD), settings.num_frames)
+
+
+_wrapped(
+    "guidance_ramp",
+    _ramp(lambda low, high, frames: torch.linspace(*_SVD, frames)),
+    _ramp(lambda low, high, frames: torch.linspace(*_SVD_XT, frames)),
+)(
+    "guidance_ramp_of_original",
+    "guidance ramp from 1 to 2.5, or from 1.5 to 3, in the place of the one from 1 to 3",
+    f"{_PIPELINE}:__call__",
+    decides="guidance ramp",
+)
+
+_SCRIPT = "scripts/sampling/simple_video_sample.py:sample"
+for _name, _original in {
+    "clip_from_resized_frame": Original(
+        "CLIP sees the frame that the VAE encodes",
+        "CLIP sees the image as given",
+        f"{_SCRIPT}, cond_frames_without_noise",
+        _bugs["clip_from_resized_frame"].variants[0],
+        argument=True,
+    ),
+    "fps_not_decremented": Original(
+        "fps_id as given, 6 by default",
+        "fps - 1, of 7 by default",
+        f"{_SCRIPT}, fps_id",
+        _bugs["fps_not_decremented"].variants[0],
+        argument=True,
+    ),
+    "guidance_ramp_of_original": Original(
+        "guidance from 1 to 2.5 (svd), from 1.5 to 3 (svd_xt) by default",
+        "guidance from 1 to 3 by default",
+        "scripts/sampling/configs/svd.yaml and svd_xt.yaml, guider_config",
+        Change(wrap={"guidance_ramp": _original_ramp}),
+        argument=True,
+    ),
+    "resnet_norm_eps": Original(
+        "group-norm eps 1e-5 in every resnet of the UNet",
+        "1e-6 in the down blocks with attention and in all up blocks",
+        "sgm/modules/diffusionmodules/openaimodel.py:ResBlock",
+        _bugs["resnet_norm_eps"].variants[0],
+        argument=False,
+    ),
+    "decode_chunked": Original(
+        "14 frames decoded at a time by default, as clips of their own",
+        "all frames decoded at once by default",
+        f"{_SCRIPT}, decoding_t",
+        Change(wrap={"decode": _in_chunks(14)}),
+        argument=True,
+    ),
+    "frames_truncated": Original(
+        "8-bit frames truncated",
+        "8-bit frames rounded",
+        f"{_SCRIPT}, vid",
+        _bugs["frames_truncated"].variants[0],
+        argument=False,
+    ),
+}.items():
+    _bugs[_name] = replace(_bugs[_name], original=_original)
+
 BUGS: Mapping[str, Bug] = MappingProxyType(_bugs)
+# Where diffusers departs from the original: by name, what the original does.
+DEPARTURES: Mapping[str, Original] = MappingProxyType({n: b.original for n, b in _bugs.items() if b.original})
 
 
 def check_bugs(*names: str) -> None:
@@ -1050,3 +1172,15 @@ def changes(*names: str) -> tuple[Change, ...]:
     """
     check_bugs(*names)
     return tuple(bug.variants[0] for name, bug in BUGS.items() if name in names)
+
+
+def departures(*names: str) -> tuple[Change, ...]:
+    """What makes svdlab do as the original with its defaults, in the catalogue's order.
+
+    Raises:
+        SvdlabError: a name that is not in ``DEPARTURES``.
+    """
+    for name in names:
+        if name not in DEPARTURES:
+            raise SvdlabError(f"departures: got {name!r}, allowed: {', '.join(DEPARTURES)}")
+    return tuple(original.change for name, original in DEPARTURES.items() if name in names)

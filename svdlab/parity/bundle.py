@@ -189,7 +189,7 @@ def make_bundles(pipe: SVDPipeline, what: str, reference: Trace, step: int = 0) 
         try:
             inputs = replay_inputs(pipe, settings, reference, preprocess)
             if not preprocess:
-                pipe.run(inputs, settings, probe=check)
+                pipe.to_8bit(pipe.run(inputs, settings, probe=check))
         except _Complete:
             pass
     if not recorder.complete:
@@ -282,6 +282,8 @@ class _Recorder:
         if isinstance(result, Conditioning):
             return {"add_embedding": result.added_time_embedding, **_tokens(pipe, result)}
         result = torch.as_tensor(result)
+        if not result.is_floating_point():  # 8-bit levels, as a trace holds them
+            result = result.float()
         if len(stage.writes) == 2:
             guided = max(self.settings.min_guidance_scale, self.settings.max_guidance_scale) > 1
             return dict(zip(stage.writes, result.chunk(2), strict=True)) if guided else {"noise_pred": result}

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
+from svdlab.parity.bugs import departures as original
 from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.probes import probe_of
 from svdlab.parity.replay import replay_inputs
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
-from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import Change
 
@@ -39,6 +39,7 @@ def capture(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     optional: bool = False,
+    departures: Sequence[str] = (),
 ) -> Trace:
     """Run svdlab and record every tensor of ``docs/trace-format.md``.
 
@@ -55,11 +56,14 @@ def capture(
         progress: show a bar over the denoising steps.
         checkpoint: the folder that the pipeline was loaded from: its digest goes into the trace.
         optional: record ``latents.init`` and ``frames_8bit``, too.
+        departures: names of ``bugs.DEPARTURES``: do there what the original does; the trace says so.
 
     Raises:
         SvdlabError: no image and nothing to replay, or a replay that lacks an input, or a pattern that names
-            no module.
+            no module, or no departure's name.
     """
+    pipe = pipe.with_changes(*original(*departures))
+    implementation = f"svdlab ({', '.join(departures)})" if departures else "svdlab"
     settings = settings or (replay.settings if replay is not None else GenerationSettings())
     settings = pipe.resolve(settings.replace(dtype=dtype_name(pipe.dtype)))
     if replay is not None:
@@ -84,7 +88,7 @@ def capture(
         run_settings = settings.replace(decode="parity", decode_chunk_size=settings.num_frames)
     writer = TraceWriter(
         settings,
-        "svdlab",
+        implementation,
         implementation_version=version_of("svdlab"),
         dtype=settings.dtype,
         digests={} if checkpoint is None else {"checkpoint": checkpoint_digest(checkpoint)},
@@ -96,7 +100,7 @@ def capture(
     with (
         writer,
         torch.no_grad(),
-        tqdm(total=settings.num_steps, desc=f"svdlab {settings.dtype}", disable=not progress) as bar,
+        tqdm(total=settings.num_steps, desc=f"{implementation} {settings.dtype}", disable=not progress) as bar,
     ):
 
         def record_tap(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -121,7 +125,7 @@ def capture(
             writer.digest_input(name, tensor)
             writer.put(name, tensor)
             if optional and name == "frames" and tensor.isfinite().all():  # NaN has no level
-                writer.put("frames_8bit", torch.from_numpy(to_levels(tensor)).movedim(-1, -3).float())
+                writer.put("frames_8bit", pipe.to_8bit(tensor).float())
 
         def record_init(latents: Tensor) -> Tensor:
             writer.put("latents.init", latents)

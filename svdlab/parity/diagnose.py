@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from itertools import islice, product
 from typing import Any, Literal
@@ -21,19 +21,20 @@ from tqdm.auto import tqdm
 
 from svdlab.errors import SvdlabError
 from svdlab.files import json_value
-from svdlab.parity.bugs import BUGS
+from svdlab.parity.bugs import BUGS, DEPARTURES
 from svdlab.parity.candidate import capture
 from svdlab.parity.compare import THRESHOLD, Comparison, check_same_run, check_settings, compare
 from svdlab.parity.modules import ModuleJudge, network_of, next_taps
 from svdlab.parity.naming import Bugs, Found, Named, NamedModules, Namer, name_modules
-from svdlab.parity.probes import INPUTS, execution_key
+from svdlab.parity.probes import INPUTS, execution_key, is_optional
 from svdlab.parity.relations import Relation, axes_of, relate
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, moved, stages_changed
 from svdlab.parity.trace import Trace
 from svdlab.parity.writer import version_of
 from svdlab.svd.pipeline import SVDPipeline
-from svdlab.svd.stages import STAGE, STAGES
+from svdlab.svd.stages import STAGE, STAGES, Change
 
+Rules = Literal["diffusers", "stability"]
 # How many combinations of equal sets are listed.
 _LISTED = 16
 
@@ -43,7 +44,7 @@ class Explanation:
     """Bugs that together give what the candidate has.
 
     Attributes:
-        bugs: names in the catalogue.
+        bugs: names in the catalogue, of departures too.
         ratio: the largest that any stage is left with, over its floor (at most 4).
         probe: where that is.
     """
@@ -55,7 +56,7 @@ class Explanation:
     @property
     def causes(self) -> str:
         """What the port did, in words."""
-        return "; ".join(BUGS[bug].cause for bug in self.bugs)
+        return "; ".join(BUGS[bug].said for bug in self.bugs)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class StageVerdict:
         ratio: the largest of its tensors, over its own floor; None where it is not covered.
         probe: the tensor that has it.
         judged_with: stages from which it cannot be told apart here, as no tensor between them is in the trace.
-        bugs: sets of bugs that make it right; more than one: nothing in this trace tells them apart. With ``modules``
-            left, those that make the other wrong modules right.
+        bugs: sets of bugs, and of departures, that make it right; more than one: nothing in this trace tells them
+            apart. With ``modules`` left, those that make the other wrong modules right.
         modules: taps of wrong modules that no bug makes right, in the order in which they run.
         next_taps: taps that divide what is left unexplained.
         untold: bugs with a random draw of the port's own that the values neither contradict nor prove.
@@ -99,9 +100,12 @@ class Diagnosis:
     """What ``diagnose`` found.
 
     Attributes:
-        verdict: "parity" (every stage right, and the chain), "explained" (bugs account for everything), "partly" (for
-            some wrong stages or modules), or "unknown".
+        verdict: "parity" (every stage right, and the chain), "explained" (bugs and departures account for everything),
+            "partly" (for some wrong stages or modules), or "unknown".
         comparison: of reference and candidate, over the whole chain.
+        rules: whose choices are right: "diffusers", or "stability", the original's where diffusers departs from it.
+        unlike_original: with "stability", the departures that every run of the original's code shows and the candidate
+            does not: it does what diffusers does.
         stages: one verdict per stage, in the order in which they run.
         explanations: where it is "explained", best first. More than one: nothing in this trace tells them apart.
         confirmed_ratio: the largest ratio that the replay of the whole chain with all named bugs leaves, where stages
@@ -121,10 +125,22 @@ class Diagnosis:
     inputs: list[str] = field(default_factory=list)
     tried: list[tuple[str, ...]] = field(default_factory=list)
     stopped: bool = False
+    rules: Rules = "diffusers"
+    unlike_original: list[str] = field(default_factory=list)
 
     @property
     def bugs(self) -> list[str]:
-        """Every bug that is named: in every one of the equal sets of some stage."""
+        """Every bug that is named; what the original does, too, is none."""
+        return [name for name in self.named if name not in DEPARTURES]
+
+    @property
+    def departures(self) -> list[str]:
+        """Where the candidate does what the original does, and diffusers does not."""
+        return [name for name in self.named if name in DEPARTURES]
+
+    @property
+    def named(self) -> list[str]:
+        """Every bug and every departure that is named: in every one of the equal sets of some stage."""
         named = {bug for s in self.stages if s.bugs for bug in set.intersection(*(set(b) for b in s.bugs))}
         if self.explanations:
             named |= set.intersection(*(set(e.bugs) for e in self.explanations))
@@ -154,27 +170,29 @@ class Diagnosis:
 
     @property
     def closest(self) -> tuple[tuple[str, ...], str] | None:
-        """Where it is not all explained: the named bugs, and the first tensor that they leave unexplained."""
+        """Where it is not all explained: what is named, and the first tensor that it leaves unexplained."""
         left = next((s.probe for s in self.stages if s.status == "wrong" and not s.explained), None)
-        return (tuple(self.bugs), left) if left else None
+        return (tuple(self.named), left) if left else None
 
     def summary(self) -> str:
         """A few lines for people."""
         worst = self.comparison.worst
-        if self.verdict == "parity":
+        if self.verdict == "parity" and not self.departures:
             return f"parity: nothing to explain (worst ratio {worst.ratio:.3g}; {self.coverage})"
-        if self.verdict == "explained":
+        if self.explanations:
             lines = [f"{' + '.join(e.bugs)}: {e.causes} (what is left: ratio {e.ratio:.2f})" for e in self.explanations]
             if len(lines) > 1:
                 lines.append("these give the same tensors at this dtype and these settings")
         else:
-            lines = [f"{name}: {BUGS[name].cause}" for name in self.bugs]
+            lines = [f"{name}: {BUGS[name].said}" for name in self.named]
             for stage in self.wrong:
                 lines += [] if stage.explained else [_left_of(stage)]
-            if not self.wrong:
+            if not self.wrong and self.verdict != "parity":
                 lines.append("every stage is right from the candidate's own tensors")
         if self.comparison.first_non_finite:
             lines.insert(0, self.comparison.non_finite_text())
+        if self.unlike_original:
+            lines.append(f"it does what diffusers does, and not the original: {', '.join(self.unlike_original)}")
         if self.inputs:
             lines.append(f"the candidate ran on another {', '.join(self.inputs)} than the reference")
         if self.confirmed_ratio is not None:
@@ -188,8 +206,9 @@ class Diagnosis:
             lines.append("time was up before all sets of several bugs were tried: taps tell more, or more seconds")
         wrong = ", ".join(stage.stage for stage in self.wrong) or "none"
         diverges = f"first divergence {self.first_divergence}; " if self.first_divergence else ""
-        tried = "" if self.verdict == "explained" else f"; {len(self.tried)} sets of bugs tried"
-        return "\n".join([f"{self.verdict}; {diverges}wrong stages: {wrong}; {self.coverage}{tried}", *lines])
+        tried = "" if self.verdict in ("parity", "explained") else f"; {len(self.tried)} sets of bugs tried"
+        with_whom = self.verdict + " with Stability's code" * (self.rules == "stability" and self.verdict == "parity")
+        return "\n".join([f"{with_whom}; {diverges}wrong stages: {wrong}; {self.coverage}{tried}", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` writes."""
@@ -199,6 +218,9 @@ class Diagnosis:
             "first_module": self.first_module,
             "stages": [json_value(asdict(stage)) for stage in self.stages],
             "bugs": self.bugs,
+            "departures": self.departures,
+            "rules": self.rules,
+            "unlike_original": self.unlike_original,
             "confirmed_ratio": json_value(self.confirmed_ratio),
             "confirmed_at": self.confirmed_at,
             "coverage": self.coverage,
@@ -257,6 +279,7 @@ def diagnose(
     *,
     pipe: SVDPipeline,
     candidate_truth: Trace | None = None,
+    rules: Rules = "diffusers",
     max_bugs: int = 3,
     seconds: float | None = None,
     progress: bool = False,
@@ -270,6 +293,8 @@ def diagnose(
         pipe: svdlab with the same weights, in the reference's dtype.
         candidate_truth: the candidate's own code in float64 on the same inputs, for code that rounds more than
             diffusers because it works in another order.
+        rules: "stability": a candidate is right where it does what Stability's code does, with any values of the
+            arguments that this code takes.
         max_bugs: the largest set that is tried inside one stage; over stages there is no limit.
         seconds: after which no further set of several bugs is tried; single bugs always are, and what is being named
             is finished. None: no limit.
@@ -293,7 +318,7 @@ def diagnose(
         judge = StageJudge(reference, candidate, pipe, candidate_truth, bar.update)
         units = judge.units()
         namer = Namer(judge, units, max_bugs, bar.update, lambda: time.monotonic() > late)
-        return _Diagnoser(judge, units, comparison, namer).run()
+        return _Diagnoser(judge, units, comparison, namer, rules).run()
 
 
 @dataclass
@@ -309,7 +334,10 @@ class _Named:
 
 
 class _Diagnoser:
-    def __init__(self, judge: StageJudge, units: list[Unit], comparison: Comparison, namer: Namer) -> None:
+    def __init__(
+        self, judge: StageJudge, units: list[Unit], comparison: Comparison, namer: Namer, rules: Rules
+    ) -> None:
+        self.rules = rules
         self.judge, self.units, self.comparison, self.namer, self.tick = judge, units, comparison, namer, namer.tick
         self.candidate, self.pipe = judge.candidate, judge.pipe
         self.modules: dict[str, ModuleJudge] = {}
@@ -338,6 +366,12 @@ class _Diagnoser:
             verdict = "explained"
         else:
             verdict = "partly" if chosen else "unknown"
+        unlike: list[str] = []
+        if self.rules == "stability":
+            names = {name for name, _ in chosen}
+            unlike = self.unlike_original(named, names)
+            if verdict in ("parity", "explained") and names <= DEPARTURES.keys():
+                verdict = "explained" if unlike else "parity"
         return Diagnosis(
             verdict,  # type: ignore[arg-type]
             self.comparison,
@@ -348,6 +382,27 @@ class _Diagnoser:
             inputs,
             self.namer.tried,
             self.namer.stopped,
+            self.rules,
+            unlike,
+        )
+
+    def unlike_original(self, named: Mapping[frozenset[str], _Named], names: Set[str]) -> list[str]:
+        """The departures that no run of the original's code lacks, and that a right stage shows not to be there."""
+        decided = {BUGS[name].decides for name in names}
+        return [
+            name
+            for name, original in DEPARTURES.items()
+            if not original.argument and BUGS[name].decides not in decided and self.contradicts(original.change, named)
+        ]
+
+    def contradicts(self, change: Change, named: Mapping[frozenset[str], _Named]) -> bool:
+        """Whether a change makes wrong what is right."""
+        work, exact = (chain.changed([change]) for chain in (self.judge.work, self.judge.exact))
+        return any(
+            not self.judge.ratio(name, work, exact) <= THRESHOLD
+            for unit in self.units
+            if unit.stages not in named and unit.stages & stages_changed(change)
+            for name in unit.ratios
         )
 
     def chain_is_right(self) -> bool:
@@ -504,7 +559,9 @@ class _Diagnoser:
             units = [unit for unit in self.units if stage.name in unit.stages]
             wrong = [u for u in units if u.stages in named and stage.name in self.guilty(u, named[u.stages])]
             if not units:
-                verdicts.append(StageVerdict(stage.name, "not_covered"))
+                # What a trace holds only where it is asked for is not missed.
+                if not all(is_optional(name) and name not in self.judge.reference for name in stage.writes):
+                    verdicts.append(StageVerdict(stage.name, "not_covered"))
                 continue
             if not wrong:
                 worst = max((u for u in units if u.stages not in named), key=lambda u: u.ratio, default=None)
@@ -521,21 +578,22 @@ class _Diagnoser:
             )
             own = tuple(dict.fromkeys(_of_stage(names, stage.name) for names in sets))
             others = self.guilty(unit, made) - {stage.name}
-            verdicts.append(
-                StageVerdict(
-                    stage.name,
-                    "wrong",
-                    unit.ratio,
-                    _worst_probe(unit, first=True),
-                    tuple(s.name for s in STAGES if s.name in others),
-                    tuple(names for names in own if names),
-                    tuple(made.modules),
-                    tuple(made.next_taps),
-                    made.relation,
-                    made.related,
-                    tuple(sorted(self.namer.untold)) if stage.name == "image_latents" and not made.sets else (),
-                )
+            verdict = StageVerdict(
+                stage.name,
+                "wrong",
+                unit.ratio,
+                _worst_probe(unit, first=True),
+                tuple(s.name for s in STAGES if s.name in others),
+                tuple(names for names in own if names),
+                tuple(made.modules),
+                tuple(made.next_taps),
+                made.relation,
+                made.related,
+                tuple(sorted(self.namer.untold)) if stage.name == "image_latents" and not made.sets else (),
             )
+            if self.rules == "stability" and made.sets and DEPARTURES.keys() >= set(made.sets[0].names):
+                verdict = replace(verdict, status="right", ratio=made.sets[0].ratio, probe=made.sets[0].probe)
+            verdicts.append(verdict)
         return verdicts
 
     def guilty(self, unit: Unit, named: _Named) -> frozenset[str]:

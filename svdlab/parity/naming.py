@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from svdlab.parity.bugs import BUGS, sample_posterior
+from svdlab.parity.bugs import BUGS, DEPARTURES, sample_posterior
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.modules import ModuleJudge
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
@@ -299,13 +299,17 @@ class Namer:
         return self.distinct(sets)
 
     def distinct(self, sets: Iterable[Found]) -> list[Found]:
-        """Best first, one for each set of names, of the smallest size."""
+        """Best first, one for each set of names, of the smallest size.
+
+        Who does what the original does is not accused of a bug that gives the same.
+        """
         best: dict[tuple[str, ...], Found] = {}
         # Of a bug's variants that fit the one that changes the least is what can be said.
         for found in sorted(sets, key=lambda f: (sum(len(self.changes_of(bug)) for bug in f.bugs), f.ratio)):
             best.setdefault(found.names, found)
-        fewest = min((len(names) for names in best), default=0)
-        return sorted((f for names, f in best.items() if len(names) == fewest), key=lambda f: f.ratio)
+        rank = {names: (len(names), -len(DEPARTURES.keys() & set(names))) for names in best}
+        first = min(rank.values(), default=None)
+        return sorted((f for names, f in best.items() if rank[names] == first), key=lambda f: f.ratio)
 
     def accept(self, bugs: Bugs, unit: Unit, proven: bool = False) -> Found | None:
         """The set as an explanation of a unit, or None where it is none; ``proven``: modules have shown it."""
@@ -444,6 +448,7 @@ def name_modules(
             # Of a bug's variants that fit the one that changes the least is what can be said.
             equal.sort(key=lambda option: len(stages_changed(option[1])))
             names = dict.fromkeys(name for name, _ in equal)
+            names = {name: None for name in names if name in DEPARTURES} or names  # see ``Namer.distinct``
             added.append(([next(o for o in equal if o[0] == name) for name in names], mended))
         # With the rounding of all of them: what then mends nothing was a coincidence.
         remaining = still_wrong([*base, *(pick[0] for pick, _ in added)], exact=True)

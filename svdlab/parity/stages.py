@@ -33,7 +33,7 @@ from svdlab.svd.stages import STAGE, STAGES, Change, wide
 # A reference this many floors away from what the checkpoint gives is not diffusers' trace of it.
 FOREIGN = 64.0
 # Read in float32 or wider, whatever the networks run in.
-_WIDE = {"input.source", "input.image", "input.clip_pixels", "input.noise", "sigmas", "timesteps"}
+_WIDE = {"input.source", "input.image", "input.clip_pixels", "input.noise", "sigmas", "timesteps", "frames"}
 _DRAWS = ("input.noise", "input.latents")
 _STAGE_OF = {name: stage.name for stage in STAGES for name in stage.writes}
 
@@ -277,6 +277,12 @@ def _decode(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
     return {name: chain.pipe.decode(chain.value(f"latents.{chain.settings.num_steps - 1:03}"), chain.settings)}
 
 
+def _to_8bit(chain: Chain, name: str, step: int) -> dict[str, Tensor]:
+    frames = chain.value("frames")
+    finite = bool(frames.isfinite().all())  # NaN has no level
+    return {name: chain.pipe.to_8bit(frames).float() if finite else torch.full_like(frames, math.nan)}
+
+
 _RUN: Mapping[str, Callable[[Chain, str, int], dict[str, Tensor]]] = {
     "resize_image": _resize_image,
     "clip_pixels": _clip_pixels,
@@ -292,6 +298,7 @@ _RUN: Mapping[str, Callable[[Chain, str, int], dict[str, Tensor]]] = {
     "guide": _guide,
     "euler_step": _euler_step,
     "decode": _decode,
+    "to_8bit": _to_8bit,
 }
 
 
@@ -413,6 +420,10 @@ class StageJudge:
         """What rounding explains of one tensor; NaN where the stage's own result is not finite."""
         rounding = distance((work or self.work).expected(name), (exact or self.exact).expected(name))
         floor = max(rounding, self.own_distance(name), self.candidate_rounding(name), self.resolution)
+        if name == "frames_8bit":
+            # A value between two levels falls to either: at least one value by one level.
+            made = self.work.expected(name)
+            floor = max(floor, 1 / (_norm(made) or math.inf), distance(self.moved.expected(name), made))
         return floor if math.isfinite(rounding) else math.nan
 
     def ratio(

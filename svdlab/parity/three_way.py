@@ -24,6 +24,7 @@ def three_way(
     until: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    departures: Sequence[str] = (),
 ) -> Comparison:
     """diffusers in the working dtype, diffusers in float64, and svdlab, on one image: ``svdlab parity``.
 
@@ -41,6 +42,7 @@ def three_way(
         folder: stream the traces to ``reference``, ``truth`` and ``svdlab.safetensors`` in this folder (else
             in memory).
         progress: show bars.
+        departures: names of ``bugs.DEPARTURES``: svdlab does there what the original, Stability's code, does.
 
     Raises:
         SvdlabError: bad settings, an image that cannot be read, a checkpoint that does not load.
@@ -60,7 +62,7 @@ def three_way(
     shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress, "checkpoint": checkpoint}
     pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device, compat="diffusers")
     settings = pipe.resolve(settings)
-    candidate = capture(pipe, image, settings, path=path("svdlab"), **shared)
+    candidate = capture(pipe, image, settings, path=path("svdlab"), departures=departures, **shared)
     del pipe
     diffusers = load_diffusers(checkpoint, settings.torch_dtype, device)
     reference = capture_diffusers(diffusers, image, settings, path=path("reference"), **shared)

@@ -210,12 +210,19 @@ def to_levels(frames: Tensor) -> np.ndarray:
     return (unit * 255).round().astype(np.uint8)
 
 
-def postprocess(frames: Tensor, output_type: str | None) -> Any:
+def to_8bit(frames: Tensor) -> Tensor:
+    """``to_levels`` with the channels where they were: uint8 (..., 3, H, W)."""
+    return torch.from_numpy(to_levels(frames)).movedim(-1, -3)
+
+
+def postprocess(frames: Tensor, output_type: str | None, levels: Callable[[Tensor], Tensor] = to_8bit) -> Any:
     """Frames (B, F, 3, H, W) in about [-1, 1] to "pt" (the same shape in [0, 1]), "np" (B, F, H, W, 3), or "pil".
+
+    The levels of "pil" are made by ``levels``, which gives uint8 of the same shape.
 
     Source: diffusers ``video_processor.py:VideoProcessor.postprocess_video``.
     """
     if output_type == "pil":
-        return [[Image.fromarray(frame) for frame in video] for video in to_levels(frames)]
+        return [[Image.fromarray(frame) for frame in video] for video in levels(frames).movedim(-3, -1).numpy()]
     unit = to_unit(frames).float()
     return unit if output_type == "pt" else unit.movedim(-3, -1).cpu().numpy()

@@ -438,7 +438,7 @@ class SVDPipeline(DiffusersInterface):
         self._videos = len(inputs.latents)
         result = pipe.denoise(inputs, settings, probe=gather, callback=callback, progress=progress)
         if output_type != "latent":
-            result = images.postprocess(pipe._decode(result, settings, probe), output_type)
+            result = images.postprocess(pipe._decode(result, settings, probe), output_type, pipe.to_8bit)
         return SVDOutput(result) if return_dict else result
 
     def generate(self, image: Any, settings: GenerationSettings, progress: bool = True) -> list[Clip]:
@@ -458,7 +458,8 @@ class SVDPipeline(DiffusersInterface):
         pipe, inputs = start(self, image, settings, generator, None)
         frames = pipe.run(inputs, settings, callback=after_step, progress=progress)
         self.check_finite("frames", frames)
-        return [Clip.from_tensor(f, settings.fps, settings) for f in frames]
+        levels = self.to_8bit(frames).movedim(-3, -1).numpy()
+        return [Clip(video, settings.fps, settings) for video in levels]
 
     def check_finite(self, name: str, values: Tensor) -> None:
         """Refuse NaN and infinity in what the networks made.

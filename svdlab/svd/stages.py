@@ -40,7 +40,8 @@ class Stage:
     Attributes:
         name: the pipeline's method.
         reads, writes: tensors, by their names in a trace; those without a step's number are written once. Every stage
-            reads the settings. ``latents.init`` and ``conditioning`` are not recorded.
+            reads the settings. ``latents.init`` and ``frames_8bit`` are recorded where asked for, ``conditioning`` is
+            not.
         network: which network, or which half of the VAE, it runs, if any.
         per_step: runs in every denoising step.
     """
@@ -74,6 +75,7 @@ STAGES = (
     Stage("guide", ("noise_pred_uncond", "noise_pred_cond", "guidance_scale"), ("noise_pred",), per_step=True),
     Stage("euler_step", ("noise_pred", "latents.init", "latents", "sigmas"), ("latents",), per_step=True),
     Stage("decode", ("latents",), ("frames",), "vae.decoder"),
+    Stage("to_8bit", ("frames",), ("frames_8bit",)),
 )
 STAGE: Mapping[str, Stage] = {stage.name: stage for stage in STAGES}
 
@@ -247,6 +249,13 @@ class Stages:
             chunk, exact = largest_chunk(configs, settings, self.device), True
         latents = (1 / self.vae.config.scaling_factor * latents).to(self.vae.dtype)
         return wide(decode_latents(self.vae, latents, chunk, exact))
+
+    def to_8bit(self, frames: Tensor) -> Tensor:
+        """``frames_8bit`` (V, F, 3, H, W) as uint8: clamped, and rounded to whole levels.
+
+        Source: ``image_processor.py:VaeImageProcessor.numpy_to_pil``.
+        """
+        return images.to_8bit(frames)
 
 
 def wide(x: Tensor) -> Tensor:
