@@ -581,6 +581,18 @@ _wrapped(
     f"{_PIPELINE}:__call__",
     decides="guidance ramp",
 )
+# First and last frame's guidance scale in the published configurations, for 14 frames and for 25.
+_SVD, _SVD_XT = (1.0, 2.5), (1.5, 3.0)
+_wrapped(
+    "guidance_ramp",
+    _ramp(lambda low, high, frames: torch.linspace(*_SVD, frames)),
+    _ramp(lambda low, high, frames: torch.linspace(*_SVD_XT, frames)),
+)(
+    "guidance_ramp_of_original",
+    "guidance ramp from 1 to 2.5, or from 1.5 to 3, in the place of the one from 1 to 3",
+    f"{_PIPELINE}:__call__",
+    decides="guidance ramp",
+)
 _wrapped("guide", lambda pipe, stage, uncond, cond, scale: stage(cond, uncond, scale))(
     "guidance_swapped", "conditional and unconditional half exchanged", f"{_PIPELINE}:__call__"
 )
@@ -1074,9 +1086,6 @@ _wrapped(
 
 # --- what is no bug: the original's choices ---
 
-# First and last frame's guidance scale in the published configurations, for 14 frames and for 25.
-_SVD, _SVD_XT = (1.0, 2.5), (1.5, 3.0)
-
 
 def _original_ramp(pipe: Any, stage: Any, settings: GenerationSettings) -> Tensor:
     """The original's default in the place of diffusers' default; what was asked for stays."""
@@ -1085,17 +1094,6 @@ def _original_ramp(pipe: Any, stage: Any, settings: GenerationSettings) -> Tenso
         return stage(settings)
     return torch.linspace(*(_SVD_XT if pipe.unet.config.num_frames == 25 else _SVD), settings.num_frames)
 
-
-_wrapped(
-    "guidance_ramp",
-    _ramp(lambda low, high, frames: torch.linspace(*_SVD, frames)),
-    _ramp(lambda low, high, frames: torch.linspace(*_SVD_XT, frames)),
-)(
-    "guidance_ramp_of_original",
-    "guidance ramp from 1 to 2.5, or from 1.5 to 3, in the place of the one from 1 to 3",
-    f"{_PIPELINE}:__call__",
-    decides="guidance ramp",
-)
 
 _SCRIPT = "scripts/sampling/simple_video_sample.py:sample"
 for _name, _original in {
