@@ -179,15 +179,15 @@ class Diagnosis:
         worst = self.comparison.worst
         if self.verdict == "parity" and not self.departures:
             return f"parity: nothing to explain (worst ratio {worst.ratio:.3g}; {self.coverage})"
-        if self.explanations:
+        if len(self.explanations) > 1:
             lines = [f"{' + '.join(e.bugs)}: {e.causes} (what is left: ratio {e.ratio:.2f})" for e in self.explanations]
-            if len(lines) > 1:
-                lines.append("these give the same tensors at this dtype and these settings")
+            lines.append("these give the same tensors at this dtype and these settings")
         else:
             lines = [f"{name}: {BUGS[name].said}" for name in self.named]
+            lines += [f"what is left: ratio {e.ratio:.2f}" for e in self.explanations]
             for stage in self.wrong:
                 lines += [] if stage.explained else [_left_of(stage)]
-            if not self.wrong and self.verdict != "parity":
+            if not self.wrong and self.verdict in ("partly", "unknown"):
                 lines.append("every stage is right from the candidate's own tensors")
         if self.comparison.first_non_finite:
             lines.insert(0, self.comparison.non_finite_text())
