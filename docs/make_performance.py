@@ -2,18 +2,19 @@
 
 Run ``svdlab bench --json bench.json`` on a quiet machine, then ``python docs/make_performance.py bench.json``; further
 files replace the cases that they hold, too. It writes ``docs/performance.png`` and what stands between the markers of
-``docs/performance.md``.
+``docs/performance.md``; without a file, what ``svdlab memory`` says and no more.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from svdlab.bench.tables import case_table, growth_table
 from svdlab.notebook.figures import plot_bench
 from svdlab.svd.architectures import ARCHITECTURES
-from svdlab.svd.memory import GIB, Simulation
+from svdlab.svd.memory import GIB, RESERVE_GIB, Simulation
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import WORKLOADS
 from svdlab.tables import Column, Table
@@ -40,7 +41,7 @@ def memory_tables() -> str:
     stages = Table([Column("stage"), *numbers], rows)
     rows = []
     for budget in (6, 8, 12, 16, 24):
-        best = next((o for o in simulation.options(budget * GIB) if o.fits), None)
+        best = next((o for o in simulation.options((budget - RESERVE_GIB) * GIB) if o.fits), None)
         if best is None:
             rows.append([str(budget), "nothing fits"])
         else:
@@ -52,7 +53,13 @@ def memory_tables() -> str:
 
 def main() -> None:
     """Fill the page in."""
-    found, *more = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
+    PAGE.write_text(put(PAGE.read_text(), "memory", memory_tables()))
+    if sys.argv[1:]:
+        put_timings(*(json.loads(Path(path).read_text()) for path in sys.argv[1:]))
+
+
+def put_timings(found: dict[str, Any], *more: dict[str, Any]) -> None:
+    """What ``svdlab bench`` says, where later files replace the cases of the first one."""
     newer = {(case["name"], case["dtype"]): case for other in more for case in other["cases"]}
     found["cases"] = [newer.get((case["name"], case["dtype"]), case) for case in found["cases"]]
     machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
@@ -60,8 +67,7 @@ def main() -> None:
     text = put(PAGE.read_text(), "machine", f"Measured on: {machine}. Peak GEMM throughput: {peaks}.\n")
     figure = f"![Ratios, share of peak GEMM throughput, and growth]({PAGE.with_suffix('.png').name})"
     text = put(text, "cases", f"{case_table(found).to_markdown()}\n{figure}\n")
-    text = put(text, "growth", growth_table(found).to_markdown() if found["growth"] else "Not measured.\n")
-    PAGE.write_text(put(text, "memory", memory_tables()))
+    PAGE.write_text(put(text, "growth", growth_table(found).to_markdown() if found["growth"] else "Not measured.\n"))
     plot_bench(found).savefig(PAGE.with_suffix(".png"), dpi=110)
 
 

@@ -223,12 +223,11 @@ def test_offloading_leaves_one_network() -> None:
 
 
 def test_the_largest_chunk_is_the_last_that_fits() -> None:
-    simulation = full_size()
-    option = simulation.option("batched", True, "exact", 8 * GIB)
-    chunk = option.decode_chunk_size
-    assert option.fits and chunk
-    last, too_large = (simulation.footprint("decode_exact", size).peak for size in (chunk, chunk + 1))
-    assert last <= 8 * GIB < too_large
+    simulation, budget = full_size(), 5 * GIB
+    option = simulation.option("sequential", True, "exact", budget)
+    assert option.fits and option.decode_chunk_size == 6
+    last, too_large = (simulation.footprint("decode_exact", size).peak for size in (6, 7))
+    assert last <= budget < too_large
 
 
 # --- the command ---
@@ -241,21 +240,34 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
     return result.exit_code, result.output, json.loads((tmp_path / "m.json").read_text())
 
 
-def test_fourteen_frames_fit_eight_gib_with_the_exact_decode(tmp_path: Path) -> None:
+def test_fourteen_frames_fit_eight_gib_as_they_are_made_by_default(tmp_path: Path) -> None:
     code, out, written = run(tmp_path, *"--model svd --dtype float16 --budget-gib 8".split())
     assert {name: written["settings"][name] for name in SIZE} == SIZE
-    assert code == 0 and written["fits"] and "weights included" in out
+    assert code == 0 and written["fits"] and "weights included" in out and written["reserve_gib"] == 0.75
     best = written["best"]
-    assert best["decode"] == "exact" and best["peak_gib"] <= 8 and best["decode_chunk_size"] >= 2
+    assert best["decode"] == "exact" and best["cfg"] == "batched" and not best["offload"]
+    assert best["peak_gib"] <= 8 - 0.75 and best["decode_chunk_size"] >= 2
     assert written["decode_chunk_size"] == best["decode_chunk_size"]
     assert [stage["name"] for stage in written["stages"]] == list(WORKLOADS)
     assert all(stage["peak_gib"] > stage["weights_gib"] > 0.1 for stage in written["stages"])
+    of_two = next(stage for stage in written["stages"] if stage["name"] == "decode_exact")
+    others = [stage["peak_beside_all_weights_gib"] for stage in written["stages"][:3]]
+    assert of_two["decode_chunk_size"] == 2 and max(of_two["peak_gib"], *others) <= 7
+
+
+def test_fourteen_frames_fit_six_gib_with_offload(tmp_path: Path) -> None:
+    code, _, written = run(tmp_path, *"--model svd --dtype float16 --budget-gib 6".split())
+    assert code == 0 and written["best"]["offload"] and written["best"]["decode"] == "exact"
 
 
 def test_nothing_fits_a_budget_below_the_weights(tmp_path: Path) -> None:
     code, out, written = run(tmp_path, "--model", "svd", "--dtype", "float16", "--budget-gib", "2")
     assert code == 1 and not written["fits"] and written["decode_chunk_size"] is None
-    assert "nothing fits 2 GiB: the least is" in out and not any(o["fits"] for o in written["options"])
+    assert (
+        "nothing fits 2 GiB: the least is" in out
+        and "0.75 reserved" in out
+        and not any(o["fits"] for o in written["options"])
+    )
 
 
 def test_the_settings_are_those_of_a_generation(tmp_path: Path, tiny: Path) -> None:
@@ -271,6 +283,7 @@ def test_the_settings_are_those_of_a_generation(tmp_path: Path, tiny: Path) -> N
     [
         (["--height", "60"], "height: got 60, allowed: integer >= 8, <= 16384, a multiple of 8"),
         (["--device", "gpu7"], "--device: got 'gpu7', allowed: cpu, cuda, cuda:1, mps"),
+        (["--budget-gib", "1", "--reserve-gib", "1"], "--reserve-gib: got 1, allowed: less than --budget-gib, 1"),
         (["--model", "nothing here"], "model: 'nothing here' is no folder"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,29 @@ def test_a_network_leaves_the_device_when_a_run_fails(tiny: Path, photo: Image.I
     with pytest.raises(KeyboardInterrupt):
         pipe(photo, 32, 40, 3, 2, callback_on_step_end=stop, progress=False)
     assert log[-1] == ("unet", "out")
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_the_other_networks_leave_for_a_decode_that_does_not_fit_beside_them(
+    tiny: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    pipe, log = SVDPipeline.from_pretrained(tiny), []
+    (expected,) = pipe.generate(photo, SMALL, progress=False)
+    for name in NETWORKS:
+        _watch(getattr(pipe, name), name, log)
+    monkeypatch.setattr(SVDPipeline, "device", DEVICE)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (clip,) = pipe.generate(photo, SMALL, progress=False)
+    moves = [entry for entry in log if entry[1] != "runs"]
+    assert np.array_equal(clip.frames, expected.frames) and pipe._offload_device is None
+    if free:
+        assert not moves and not said
+    else:
+        assert moves == [(name, way) for way in ("out", "in") for name in ("unet", "image_encoder")]
+        assert log[-3] == ("vae", "runs")
+        assert [str(w.message) for w in said] == ["svdlab: the UNet and the image encoder leave cpu:0 for the decode"]
 
 
 def test_the_name_and_arguments_are_those_of_diffusers(tiny: Path) -> None:

@@ -226,7 +226,8 @@ class Option:
 
     Attributes:
         cfg, decode: as in the settings.
-        offload: each network is on the device only while it runs.
+        offload: each network is on the device only while it runs. Otherwise the others leave it for the decode alone,
+            where that would not fit beside them (``SVDPipeline._room_for_decode``).
         decode_chunk_size: the largest that fits; None when none does.
         peak: bytes with that chunk, or with a chunk of 1.
         fits: whether the peak is within the budget.
@@ -301,7 +302,9 @@ class Simulation:
         peak = max(self.peak(self.footprint(name), offload) for name in names)
 
         def decode_peak(chunk: int) -> int:
-            return self.peak(self.footprint(f"decode_{decode}", chunk), offload)
+            footprint = self.footprint(f"decode_{decode}", chunk)
+            beside = self.peak(footprint, offload)
+            return beside if beside <= budget else footprint.peak
 
         # Memory grows with the chunk, so that as many sizes fit as the largest one that does.
         chunk = bisect.bisect_right(range(1, (self.settings.num_frames or 1) + 1), budget, key=decode_peak)
@@ -409,6 +412,16 @@ def check_fits(configs: Configs, settings: GenerationSettings, device: str | tor
             f"{settings.num_frames} frames of {settings.width}x{settings.height}, {settings.dtype}: at least "
             f"{least / GIB:.1f} GiB, allowed: {free / GIB:.1f} GiB, what is free on {device}; --force tries"
         )
+
+
+def decode_fits(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> bool:
+    """Whether a decode, with ``decode_chunk_size="auto"`` the smallest, fits what is free on a device now."""
+    size = settings.decode_chunk_size
+    exact = settings.decode == "exact" or not isinstance(size, int)
+    simulation = simulate(configs, settings.replace(seed=0), torch.device(device).type)
+    chunk = size if isinstance(size, int) else 1 if size == "auto" else None
+    footprint = simulation.footprint("decode_exact" if exact else "decode_parity", chunk)
+    return footprint.activations <= _USABLE * free_bytes(device)
 
 
 def largest_chunk(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> int:

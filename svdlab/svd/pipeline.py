@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -347,6 +348,29 @@ class SVDPipeline(DiffusersInterface):
         finally:
             module.to("cpu")
 
+    @contextmanager
+    def _room_for_decode(self, settings: GenerationSettings) -> Iterator[None]:
+        """Where a decode does not fit beside the other networks, they wait on the CPU until it is done.
+
+        On 8 GB cards that is every clip of the published size. Not for threads that share the weights at that moment.
+        """
+        from svdlab.svd.memory import decode_fits
+
+        device, others = self.device, (self.unet, self.image_encoder)
+        if self._offload_device or device == _HOST or decode_fits(self.configs, settings, device):
+            yield
+            return
+        warnings.warn(f"svdlab: the UNet and the image encoder leave {device} for the decode", stacklevel=4)
+        try:
+            self._offload_device = device
+            for module in others:
+                module.to(_HOST)
+            yield
+        finally:
+            for module in others:
+                module.to(device)
+            self._offload_device = None
+
     @property
     def configs(self) -> Configs:
         """The architecture of the three networks."""
@@ -614,12 +638,14 @@ class SVDPipeline(DiffusersInterface):
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, settings: GenerationSettings, probe: Probe | None) -> Tensor:
-        with self._on_device(self.vae):
-            frames = self.decode(latents, self.resolve(settings))
+        settings = self.resolve(settings)
+        with self._on_device(self.vae), self._room_for_decode(settings):
+            frames = self.decode(latents, settings)
         (probe or _ignore)("frames", frames)
         return frames
 
 
+_HOST = torch.device("cpu")
 # Of diffusers: how accelerate spreads the networks over several devices.
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
