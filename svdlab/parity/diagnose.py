@@ -130,8 +130,8 @@ class Diagnosis:
 
     @property
     def bugs(self) -> list[str]:
-        """Every bug that is named; what the original does, too, is none."""
-        return [name for name in self.named if name not in DEPARTURES]
+        """Everything named that is wrong by ``rules``: a departure is a bug where diffusers' choices are right."""
+        return [name for name in self.named if self.rules == "diffusers" or name not in DEPARTURES]
 
     @property
     def departures(self) -> list[str]:
