@@ -275,3 +275,8 @@ def test_a_hub_name_with_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_embedded_checkpoint_loads() -> None:
     assert load_components().unet.config.num_frames >= 1
+
+
+def test_the_embedded_checkpoint_has_no_revisions() -> None:
+    with pytest.raises(SvdlabError, match="revision: got 'v2', allowed: none with embedded"):
+        checkpoint_path("embedded", revision="v2")

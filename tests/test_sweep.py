@@ -679,3 +679,10 @@ def test_did_this_change_move_anything(
     found = compare_sweeps(four, shifted)
     assert found.moved(tolerance=2) and len(found.points) == 3 and found.differs == {"seed": ("0", "1")}
     assert all(p.mean and p.largest for p in found.points)
+
+
+def test_an_option_that_does_not_go_with_resume_is_named_as_it_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(tmp_path), "--grid", "fps=7")
+    assert code == 2 and err == "error: --grid: not together with --resume, which reads it from DIR\n"

@@ -98,7 +98,8 @@ def sweep(
     if resume is not None:
         where = {"resume", "workers", "scheduler", "tls_ca_file", "tls_cert", "tls_key", "force", "json_path"}
         if others := [name for name in asked if name not in where]:
-            raise SvdlabError(f"--{others[0].replace('_', '-')}: not together with --resume, which reads it from DIR")
+            option = next(p.opts[0] for p in context.command.params if p.name == others[0])
+            raise SvdlabError(f"{option}: not together with --resume, which reads it from DIR")
         with _bar(resume) as on_progress, _backend(workers, scheduler, tls, threads) as backend:
             done = resume_sweep(resume, force=force, backend=backend, on_progress=on_progress)
         sys.exit(_report(done, json_path))

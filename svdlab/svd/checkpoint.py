@@ -287,10 +287,14 @@ def checkpoint_path(
         A folder, or a single file.
 
     Raises:
-        SvdlabError: nothing on this machine that can be reached on the hub, a folder that is no checkpoint, or a
-            variant of a single file.
+        SvdlabError: neither on this machine nor to be had from the hub, a folder that is no checkpoint, a variant of a
+            single file, or a revision of the embedded checkpoint.
     """
     if str(checkpoint) == EMBEDDED:
+        if revision is not None:
+            raise SvdlabError(
+                f"revision: got {short(revision)}, allowed: none with {EMBEDDED}, which is not on the hub"
+            )
         return Path(__file__).parent.parent / "checkpoint"
     path = Path(checkpoint).expanduser()
     if not path.is_dir() and not path.is_file():
