@@ -889,7 +889,10 @@ PLANTS: dict[str, Planted] = {
     "noise_aug_on_unit_pixels": Planted(noise_on_unit_pixels, "image_latents", "noise_aug"),
     "vae_not_upcast": Planted(not_upcast, "image_latents", "upcast", settings=HALF),
     "guidance_ramp_ends": Planted(guidance(falling_ramp, keep), "guidance_ramp", "guidance"),
-    "guidance_ramp_ends:open": Planted(guidance(ramp_without_end, keep), "guidance_ramp", "guidance"),
+    # Of four frames it is the original's ramp, to 2.5.
+    "guidance_ramp_ends:open": Planted(
+        guidance(ramp_without_end, keep), "guidance_ramp", "guidance", settings={"num_frames": 3}
+    ),
     "clips_repeated_after_guidance": Planted(
         repeated_embeddings, "condition", "repeat", settings={"num_videos_per_prompt": 2}
     ),

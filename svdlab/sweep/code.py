@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # What makes a clip, folders with all below: a change here makes other points, a change of a plot or a widget does not.
-CLIP_CODE = ("svd", "parity/bugs.py", "parity/edits.py", "parity/probes.py", "parity/taps.py")
+CLIP_CODE = ("svd", "tensors.py", "parity/bugs.py", "parity/edits.py", "parity/probes.py", "parity/taps.py")
 # What measures its distance from diffusers, where that is asked for.
 DIVERGENCE_CODE = ("parity",)
 _PACKAGE = Path(__file__).parent.parent
