@@ -194,7 +194,11 @@ def test_an_interrupted_report_keeps_what_is_finished_and_leaves_no_process(
     program = "from svdlab.cli import main; main()"
     options = ["report", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", program, *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # What a shell puts into the background ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     pid = tmp_path / "kernel.pid"
     wait_until(lambda: pid.exists() and pid.read_text() != "")
