@@ -25,14 +25,20 @@ _TAPS = click.option(
     help="Record inner modules, too, such as 'unet.down_blocks.*'; repeatable.",
 )
 _UNTIL = click.option("--until", metavar="PROBE", help="Stop after this probe, such as noise_pred.000.")
-_RULES = click.option(
-    "--reference",
-    "rules",
-    type=click.Choice(["diffusers", "stability"]),
-    default="diffusers",
-    show_default=True,
-    help="Whose choices svdlab makes: diffusers', or those of Stability's own code where diffusers departs from it.",
-)
+
+
+def _rules(question: str) -> Any:
+    return click.option(
+        "--reference",
+        "rules",
+        type=click.Choice(["diffusers", "stability"]),
+        default="diffusers",
+        show_default=True,
+        help=f"{question}: diffusers', or those of Stability's own code where diffusers departs from it.",
+    )
+
+
+_RULES = _rules("Whose choices svdlab makes")
 _DEPARTURES = click.option(
     "--departure",
     "departures",
@@ -294,14 +300,7 @@ def compare(
     help="Then try no further set of several bugs; single bugs are all tried.",
 )
 @click.option("--junit", metavar="FILE", help="Write one test case for each stage, for continuous integration.")
-@click.option(
-    "--reference",
-    "rules",
-    type=click.Choice(["diffusers", "stability"]),
-    default="diffusers",
-    show_default=True,
-    help="Whose choices are right: diffusers', or those of Stability's own code where diffusers departs from it.",
-)
+@_rules("Whose choices are right")
 @JSON
 @MODEL
 @DEVICE

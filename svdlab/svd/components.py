@@ -5,27 +5,20 @@ They are known by what they have: a ``config`` and a ``state_dict``, or an image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from svdlab.errors import SvdlabError, about, short
+from svdlab.svd import workloads
 from svdlab.svd.checkpoint import ImageNormalization
-from svdlab.svd.config import CLIPVisionConfig, Config, UNetConfig, VAEConfig, read_config
-from svdlab.svd.image_encoder import CLIPVision
+from svdlab.svd.config import CONFIGS, Config, read_config
 from svdlab.svd.kernels import use_kernels
 from svdlab.svd.sampler import EulerScheduler
-from svdlab.svd.unet import UNet
-from svdlab.svd.vae import VAE
 
-NETWORKS: Mapping[str, tuple[type[nn.Module], type[Config]]] = {
-    "vae": (VAE, VAEConfig),
-    "image_encoder": (CLIPVision, CLIPVisionConfig),
-    "unet": (UNet, UNetConfig),
-}
 # In the order of diffusers' constructor.
+NETWORKS = ("vae", "image_encoder", "unet")
 COMPONENTS = (*NETWORKS, "scheduler", "feature_extractor")
 
 
@@ -58,7 +51,7 @@ def adopt(name: str, component: Any) -> Any:
 
 
 def _network(name: str, component: Any) -> nn.Module:
-    own, config_class = NETWORKS[name]
+    own, config_class = workloads.NETWORKS[name], CONFIGS[name]
     plain = getattr(component, "_orig_mod", component)  # of torch.compile
     if isinstance(plain, own):
         return component

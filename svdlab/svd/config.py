@@ -275,3 +275,7 @@ class Configs:
     unet: UNetConfig
     vae: VAEConfig
     image_encoder: CLIPVisionConfig
+
+
+# What reads each network's ``config.json``.
+CONFIGS: Mapping[str, type[Config]] = {"unet": UNetConfig, "vae": VAEConfig, "image_encoder": CLIPVisionConfig}

@@ -414,11 +414,18 @@ def check_fits(configs: Configs, settings: GenerationSettings, device: str | tor
         )
 
 
+def _simulated_decode(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> Simulation:
+    """One simulation for all clips whose decode takes the same: of a size, a number and a dtype."""
+    decides = ("height", "width", "num_frames", "num_videos_per_prompt", "dtype")
+    same = GenerationSettings(**{name: getattr(settings, name) for name in decides})
+    return simulate(configs, same, torch.device(device).type)
+
+
 def decode_fits(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> bool:
     """Whether a decode, with ``decode_chunk_size="auto"`` the smallest, fits what is free on a device now."""
     size = settings.decode_chunk_size
     exact = settings.decode == "exact" or not isinstance(size, int)
-    simulation = simulate(configs, settings.replace(seed=0), torch.device(device).type)
+    simulation = _simulated_decode(configs, settings, device)
     chunk = size if isinstance(size, int) else 1 if size == "auto" else None
     footprint = simulation.footprint("decode_exact" if exact else "decode_parity", chunk)
     return footprint.activations <= _USABLE * free_bytes(device)
@@ -426,7 +433,7 @@ def decode_fits(configs: Configs, settings: GenerationSettings, device: str | to
 
 def largest_chunk(configs: Configs, settings: GenerationSettings, device: str | torch.device) -> int:
     """The largest exact decode chunk whose activations fit what is free on a device now; at least 1."""
-    simulation = simulate(configs, settings.replace(seed=0), torch.device(device).type)
+    simulation = _simulated_decode(configs, settings, device)
     chunks, budget = range(1, (settings.num_frames or 1) + 1), _USABLE * free_bytes(device)
     fit = bisect.bisect_right(chunks, budget, key=lambda chunk: simulation.footprint("decode_exact", chunk).activations)
     return max(1, fit)

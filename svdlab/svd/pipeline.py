@@ -177,7 +177,7 @@ class SVDPipeline(DiffusersInterface):
         loaded = vars(load_components(path, widest, device_map or device or "cpu", variant))
         for name, of_network in dtypes.items():
             loaded[name].to(of_network)
-        return cls(**{**loaded, **components}, **({"compat": compat} if compat else {}))
+        return cls._made({**loaded, **components}, compat)
 
     @classmethod
     def from_single_file(
@@ -224,8 +224,12 @@ class SVDPipeline(DiffusersInterface):
         given = {"unet": unet, "vae": vae, "image_encoder": image_encoder}
         given |= {"scheduler": scheduler, "feature_extractor": feature_extractor}
         check_compat(compat)
-        loaded = vars(load_single_file(path, dtype or torch_dtype or torch.float32, device, given))
-        return cls(**loaded, **({"compat": compat} if compat else {}))
+        return cls._made(vars(load_single_file(path, dtype or torch_dtype or torch.float32, device, given)), compat)
+
+    @classmethod
+    def _made(cls, components: Mapping[str, Any], compat: str | None) -> Self:
+        """A subclass's constructor need not know ``compat``."""
+        return cls(**components, **({"compat": compat} if compat else {}))
 
     def with_bugs(self, *names: str) -> SVDPipeline:
         """The same weights with bugs of the catalogue injected; this pipeline stays as it is.
@@ -654,7 +658,7 @@ def _dtypes(given: torch.dtype | Mapping[str, torch.dtype] | None) -> dict[str, 
     """A dtype for each network."""
     if not isinstance(given, Mapping):
         given = {"default": given or torch.float32}
-    if others := given.keys() - NETWORKS.keys() - {"default"}:
+    if others := given.keys() - {*NETWORKS, "default"}:
         raise SvdlabError(f"dtype: got {short(sorted(others)[0])}, allowed: {', '.join(NETWORKS)}, default")
     return {name: given.get(name, given.get("default", torch.float32)) for name in NETWORKS}
 

@@ -27,11 +27,9 @@ from svdlab.reading import parse
 from svdlab.svd.architectures import ARCHITECTURES, SVD_SCHEDULER
 from svdlab.svd.config import (
     ATTENTION_BLOCKS,
+    CONFIGS,
     PLAIN_BLOCKS,
-    CLIPVisionConfig,
     Configs,
-    UNetConfig,
-    VAEConfig,
     per_level,
     read_config,
 )
@@ -408,8 +406,8 @@ def _configs(entries: Mapping[str, Entry], said: Options) -> Configs:
     if "num_attention_heads" not in said["image_encoder"]:
         clip["num_attention_heads"] = _heads("image_encoder", clip["hidden_size"], 80)
     unet["num_frames"] = None
-    kinds: dict[str, Any] = {"unet": UNetConfig, "vae": VAEConfig, "image_encoder": CLIPVisionConfig}
-    return Configs(**{name: read_config(kinds[name], {**made[name], **said[name]}, name) for name in NETWORKS})
+    read: dict[str, Any] = {name: read_config(CONFIGS[name], {**made[name], **said[name]}, name) for name in NETWORKS}
+    return Configs(**read)
 
 
 def _heads(network: str, channels: int, width: int) -> int:
