@@ -15,7 +15,13 @@ from svdlab.errors import EXTRA_OF
 
 ROOT = Path(__file__).parent.parent
 # What other packages bring: the extra's or svdlab's own package that does.
-BROUGHT_BY = {"IPython": "ipywidgets", "typing_extensions": "pydantic", "nbformat": "nbconvert", "dask": "distributed"}
+BROUGHT_BY = {
+    "IPython": "ipywidgets",
+    "traitlets": "ipywidgets",
+    "typing_extensions": "pydantic",
+    "nbformat": "nbconvert",
+    "dask": "distributed",
+}
 
 
 @pytest.fixture(scope="module")

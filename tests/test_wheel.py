@@ -38,8 +38,9 @@ def test_a_wheel_carries_checkpoint_and_notebooks(tmp_path: Path) -> None:
     run("-c", CHECK.format(target=str(target)))
     command = "from svdlab.cli import main; main()"
     run("-c", command, "notebooks", "copies")
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "svdlab").rglob("*.py")}
-    assert {str(p.relative_to(target)) for p in (target / "svdlab").rglob("*.py")} == modules
+    for kind in ("*.py", "*.js", "*.css"):
+        files = {str(p.relative_to(ROOT)) for p in (ROOT / "svdlab").rglob(kind)}
+        assert {str(p.relative_to(target)) for p in (target / "svdlab").rglob(kind)} == files != set()
     copies = sorted((work / "copies").iterdir())
     originals = sorted((ROOT / "notebooks").glob("*.ipynb"))
     assert [p.read_bytes() for p in copies] == [p.read_bytes() for p in originals] != []

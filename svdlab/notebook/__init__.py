@@ -1,4 +1,4 @@
-"""What notebooks show: the explorer of one fix, the sweep board, a reader's own port, figures, tables, players."""
+"""What notebooks show: the fixes' explorer, tensor inspector, sweep board, a reader's own port, figures, players."""
 
 from svdlab.lazy import lazy_names
 
@@ -6,6 +6,7 @@ _HOMES = {
     "explorer": ("Explorer",),
     "sweep_board": ("SweepExplorer",),
     "diagnoser": ("Diagnoser",),
+    "inspector": ("Inspector",),
     "players": ("clips_html", "picture", "plot_case_frames"),
     "tables": ("catalogue_table", "ratio_text", "stage_table"),
     "figures": (
