@@ -121,16 +121,17 @@ class Notebook:
 
     def pictures(self) -> tuple[str, str]:
         """The plot and the clips."""
-        plot, clips = (self.page.locator(f".widget-html {tag}").get_attribute("src") for tag in ("img", "video"))
+        plot = self.page.locator(".widget-html img").get_attribute("src")
+        clips = self.page.locator(".svdlab-player canvas").evaluate_all("all => all.map(c => c.toDataURL()).join()")
         return plot, clips
 
     def opacities(self) -> tuple[float, float]:
         """How opaque the browser draws the plot and the clips."""
         plot, clips = (
-            self.page.locator(".widget-html", has=self.page.locator(tag)).first.evaluate(
+            self.page.locator(kind, has=self.page.locator(tag)).last.evaluate(
                 "element => Number(getComputedStyle(element).opacity)"
             )
-            for tag in ("img", "video")
+            for kind, tag in ((".widget-html", "img"), (".widget-vbox", ".svdlab-player"))
         )
         return plot, clips
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from html_tables import rows
 
 from svdlab.cli.report import report
 from svdlab.errors import SvdlabError
+from svdlab.notebook.players import SCRIPT
 from svdlab.reading import parse_as
 from svdlab.report import record
 from svdlab.report import run as run_module
@@ -359,10 +362,19 @@ def test_junit_names_what_failed(three: tuple[list[NotebookResult], Path]) -> No
 def test_a_report_shows_the_first_clip_of_each_notebook(tmp_path: Path) -> None:
     cells = ["import numpy as np\nfrom svdlab.svd.video import Clip\nClip(np.zeros((2, 8, 8, 3), np.uint8), 7)", PASSES]
     run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
-    assert (
-        '<video autoplay loop muted playsinline aria-label="from one" src="data:video/mp4;base64,'
-        in (tmp_path / "out/index.html").read_text()
-    )
+    assert '<img alt="from one" src="data:image/webp;base64,' in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_page_runs_the_script_of_its_players_and_no_other(tmp_path: Path) -> None:
+    shows = "import torch\nfrom svdlab.notebook import Player\nPlayer({'<one>': torch.zeros(2, 3, 8, 8)}, fps=7)"
+    run_report([notebook(tmp_path / "one.ipynb", shows, PASSES)], tmp_path / "out", {})
+    for name in ("index.html", "one.html"):
+        page = (tmp_path / "out" / name).read_text()
+        (script,) = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+        assert script == SCRIPT.read_text()
+        allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert page.count("script-src") == 1 and f"script-src 'sha256-{allowed}'; img-src" in page
+        (figure,) = re.findall(r'<figure [^>]*class="svdlab-player"', page)  # the index has it, too
 
 
 def test_settings_reach_the_notebooks_that_have_them(tmp_path: Path) -> None:

@@ -119,10 +119,10 @@ def test_whatever_ends_a_run_is_said() -> None:
 def test_the_number_is_what_the_package_computes(panel: ExplorerPanel, lab: Lab, tiny: Path) -> None:
     panel.show()
     panel.worker.join()
-    before = (panel.number.value, panel.plot.value, panel.clips.value)
+    before = shown(panel)
     panel.controls["fps"].value = 9
     panel.worker.join()
-    assert all(a != b.value for a, b in zip(before, (panel.number, panel.plot, panel.clips), strict=True))
+    assert all(a != b for a, b in zip(before, shown(panel), strict=True))
     settings = panel.explorer.start.replace(fps=9)
     own = three_way(str(tiny), lab.image, settings)
     assert f"<output>{ratio_text(own)}</output>, parity" in panel.number.value
@@ -130,7 +130,13 @@ def test_the_number_is_what_the_package_computes(panel: ExplorerPanel, lab: Lab,
     off = lab.case(settings, BUG).off
     assert off.verdict == "divergence" and off.first_divergence == "added_time_ids"
     assert f"<output>{ratio_text(off)}</output>, divergence" in panel.number.value
-    assert "fix off" in panel.clips.value
+    assert "fix off" in str(shown(panel)[2])
+
+
+def shown(panel: ExplorerPanel) -> tuple[object, ...]:
+    """The number, the plot and the clips."""
+    (player,) = panel.clips.children
+    return panel.number.value, panel.plot.value, player.content["clips"]
 
 
 def test_what_was_computed_is_kept(panel: ExplorerPanel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +211,7 @@ def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, la
     for settings in (explorer.start, *(explorer.start.replace(fps=fps) for fps in (3, 20))):
         case = lab.case(settings, BUG)
         assert ratio_text(case.on) in page and ratio_text(case.off) in page
-    assert page.count("<video") == 2 and page.count("<img") == 2
+    assert page.count("<figure") == 2 and page.count("<img") == 2 + 2 * 3
     answer = explorer.answer()
     assert answer["passed"] and answer["settings_seen"] == 3
     (fix,) = answer["fixes"]

@@ -7,7 +7,7 @@ _HOMES = {
     "sweep_board": ("SweepExplorer",),
     "diagnoser": ("Diagnoser",),
     "inspector": ("Inspector",),
-    "players": ("clips_html", "picture", "plot_case_frames"),
+    "players": ("Player", "case_clips", "picture", "plot_case_frames"),
     "tables": ("catalogue_table", "ratio_text", "stage_table"),
     "figures": (
         "plot_catalogue",

@@ -18,7 +18,7 @@ from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import WIDE, control, help_of, is_live, set_stale, small, stale_style, unit_of
 from svdlab.notebook.figures import plot_fix, plot_grid
 from svdlab.notebook.panel import Panel
-from svdlab.notebook.players import clips_html
+from svdlab.notebook.players import Player, case_clips
 from svdlab.notebook.tables import grid_table, number_html
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.lab import Cancelled, Case, Lab
@@ -110,8 +110,8 @@ class Explorer:
             case = self._case(self.start, bug)
             parts.append(f"<h4>{escape(bug)}: {escape(BUGS[bug].cause)}</h4>")
             parts.append(plot_fix(case.on, case.off, bug)._repr_html_())
-            parts += [number_html(case, fix=False), clips_html(case, fix=False)]
-        parts += [number_html(case, fix=True), clips_html(case, fix=True)]
+            parts += [number_html(case, fix=False), _player(case, fix=False).to_html()]
+        parts += [number_html(case, fix=True), _player(case, fix=True).to_html()]
         if self.changes:
             parts.append(self._grid())
         return "".join(parts)
@@ -148,7 +148,8 @@ class ExplorerPanel(Panel):
         self.fix = ipywidgets.Checkbox(
             value=True, description="fix on", indent=False, layout={"width": "6em", "margin": "2px 2px 2px 6px"}
         )
-        self.number, self.caption, self.plot, self.clips = (ipywidgets.HTML() for _ in range(4))
+        self.number, self.caption, self.plot = (ipywidgets.HTML() for _ in range(3))
+        self.clips = ipywidgets.VBox()
         for widget in (*self.controls.values(), self.bug):
             widget.observe(self._moved, "value")
         self.fix.observe(lambda change: self._draw_choice(), "value")
@@ -244,4 +245,15 @@ class ExplorerPanel(Panel):
                 at = (f"{n.replace('_', ' ')} {getattr(self.case.settings, n)}" for n in self.controls)
                 self.caption.value = small(f"Shown: {', '.join([*at, self.case.bug])}")
                 self.number.value = number_html(self.case, self.fix.value)
-                self.clips.value = clips_html(self.case, self.fix.value)
+                self._show_clips(self.case)
+
+    def _show_clips(self, case: Case) -> None:
+        """In the player that is there, so that it goes on at its frame."""
+        if self.clips.children:
+            self.clips.children[0].show(case_clips(case, self.fix.value), case.settings.fps)
+        else:
+            self.clips.children = [_player(case, self.fix.value)]
+
+
+def _player(case: Case, fix: bool) -> Player:
+    return Player(case_clips(case, fix), case.settings.fps)

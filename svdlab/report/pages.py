@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,36 @@ from svdlab.tables import Cell, Column, Table
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+@dataclass(frozen=True)
+class Script:
+    """A script of the pages, which their policy allows by its hash: nothing else runs in them.
+
+    Attributes:
+        marker: what it brings to life; a page without this text goes without the script.
+        text: an ES module.
+        style: its style sheet.
+    """
+
+    marker: str
+    text: str
+    style: str = ""
+
+    @property
+    def hash(self) -> str:
+        """The source expression of the policy."""
+        return f"sha256-{base64.b64encode(hashlib.sha256(self.text.encode()).digest()).decode()}"
+
+
+def scripts_for(content: str) -> list[Script]:
+    """The scripts that a page with this content needs."""
+    from svdlab.notebook.players import SCRIPT, STYLE
+
+    known = [Script("svdlab-player", SCRIPT.read_text(), STYLE.read_text())]
+    return [script for script in known if script.marker in content]
+
+
 def notebook_page(executed: Path, result: NotebookResult, pages: Sequence[tuple[str, str]]) -> str:
-    """A notebook as HTML that needs no network and runs no script: pictures inside, formulas as MathML.
+    """A notebook as HTML that needs no network: pictures inside, formulas as MathML, no script but ``scripts_for``'s.
 
     Args:
         executed: the notebook with its outputs.
@@ -33,7 +64,9 @@ def notebook_page(executed: Path, result: NotebookResult, pages: Sequence[tuple[
     notebook.metadata.pop("widgets", None)  # there is no kernel behind a page, and their script is on the network
     at = [page for page, _ in pages].index(result.page)
     around = {"result": result, "before": pages[at - 1] if at else None, "after": (*pages, None)[at + 1]}
-    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": result.title}, "around": around})
+    outputs = "".join(str(cell.get("outputs")) for cell in notebook.cells)
+    resources = {"metadata": {"name": result.title}, "around": around, "scripts": scripts_for(outputs)}
+    page, _ = exporter.from_notebook_node(notebook, resources=resources)
     return page
 
 
@@ -54,6 +87,7 @@ def index_page(
     verdicts = [v for r in results for v in r.verdicts]
     return environment.get_template("report.html").render(
         results=results,
+        scripts=scripts_for("".join(r.thumbnail for r in results)),
         passed=sum(r.status == "passed" for r in results),
         verdicts=len(verdicts),
         yes=sum(v["passed"] for v in verdicts),

@@ -332,13 +332,14 @@ def read_verdicts(executed: Path) -> list[dict[str, Any]]:
 
 
 def first_picture(executed: Path, alt: str) -> str:
-    """The first player that carries its clip, or else the first picture, as HTML that carries it too; or nothing."""
+    """The first player, or else the first picture that carries its data, as HTML that carries it too; or nothing."""
     outputs, text = _outputs(executed), escape(f"from {alt}")
     html = "".join("".join(data.get("text/html", "")) for data in outputs)
-    if found := re.search(r'src="(data:video/mp4;base64,[A-Za-z0-9+/=]+)"', html):
-        return f'<video autoplay loop muted playsinline aria-label="{text}" src="{found[1]}"></video>'
-    if found := re.search(r'src="(data:image/png;base64,[A-Za-z0-9+/=]+)"', html):
-        return f'<img alt="{text}" src="{found[1]}">'
+    if found := re.search(r'<figure class="svdlab-player".*?</figure>', html, re.DOTALL):
+        return found[0]
+    for kind in ("webp", "png"):  # a clip, a still
+        if found := re.search(rf'src="(data:image/{kind};base64,[A-Za-z0-9+/=]+)"', html):
+            return f'<img alt="{text}" src="{found[1]}">'
     for data in outputs:
         if png := re.fullmatch(r"[A-Za-z0-9+/=\s]+", "".join(data.get("image/png", ""))):
             return f'<img alt="{text}" src="data:image/png;base64,{"".join(png[0].split())}">'

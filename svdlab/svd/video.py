@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,8 +22,10 @@ from svdlab.svd.settings import GenerationSettings
 SUFFIXES = (".mp4", ".gif")
 # A GIF's frame lasts a whole number of hundredths of a second.
 _GIF_FPS = 100
-# Small clips are enlarged to this height, pixel for pixel, so that one sees what there is.
+# Small clips are enlarged to at least this height, pixel for pixel, so that one sees what there is.
 _SHOWN_HEIGHT = 256
+# A notebook carries a clip without loss up to this size.
+LOSSLESS_BYTES = 3 * 2**20
 
 
 def check_suffix(path: str | os.PathLike[str], fps: int) -> Path:
@@ -103,13 +106,8 @@ class Clip:
         Raises:
             SvdlabError: no such file, or no video.
         """
-        import av
-
         try:
-            with av.open(os.fspath(path)) as container:
-                rate = container.streams.video[0].average_rate
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            return cls(np.stack(frames), round(rate or 1))
+            return cls(*_decoded(os.fspath(path)))
         except (OSError, IndexError, ValueError) as error:
             raise SvdlabError(f"{path}: not a video that can be read: {str(error).splitlines()[0]}") from None
 
@@ -130,20 +128,59 @@ class Clip:
         if (scale := height / self.frames.shape[1]) < 1:
             size = (max(1, round(self.frames.shape[2] * scale)), height)
             shown = [image.resize(size, Image.Resampling.BOX) for image in shown]
-        buffer = io.BytesIO()
-        options = {"save_all": True, "append_images": shown[1:], "loop": 0, "quality": 85}
-        shown[0].save(buffer, "WEBP", duration=round(1000 / self.fps), **options)
-        return buffer.getvalue()
+        return self._animation(shown, quality=85)
 
     def _repr_html_(self) -> str:
-        """A looping player that carries its video, for notebooks and for pages read offline."""
+        """The frames as they are, looping, for notebooks and for pages read offline; the first one alone for those
+        who want no motion. A clip that is large without loss is a video, which says what its codec costs.
+        """
         height, width = self.frames.shape[1:3]
-        width = round(width * max(1.0, _SHOWN_HEIGHT / height))
-        data = base64.b64encode(self.to_mp4()).decode()
+        look = f'style="width:{width * enlarged(height)}px;max-width:100%;image-rendering:pixelated"'
+        if len(data := self._animation(self.to_pil(), lossless=True)) > LOSSLESS_BYTES:
+            video = self.to_mp4()
+            cost = codec_cost(self.frames, _decoded(io.BytesIO(video))[0][:, :height, :width])
+            return (
+                f'<video {look} loop muted controls playsinline src="{_url("video/mp4", video)}"></video><p>{cost}</p>'
+            )
+        still = _url("image/webp", self._animation(self.to_pil()[:1], lossless=True))
         return (
-            f'<video width="{width}" style="image-rendering: pixelated" autoplay loop muted controls playsinline '
-            f'src="data:video/mp4;base64,{data}"></video>'
+            f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
+            f'<img {look} alt="a clip of {len(self)} frames" src="{_url("image/webp", data)}"></picture>'
         )
+
+    def _animation(self, images: Sequence[Image.Image], **options: Any) -> bytes:
+        """Frames as a WebP that loops at the clip's rate."""
+        buffer = io.BytesIO()
+        first, *rest = images
+        first.save(
+            buffer, "WEBP", save_all=True, append_images=rest, loop=0, duration=round(1000 / self.fps), **options
+        )
+        return buffer.getvalue()
+
+
+def enlarged(height: int) -> int:
+    """How many times as large a clip is shown, pixel for pixel: at least 256 pixels high."""
+    return -(-_SHOWN_HEIGHT // height)
+
+
+def codec_cost(frames: np.ndarray, decoded: np.ndarray) -> str:
+    """What a lossy codec changes, as text; both arrays are uint8 of one shape."""
+    off = np.abs(frames.astype(np.int16) - decoded)
+    return f"encoded with loss: off by {off.mean():.2g} grey levels of 255 on average, at most {off.max()}"
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _decoded(video: str | io.BytesIO) -> tuple[np.ndarray, int]:
+    """Frames (F, H, W, 3) of a video, and their rate."""
+    import av
+
+    with av.open(video) as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames), round(rate or 1)
 
 
 def _video(
