@@ -470,7 +470,7 @@ def test_the_documented_example_is_a_trace(tmp_path: Path) -> None:
     assert block, "docs/trace-format.md shows a real header"
     example = json.loads(block[1])
     settings = GenerationSettings.from_json(json.dumps(example["settings"]))
-    assert set(example) == {*TraceWriter(SETTINGS, "port").header(), "digests", "versions"}
+    assert set(example) == {*TraceWriter(SETTINGS, "port").header(), "digests", "versions", "scheduler"}
     assert set(example["digests"]) == set(DIGESTS) and set(example["versions"]) == set(versions_of_run())
     assert set(example["settings"]) == set(GenerationSettings.model_fields)
     sizes = {"B": 1, "V": 1, "G": 2, "H0": 9, "W0": 9, "P": 224, "D": 32, "L": 4, "2L": 8, "h": 8, "w": 8}

@@ -55,7 +55,7 @@ from svdlab.svd.layers import (
     TransformerConditioning,
     VideoGroupNorm,
 )
-from svdlab.svd.sampler import custom_sigmas, euler_step, scalings
+from svdlab.svd.sampler import custom_sigmas, euler_step, named_sigmas, scalings
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import STAGE, STAGES, Change, wide
 
@@ -514,7 +514,7 @@ _wrapped("time_ids", _motion_first)("time_ids_reordered", "motion bucket before 
 
 
 def _linear_sigmas(pipe: Any, stage: Any, settings: GenerationSettings) -> Tensor:
-    if settings.sigmas is not None:
+    if named_sigmas(settings) is not None:
         return stage(settings)
     low, high = pipe.scheduler.sigma_min, pipe.scheduler.sigma_max
     return custom_sigmas([*np.linspace(high, low, settings.num_steps), 0.0])

@@ -17,6 +17,7 @@ from svdlab.parity.bugs import departures as original
 from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.probes import probe_of
 from svdlab.parity.replay import replay_inputs
+from svdlab.parity.scheduling import repeated_draws, traced_label
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
 from svdlab.svd.settings import GenerationSettings
@@ -93,12 +94,14 @@ def capture(
         dtype=settings.dtype,
         digests={} if checkpoint is None else {"checkpoint": checkpoint_digest(checkpoint)},
         versions=versions_of_run(),
+        scheduler=traced_label(pipe.scheduler, settings),
         path=path,
         until=until,
     )
     step = 0
     with (
         writer,
+        repeated_draws(pipe.scheduler, settings.seed),
         torch.no_grad(),
         tqdm(total=settings.num_steps, desc=f"{implementation} {settings.dtype}", disable=not progress) as bar,
     ):

@@ -404,6 +404,8 @@ def check_settings(one: Trace, other: Trace) -> None:
         a, b = getattr(one.settings, name), getattr(other.settings, name)
         if name not in _FREE and a != b:
             raise SvdlabError(f"{other.label}: settings: {name} is {b}, allowed: {a}, as in {one.label}")
+    if one.scheduler and other.scheduler and one.scheduler != other.scheduler:
+        raise SvdlabError(f"{other.label}: scheduler: {other.scheduler}, allowed: {one.scheduler}, as in {one.label}")
     for name, value in (("num_inference_steps", "num_steps"), ("decode_chunk_size", "effective_decode_chunk")):
         a, b = getattr(one.settings, value), getattr(other.settings, value)
         if a != b:

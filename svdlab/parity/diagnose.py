@@ -65,7 +65,8 @@ class StageVerdict:
 
     Attributes:
         stage: its name.
-        status: "right", "wrong", or "not_covered": the trace does not hold what it writes, or nothing behind it.
+        status: "right", "wrong", or "not_covered": the trace does not hold what it writes, or nothing behind it, or its
+            rule is a scheduler's that svdlab does not have.
         ratio: the largest of its tensors, over its own floor; None where it is not covered.
         probe: the tensor that has it.
         judged_with: stages from which it cannot be told apart here, as no tensor between them is in the trace.
@@ -75,6 +76,7 @@ class StageVerdict:
         next_taps: taps that divide what is left unexplained.
         untold: bugs with a random draw of the port's own that the values neither contradict nor prove.
         relation: how the tensor ``related``, the first that no bug explains, follows from the right one, if it does.
+        why: it is not covered though the trace may hold it; else empty.
     """
 
     stage: str
@@ -88,6 +90,7 @@ class StageVerdict:
     relation: Relation | None = None
     related: str | None = None
     untold: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def explained(self) -> bool:
@@ -154,9 +157,12 @@ class Diagnosis:
     @property
     def coverage(self) -> str:
         """How many stages the trace lets judge, in words."""
-        left = [stage.stage for stage in self.stages if stage.status == "not_covered"]
+        left = [stage for stage in self.stages if stage.status == "not_covered"]
         text = f"{len(self.stages) - len(left)} of {len(self.stages)} stages judged"
-        return f"{text}, not {', '.join(left)}" if left else text
+        for why in dict.fromkeys(stage.why for stage in left):
+            names = ", ".join(stage.stage for stage in left if stage.why == why)
+            text += f", not {names}" + f" ({why})" * bool(why)
+        return text
 
     @property
     def first_divergence(self) -> str | None:
@@ -246,7 +252,7 @@ class Diagnosis:
         for stage in self.stages:
             case = ElementTree.SubElement(suite, "testcase", classname="stages", name=stage.stage)
             if stage.status == "not_covered":
-                ElementTree.SubElement(case, "skipped", message="not covered by the trace")
+                ElementTree.SubElement(case, "skipped", message=stage.why or "not covered by the trace")
             elif stage.status == "wrong":
                 named = " or ".join(" + ".join(names) for names in stage.bugs)
                 ElementTree.SubElement(case, "failure", message=named if stage.explained else _left_of(stage))
@@ -348,6 +354,8 @@ class _Diagnoser:
         for network in ("image_encoder", "vae.encoder", "unet", "vae.decoder"):
             if any(network_of(name) == network for name in self.candidate.taps):
                 judge = ModuleJudge(self.judge, network)
+                if self.judge.work.stages(judge.output) & self.judge.uncovered:
+                    continue
                 judge.judge()
                 self.modules[network] = judge
         # Where few stages are judged together the answer is surest, and it helps with the others.
@@ -519,7 +527,7 @@ class _Diagnoser:
         return tuple(chosen.values())
 
     def confirm(self, bugs: Bugs, named: Mapping[frozenset[str], _Named]) -> tuple[float, str] | tuple[None, None]:
-        """Replay the chain from its inputs; what no bug explains is given the candidate's own result.
+        """Replay the chain from its inputs; what no bug explains, or no rule covers, is given the candidate's result.
 
         Nothing where that leaves no tensor to compare.
         """
@@ -527,6 +535,9 @@ class _Diagnoser:
         preprocessed = {stage for stages in named for stage in stages} & {"resize_image", "clip_pixels"}
         for stage in preprocessed:
             known.pop(STAGE[stage].writes[0], None)
+        for name in set(self.judge.known) - known.keys() - INPUTS.keys():
+            if self.judge.work.origin(name)[0] in self.judge.uncovered:
+                known[name] = self.judge.known[name]
         for unit in self.units:
             if unit.stages in named and not named[unit.stages].sets:
                 known.update({name: self.judge.known[name] for name in unit.ratios})
@@ -539,7 +550,7 @@ class _Diagnoser:
         floors = {p.name: p.floor for p in self.comparison.probes}
         ratios = {}
         for name in self.judge.judged:
-            if name in known or not work.computable(name):
+            if name in known or not self.judge.is_covered(name, work):
                 continue
             self.tick()
             wanted = exact.expected(name)
@@ -561,7 +572,9 @@ class _Diagnoser:
             if not units:
                 # What a trace holds only where it is asked for is not missed.
                 if not all(is_optional(name) and name not in self.judge.reference for name in stage.writes):
-                    verdicts.append(StageVerdict(stage.name, "not_covered"))
+                    foreign = stage.name in self.judge.uncovered
+                    why = f"the scheduler is {self.judge.reference.scheduler}" if foreign else ""
+                    verdicts.append(StageVerdict(stage.name, "not_covered", why=why))
                 continue
             if not wrong:
                 worst = max((u for u in units if u.stages not in named), key=lambda u: u.ratio, default=None)

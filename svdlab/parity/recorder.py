@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svdlab.errors import SvdlabError
 from svdlab.parity import taps as tapping
 from svdlab.parity.writer import TraceWriter
+from svdlab.svd.schedulers import noise_levels
 from svdlab.svd.settings import GenerationSettings
 
 
@@ -179,8 +180,8 @@ class Recorder:
                 ("image_embeddings", kwargs["encoder_hidden_states"][-videos:]),
                 ("image_latents", sample[-videos:, 0, channels:]),
                 ("added_time_ids", kwargs["added_time_ids"][-videos:]),
-                ("sigmas", self.pipe.scheduler.sigmas),
-                ("timesteps", self.pipe.scheduler.timesteps),
+                ("sigmas", noise_levels(self.pipe.scheduler)),
+                ("timesteps", self.pipe.scheduler.timesteps.float()),
                 ("guidance_scale", self.pipe.guidance_scale.reshape(videos, -1)),
             ):
                 self.record(name, tensor)
@@ -213,7 +214,8 @@ class Recorder:
 
     def _scheduler_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        self.record(f"denoised.{self.step:03d}", output.pred_original_sample)
+        if (denoised := getattr(output, "pred_original_sample", None)) is not None:  # not of every scheduler
+            self.record(f"denoised.{self.step:03d}", denoised)
         return output
 
     def _postprocess(self, original: Callable[..., Any], video: Tensor, *args: Any, **kwargs: Any) -> Any:

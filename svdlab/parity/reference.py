@@ -30,11 +30,12 @@ from svdlab.parity import taps as tapping
 from svdlab.parity.digests import checkpoint_digest
 from svdlab.parity.recorder import Recorder
 from svdlab.parity.replay import inputs_to_replay, replay_images, source_images
+from svdlab.parity.scheduling import repeated_draws, traced_label
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
 from svdlab.svd.checkpoint import ImageNormalization, load_components
 from svdlab.svd.images import to_rgb
-from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.sampler import EulerScheduler, named_sigmas
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import NETWORKS
 
@@ -244,6 +245,7 @@ def capture_diffusers(
     """
     settings = resolve(pipe, settings or (replay.settings if replay is not None else GenerationSettings()))
     _check_supported(settings)
+    sigmas, scheduler = named_sigmas(settings), traced_label(pipe.scheduler, settings)
     tensors = {} if replay is None else inputs_to_replay(replay, preprocess)
     if image is None:
         if replay is None:
@@ -259,6 +261,7 @@ def capture_diffusers(
         dtype=settings.dtype,
         digests={} if checkpoint is None else {"checkpoint": checkpoint_digest(checkpoint)},
         versions=versions_of_run(),
+        scheduler=scheduler,
         path=path,
         until=until,
     )
@@ -270,14 +273,15 @@ def capture_diffusers(
         for name, module in chosen.items():
             recorder.tap(name, module)
         stack.enter_context(_quiet())
+        stack.enter_context(repeated_draws(pipe.scheduler, settings.seed))
         recorder.source(images)
         pipe(
             images,
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,
-            num_inference_steps=settings.num_inference_steps if settings.sigmas is None else None,
-            sigmas=None if settings.sigmas is None else list(settings.sigmas),
+            num_inference_steps=settings.num_inference_steps if sigmas is None else None,
+            sigmas=sigmas,
             min_guidance_scale=settings.min_guidance_scale,
             max_guidance_scale=settings.max_guidance_scale,
             fps=settings.fps,

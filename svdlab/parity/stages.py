@@ -27,6 +27,8 @@ from svdlab.parity.recorder import Nudge
 from svdlab.parity.replay import is_8bit, source_images
 from svdlab.parity.trace import DTYPES, Trace
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.schedulers import RULES, label
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import STAGE, STAGES, Change, wide
 
@@ -379,7 +381,10 @@ class StageJudge:
         self.moved = Chain(pipe, self.settings, moved(known), self.guided)
         self.own = Chain(self.exact_pipe, self.settings, own, self.guided)
         self.own_work = Chain(pipe, self.settings, own, self.guided)
-        self.judged = [n for n in sorted(probes, key=execution_key) if self.work.computable(n)]
+        # Of another scheduler svdlab has no rule of its own to judge by.
+        same = isinstance(pipe.scheduler, EulerScheduler) and reference.scheduler in ("", label(pipe.scheduler))
+        self.uncovered = frozenset[str]() if same else frozenset(RULES)
+        self.judged = [n for n in sorted(probes, key=execution_key) if self.is_covered(n)]
         self.resolution = resolution(reference.dtype)
         self._own: dict[str, float] = {}
 
@@ -393,6 +398,11 @@ class StageJudge:
         if "guidance_scale" in known:
             return bool(known["guidance_scale"].max() > 1)
         return bool(self.pipe.guidance_ramp(self.settings).max() > 1)
+
+    def is_covered(self, name: str, chain: Chain | None = None) -> bool:
+        """Whether a tensor can be made of what is known, by rules that are svdlab's own."""
+        chain = chain or self.work
+        return chain.computable(name) and not chain.stages(name) & self.uncovered
 
     def own_distance(self, name: str) -> float:
         """The reference's distance from what the stage makes of the reference's own tensors, in float64."""

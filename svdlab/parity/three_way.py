@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ def three_way(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
     departures: Sequence[str] = (),
+    scheduler: Any = None,
 ) -> Comparison:
     """diffusers in the working dtype, diffusers in float64, and svdlab, on one image: ``svdlab parity``.
 
@@ -43,6 +45,7 @@ def three_way(
             in memory).
         progress: show bars.
         departures: names of ``bugs.DEPARTURES``: svdlab does there what the original, Stability's code, does.
+        scheduler: diffusers' or another library's, which all three use in the place of the checkpoint's.
 
     Raises:
         SvdlabError: bad settings, an image that cannot be read, a checkpoint that does not load.
@@ -61,10 +64,14 @@ def three_way(
 
     shared: dict[str, Any] = {"taps": taps, "until": until, "progress": progress, "checkpoint": checkpoint}
     pipe = SVDPipeline.from_pretrained(checkpoint, dtype=settings.torch_dtype, device=device, compat="diffusers")
+    if scheduler is not None:
+        pipe.scheduler = scheduler
     settings = pipe.resolve(settings)
     candidate = capture(pipe, image, settings, path=path("svdlab"), departures=departures, **shared)
     del pipe
     diffusers = load_diffusers(checkpoint, settings.torch_dtype, device)
+    if scheduler is not None:
+        diffusers.scheduler = copy.deepcopy(scheduler)
     reference = capture_diffusers(diffusers, image, settings, path=path("reference"), **shared)
     diffusers = cast_diffusers(diffusers, torch.float64)
     truth = capture_diffusers(diffusers, None, settings, replay=reference, path=path("truth"), **shared)

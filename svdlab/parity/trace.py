@@ -49,6 +49,7 @@ class _Header(Document):
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     digests: Any = None
     versions: Any = None
+    scheduler: str = Field("", max_length=10_000)
     settings: dict[str, Any]
     order: tuple[str, ...]
 
@@ -74,6 +75,7 @@ class Trace(Mapping[str, Tensor]):
         dtype: the dtype the networks ran in: "float64", "float32", "float16" or "bfloat16".
         digests: sha256 of the "checkpoint" and of the "inputs" (``svdlab.parity.digests``), as far as they are known.
         versions: of the packages that made it, by name; may be empty.
+        scheduler: whose rules made the steps, as it is written in Python; "" where the trace does not say.
         path: the file, or None for a trace in memory.
         label: the file's name, or what it is, for tables and errors.
     """
@@ -88,6 +90,7 @@ class Trace(Mapping[str, Tensor]):
         dtype: str = "float32",
         digests: Mapping[str, str] | None = None,
         versions: Mapping[str, str] | None = None,
+        scheduler: str = "",
     ) -> None:
         self._tensors: Mapping[str, Tensor] = dict(tensors)
         self._file: TensorFile | None = None
@@ -97,6 +100,7 @@ class Trace(Mapping[str, Tensor]):
         self.implementation = implementation
         self.implementation_version = implementation_version
         self.dtype = dtype
+        self.scheduler = scheduler
         self.label = f"{implementation} {dtype} (in memory)"
         with about(self.label):
             self.digests = check_digests(dict(digests or {}))
@@ -149,6 +153,7 @@ class Trace(Mapping[str, Tensor]):
         self.implementation = header.implementation
         self.implementation_version = header.implementation_version
         self.dtype = header.dtype
+        self.scheduler = header.scheduler
         return header.order
 
     def _read_order(self, order: tuple[str, ...]) -> tuple[str, ...]:
@@ -234,6 +239,7 @@ class Trace(Mapping[str, Tensor]):
             dtype=self.dtype,
             digests=self.digests,
             versions=self.versions,
+            scheduler=self.scheduler,
             path=path,
         ) as writer:
             for name in self.order:

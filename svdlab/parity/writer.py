@@ -45,6 +45,7 @@ class TraceWriter:
         dtype: what the networks ran in.
         digests: of the checkpoint and of the inputs, as far as they are known (``svdlab.parity.digests``).
         versions: of the packages that make the tensors, by name.
+        scheduler: whose rules make the steps, see ``scheduling.traced_label``; "" where it is not known.
         path: the file, or None to keep the tensors in memory.
         until: the probe behind which the capture is complete; None records everything.
     """
@@ -58,6 +59,7 @@ class TraceWriter:
         dtype: str = "float32",
         digests: Mapping[str, str] | None = None,
         versions: Mapping[str, str] | None = None,
+        scheduler: str = "",
         path: str | os.PathLike[str] | None = None,
         until: str | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class TraceWriter:
         self.dtype = dtype
         self.digests = dict(digests or {})
         self.versions = dict(versions or {})
+        self.scheduler = scheduler
         self._inputs = InputsDigest()
         self.path = None if path is None else Path(path)
         self.until = until
@@ -103,6 +106,7 @@ class TraceWriter:
                     dtype=self.dtype,
                     digests=self.digests,
                     versions=self.versions,
+                    scheduler=self.scheduler,
                 )
             else:
                 self._assemble()
@@ -180,8 +184,8 @@ class TraceWriter:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self._shape(name))
 
     def header(self) -> dict[str, Any]:
-        """What the metadata's JSON says; digests and versions where they are known."""
-        known = {"digests": self.digests, "versions": self.versions}
+        """What the metadata's JSON says; digests, versions and the scheduler where they are known."""
+        known = {"digests": self.digests, "versions": self.versions, "scheduler": self.scheduler}
         return {
             "format": FORMAT,
             "implementation": self.implementation,

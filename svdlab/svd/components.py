@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from svdlab.errors import SvdlabError, about, short
+from svdlab.errors import SvdlabError, short
 from svdlab.svd import workloads
 from svdlab.svd.checkpoint import ImageNormalization
 from svdlab.svd.config import CONFIGS, Config, read_config
 from svdlab.svd.kernels import use_kernels
 from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.schedulers import is_scheduler
 
 # In the order of diffusers' constructor.
 NETWORKS = ("vae", "image_encoder", "unet")
@@ -28,7 +29,8 @@ def adopt(name: str, component: Any) -> Any:
     Args:
         name: one of ``COMPONENTS``.
         component: svdlab's own, which is returned as it is, also compiled; or another library's. A network's weights
-            are shared with the result, not copied; so an edit of them is in both.
+            are shared with the result, not copied; so an edit of them is in both. A scheduler that is not SVD's Euler
+            is returned as it is, and called as diffusers calls it.
 
     Raises:
         SvdlabError: a component that svdlab does not implement or whose additions (hooks, adapters, compilation)
@@ -39,11 +41,12 @@ def adopt(name: str, component: Any) -> Any:
     own: type[Config] = EulerScheduler if name == "scheduler" else ImageNormalization
     if isinstance(component, own):
         return component
-    if name == "scheduler" and hasattr(component, "config"):
-        with about("scheduler"):
-            options = {option: value for option, value in component.config.items() if value is not None}
-            options["_class_name"] = type(component).__name__
-            return EulerScheduler.from_config(options, type(component).__name__)
+    if name == "scheduler" and is_scheduler(component):
+        options = {option: value for option, value in dict(component.config).items() if value is not None}
+        try:
+            return EulerScheduler.from_config({**options, "_class_name": type(component).__name__})
+        except SvdlabError:  # another sampler, which brings its own rules
+            return component
     if name == "feature_extractor" and hasattr(component, "image_mean") and hasattr(component, "image_std"):
         statistics = {"image_mean": tuple(component.image_mean), "image_std": tuple(component.image_std)}
         return read_config(ImageNormalization, statistics, f"{name}: {type(component).__name__}")

@@ -22,6 +22,8 @@ from svdlab.svd import images
 from svdlab.svd.checkpoint import MODEL_INDEX, write_checkpoint
 from svdlab.svd.components import COMPONENTS, adopt
 from svdlab.svd.modules import no_effect
+from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.schedulers import label, prepared
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import Stages
 
@@ -154,7 +156,14 @@ class DiffusersInterface(Stages):
             save_directory: made if needed.
             safe_serialization: False is for pickles, which svdlab does not write; the files are safetensors.
             variant: such as "fp16", in the names of the files with weights.
+
+        Raises:
+            SvdlabError: the scheduler is another library's, which svdlab could not load again.
         """
+        if not isinstance(self.scheduler, EulerScheduler):
+            raise SvdlabError(
+                f"scheduler: got {label(self.scheduler)}, allowed in a checkpoint: EulerDiscreteScheduler"
+            )
         if not safe_serialization:
             no_effect("safe_serialization=False", "svdlab writes safetensors only, which everything loads")
         write_checkpoint(
@@ -205,8 +214,10 @@ class DiffusersInterface(Stages):
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of the last call."""
-        return self._last_call().num_steps
+        """Runs of the UNet in the last call: one for each step, with some other schedulers two."""
+        settings = self._last_call()
+        own = isinstance(self.scheduler, EulerScheduler)
+        return settings.num_steps if own else len(prepared(self.scheduler, settings, "cpu").timesteps)
 
     @property
     def guidance_scale(self) -> Tensor:
@@ -324,8 +335,10 @@ class DiffusersInterface(Stages):
         shape = (batch_size, num_frames, num_channels_latents // 2, height // factor, width // factor)
         if latents is None:
             latents = images.randn(shape, generator, torch.device(device), dtype)
-        sigmas = self.sigmas(self._settings or GenerationSettings()).to(device)
-        return Stages.initial_latents(self, latents.to(device, dtype), sigmas)
+        settings, latents = self._settings or GenerationSettings(), latents.to(device, dtype)
+        if isinstance(self.scheduler, EulerScheduler):
+            return Stages.initial_latents(self, latents, self.sigmas(settings).to(device))
+        return latents * prepared(self.scheduler, settings, device).init_noise_sigma
 
     def decode_latents(self, latents: Tensor, num_frames: int, decode_chunk_size: int = 14) -> Tensor:
         """Frames (V, 3, F, H, W) in about [-1, 1] of latents (V, F, 4, h, w)."""

@@ -12,7 +12,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -40,6 +40,8 @@ from svdlab.svd.config import Configs
 from svdlab.svd.interface import DiffusersInterface, SVDOutput, plain_numbers
 from svdlab.svd.modules import own_modules
 from svdlab.svd.overrides import overridden, start
+from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.schedulers import RULES, rules
 from svdlab.svd.settings import CallSettings, GenerationSettings
 from svdlab.svd.stages import STAGE, Change
 
@@ -308,6 +310,23 @@ class SVDPipeline(DiffusersInterface):
         for name, wrapper in self._wrapped:
             vars(self)[name] = partial(wrapper, self, getattr(self, name))
 
+    def sampler(self, settings: GenerationSettings) -> SVDPipeline:
+        """Whose stages in ``schedulers.RULES`` one generation runs: its own, or another library's scheduler's.
+
+        Raises:
+            SvdlabError: see ``schedulers.prepared``; a rule that is changed here, where the scheduler brings its own.
+        """
+        if isinstance(self.scheduler, EulerScheduler):
+            return self
+        # What stands before the first step may be wrapped, to be looked at.
+        changed = {*self.replaced, *(name for name, _ in self._wrapped)} & {*RULES} - {"initial_latents"}
+        if changed:
+            kind = type(self.scheduler).__name__
+            raise SvdlabError(f"{min(changed)}: changed, allowed with {kind}, which brings its own: unchanged")
+        other = copy.copy(self)
+        other.put_stages({**rules(self.scheduler, settings, self.device), **self.replaced})
+        return other
+
     def to(
         self,
         *args: Any,
@@ -402,6 +421,7 @@ class SVDPipeline(DiffusersInterface):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
         *,
+        schedule: str = "karras",
         decode: str = "parity",
         cfg: str = "batched",
         progress: bool = True,
@@ -425,6 +445,7 @@ class SVDPipeline(DiffusersInterface):
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); may return new latents.
             callback_on_step_end_tensor_inputs: what it gets, of the names in ``interface.CALLBACK_TENSORS``.
             return_dict: False returns the frames alone, True an ``SVDOutput``.
+            schedule: "ays" for Align Your Steps' sigmas, "karras" for the scheduler's own.
             decode: "exact" makes the frames independent of ``decode_chunk_size``.
             cfg: "sequential" runs guidance in two passes for half the activation memory.
             progress: show a bar over steps.
@@ -456,6 +477,7 @@ class SVDPipeline(DiffusersInterface):
                 num_videos_per_prompt=num_videos_per_prompt or 1,
             ),
             sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
+            schedule=schedule,
             decode=decode,
             cfg=cfg,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -484,7 +506,8 @@ class SVDPipeline(DiffusersInterface):
             self.check_finite(f"latents after step {step}", held["latents"])
 
         pipe, inputs = start(self, image, settings, generator, None)
-        frames = pipe.run(inputs, settings, callback=after_step, progress=progress)
+        with nullcontext() if isinstance(self.scheduler, EulerScheduler) else _seeded(settings.seed, self.device):
+            frames = pipe.run(inputs, settings, callback=after_step, progress=progress)
         self.check_finite("frames", frames)
         levels = self.to_8bit(frames).movedim(-3, -1).numpy()
         return [Clip(video, settings.fps, settings) for video in levels]
@@ -592,7 +615,7 @@ class SVDPipeline(DiffusersInterface):
             progress: show a bar over steps.
         """
         settings, record = self.resolve(settings), probe or _ignore
-        device, dtype = self.device, self.dtype
+        device, dtype, sampler = self.device, self.dtype, self.sampler(settings)
         for name in ("source", "image", "clip_pixels", "noise", "latents"):
             if (value := getattr(inputs, name)) is not None:
                 record(f"input.{name}", value)
@@ -611,9 +634,9 @@ class SVDPipeline(DiffusersInterface):
         record("added_time_ids", added_time_ids)
 
         # The noise levels to visit, and the guidance of every frame.
-        sigmas = self.sigmas(settings).to(device)
+        sigmas = sampler.sigmas(settings).to(device)
         record("sigmas", sigmas)
-        timesteps = self.timesteps(sigmas)
+        timesteps = sampler.timesteps(sigmas)
         record("timesteps", timesteps)
         guidance_scale = self.guidance_ramp(settings).to(device, dtype).expand(len(timesteps), -1)
         record("guidance_scale", guidance_scale[0].expand(videos, -1))
@@ -623,9 +646,9 @@ class SVDPipeline(DiffusersInterface):
 
         with self._on_device(self.unet):
             conditioning = self.condition(image_embeddings, added_time_ids, settings, guided)
-            latents = self.initial_latents(inputs.latents.to(device, dtype), sigmas)
+            latents = sampler.initial_latents(inputs.latents.to(device, dtype), sigmas)
             for i, timestep in enumerate(self.progress_bar(timesteps) if progress else timesteps):
-                model_input = self.model_input(latents, image_latents, sigmas[i], guided)
+                model_input = sampler.model_input(latents, image_latents, sigmas[i], guided)
                 record(f"model_input.{i:03}", model_input)
                 noise_pred = self.predict_noise(model_input, timestep, conditioning, settings)
                 if guided:
@@ -634,7 +657,7 @@ class SVDPipeline(DiffusersInterface):
                     record(f"noise_pred_cond.{i:03}", noise_pred_cond)
                     noise_pred = self.guide(noise_pred_uncond, noise_pred_cond, guidance_scale[i])
                 record(f"noise_pred.{i:03}", noise_pred)
-                latents = self.euler_step(noise_pred, latents, sigmas[i], sigmas[i + 1]).to(dtype)
+                latents = sampler.euler_step(noise_pred, latents, sigmas[i], sigmas[i + 1]).to(dtype)
                 if callback is not None:
                     latents = (callback(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
                 record(f"latents.{i:03}", latents)
@@ -647,6 +670,14 @@ class SVDPipeline(DiffusersInterface):
             frames = self.decode(latents, settings)
         (probe or _ignore)("frames", frames)
         return frames
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """For schedulers whose steps draw: they do so from torch's own generators, which are as before afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        torch.manual_seed(seed)
+        yield
 
 
 _HOST = torch.device("cpu")

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from svdlab.errors import SvdlabError, short
 from svdlab.svd.config import Config, Options, read_config
-from svdlab.svd.settings import MAX_SIGMA, MIN_SIGMA
+from svdlab.svd.settings import MAX_SIGMA, MIN_SIGMA, GenerationSettings
+
+# Align Your Steps' noise levels for SVD: Sabour et al. 2024 (arXiv 2404.14507), appendix B.
+ALIGN_YOUR_STEPS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
 
 # Options of diffusers' older schedulers that no schedule reads.
 _INERT = ("clip_sample", "set_alpha_to_one", "skip_prk_steps")
@@ -108,6 +111,24 @@ def karras_sigmas(num_inference_steps: int, sigma_min: float, sigma_max: float, 
 def custom_sigmas(sigmas: Sequence[float]) -> Tensor:
     """Given sigmas (steps + 1,) in float32; the last one is where sampling ends."""
     return torch.from_numpy(np.array(sigmas, dtype=np.float32))
+
+
+def align_your_steps(num_inference_steps: int) -> list[float]:
+    """Align Your Steps' sigmas (steps + 1) for SVD: the ten published steps, or between them linearly in ln(sigma).
+
+    The last one is 0, as everywhere here. Source: Sabour et al. 2024, appendix B; for ten steps diffusers
+    ``scheduling_utils.py:AysSchedules["StableDiffusionVideoSigmas"]``.
+    """
+    published = np.linspace(0, 1, len(ALIGN_YOUR_STEPS))
+    wanted = np.linspace(0, 1, num_inference_steps + 1)[:-1]
+    return [*np.exp(np.interp(wanted, published, np.log(ALIGN_YOUR_STEPS))).tolist(), 0.0]
+
+
+def named_sigmas(settings: GenerationSettings) -> list[float] | None:
+    """The sigmas (steps + 1) that settings give or name; None for those of the scheduler, Karras's."""
+    if settings.sigmas is not None:
+        return list(settings.sigmas)
+    return align_your_steps(settings.num_inference_steps) if settings.schedule == "ays" else None
 
 
 @dataclass(frozen=True)

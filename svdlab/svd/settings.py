@@ -67,6 +67,9 @@ class GenerationSettings(BaseModel):
     sigmas: tuple[float, ...] | None = Field(
         None, description="custom noise levels, falling, the last one where sampling ends; instead of a number of steps"
     )
+    schedule: Literal["karras", "ays"] = Field(
+        "karras", description="noise levels: karras, the scheduler's own, or ays, Align Your Steps' for SVD"
+    )
     min_guidance_scale: float = Field(
         1.0, ge=0, le=100, description="guidance at the first frame", json_schema_extra=_slider(0, 10, 0.1, "scale")
     )
@@ -116,6 +119,8 @@ class GenerationSettings(BaseModel):
     @model_validator(mode="after")
     def _check_sigmas(self) -> GenerationSettings:
         if self.sigmas is not None:
+            if self.schedule != "karras":
+                raise ValueError(f"schedule: got {self.schedule} beside sigmas, allowed: one of the two")
             *noisy, last = self.sigmas or (0.0,)
             inside = all(MIN_SIGMA <= sigma <= MAX_SIGMA for sigma in (*noisy, *(last,) * (last != 0)))
             # Sampling is in float32: two that are one number there are no step.

@@ -22,7 +22,8 @@ from svdlab.svd import images
 from svdlab.svd.config import Configs
 from svdlab.svd.image_encoder import CLIPVision
 from svdlab.svd.modules import cast_copy, own_modules
-from svdlab.svd.sampler import EulerScheduler, custom_sigmas, euler_step, karras_sigmas, scalings
+from svdlab.svd.sampler import EulerScheduler, custom_sigmas, euler_step, karras_sigmas, named_sigmas, scalings
+from svdlab.svd.schedulers import with_image
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.unet import Conditioning, UNet
 from svdlab.svd.vae import VAE
@@ -100,6 +101,7 @@ class Stages:
     unet: UNet
     vae: VAE
     image_encoder: CLIPVision
+    # Or another library's: ``svdlab.svd.schedulers``. The stages here are those of svdlab's own.
     scheduler: EulerScheduler
     feature_extractor: ImageNormalization
     _offload_device: torch.device | None = None
@@ -157,9 +159,9 @@ class Stages:
         return torch.tensor([[settings.fps - 1, settings.motion_bucket_id, settings.noise_aug_strength]])
 
     def sigmas(self, settings: GenerationSettings) -> Tensor:
-        """``sigmas`` (S + 1,) in float32: Karras's with rho 7, then 0. Source: ``_convert_to_karras``."""
-        if settings.sigmas is not None:
-            return custom_sigmas(settings.sigmas)
+        """``sigmas`` (S + 1,) in float32: given, named, or Karras's (rho 7), then 0. Source: ``_convert_to_karras``."""
+        if (sigmas := named_sigmas(settings)) is not None:
+            return custom_sigmas(sigmas)
         return karras_sigmas(settings.num_steps, self.scheduler.sigma_min, self.scheduler.sigma_max)
 
     def timesteps(self, sigmas: Tensor) -> Tensor:
@@ -201,12 +203,7 @@ class Stages:
 
         The unconditional half has zeros for the image latents. Source: ``__call__``, 9, ``_encode_vae_image``.
         """
-        scaled = scalings(sigma).c_in * latents
-        conditional = image_latents[:, None].expand_as(scaled)
-        if not guided:
-            return torch.cat([scaled, conditional], dim=2)
-        halves = torch.zeros_like(conditional), conditional
-        return torch.cat([torch.cat([scaled, half], dim=2) for half in halves])
+        return with_image(scalings(sigma).c_in * latents, image_latents, guided)
 
     @torch.no_grad()
     def predict_noise(
