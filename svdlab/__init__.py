@@ -1,5 +1,6 @@
 """svdlab: a workbench for Stable Video Diffusion parity."""
 
+import os
 from typing import TYPE_CHECKING
 
 from svdlab.lazy import lazy_names
@@ -8,6 +9,11 @@ if TYPE_CHECKING:
     from svdlab.parity.trace import Trace
     from svdlab.svd.pipeline import SVDPipeline
     from svdlab.svd.settings import GenerationSettings
+
+# Read by GNU OpenMP when torch loads it. A generation has thousands of short parallel loops; threads that wait for each
+# other by spinning take the cores from whatever else runs, and from the one that they wait for (docs/performance.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __all__ = ["GenerationSettings", "SVDPipeline", "Trace"]
 __getattr__, __dir__ = lazy_names(

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -205,7 +206,8 @@ def test_a_gpu_gets_the_published_size_in_half_precision(monkeypatch: pytest.Mon
     asked: list[tuple[Plan, list[str], list[str], bool]] = []
     found = {"machine": {}, "matrix_peak_gflops": {}, "cases": [], "growth": []}
 
-    def run_all(self: Bench, cases: Any, dtypes: Any, quick: bool) -> dict[str, Any]:
+    def run_all(self: Bench, cases: Any, dtypes: Any, quick: bool, beside: int) -> dict[str, Any]:
+        assert not beside
         asked.append((self.plan, list(cases), list(dtypes), quick))
         return found
 
@@ -216,6 +218,19 @@ def test_a_gpu_gets_the_published_size_in_half_precision(monkeypatch: pytest.Mon
     assert cases == ["unet", "growth", "decode", "clip", "generation", "full-generation"]
     assert dtypes == ["float16"] and not quick
     assert plan.sizes["full-generation"] == {"height": 576, "width": 1024, "num_frames": 14}
+
+
+def test_both_run_beside_busy_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as were asked for, while cases are timed and not a moment longer."""
+    children = psutil.Process().children
+    seen = []
+    monkeypatch.setattr(
+        Bench, "run", lambda *_: seen.append(len(children())) or CaseResult("clip", "float32", {}, 1, {})
+    )
+    monkeypatch.setattr(CaseResult, "to_dict", lambda *_: {})
+    before = len(children())
+    found = made().run_all(["clip"], ["float32"], quick=True, beside=2)
+    assert (seen, len(children()), found["beside"]) == ([before + 2], before, 2)
 
 
 def test_the_machine_is_named() -> None:

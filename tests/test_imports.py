@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_help_waits_for_no_torch(command: str) -> None:
         "from svdlab.cli import main\nwith contextlib.redirect_stdout(io.StringIO()): main()"
     )
     assert imported(script) == {"click"}
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_that_wait_sleep_unless_one_says_otherwise(given: dict[str, str], spins: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    script = "import svdlab, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**environment, **given})
+    assert done.stdout.strip() == str(spins), done.stderr
 
 
 def test_the_names_of_the_package() -> None:

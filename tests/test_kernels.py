@@ -313,7 +313,9 @@ def test_an_unknown_kernel_is_refused(fresh: pytest.MonkeyPatch) -> None:
 
 def test_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run(capsys, monkeypatch, "kernels", "--json", str(tmp_path / "k.json"))
-    rows = json.loads((tmp_path / "k.json").read_text())["kernels"]
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert found["instruction_set"] == torch.backends.cpu.get_cpu_capability() and found["instruction_set"] in out
+    rows = found["kernels"]
     assert code == 0 and all(name in out for name in KERNELS)
     assert {(row["name"], row["dtype"]) for row in rows} == {(n, str(d)[6:]) for n in KERNELS for d in FLOATS}
     assert all(isinstance(row["used"], bool) and row["why"] for row in rows)

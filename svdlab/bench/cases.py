@@ -20,6 +20,7 @@ from svdlab.bench.timing import (
     CaseResult,
     Timing,
     alternate,
+    busy,
     gemm_throughput,
     in_own_process,
     machine,
@@ -113,13 +114,16 @@ class Bench:
         self.pairs, self.compile, self.given, self.progress = pairs, compile, dict(given), progress
         self._kept: tuple[tuple[str, str], tuple[Any, Any]] | None = None
 
-    def run_all(self, cases: Sequence[str], dtypes: Sequence[str], quick: bool = False) -> dict[str, Any]:
+    def run_all(
+        self, cases: Sequence[str], dtypes: Sequence[str], quick: bool = False, beside: int = 0
+    ) -> dict[str, Any]:
         """Time cases in every dtype: the JSON of ``svdlab bench``.
 
         Args:
             cases: names in ``CASES``.
             dtypes: names of torch's dtypes.
             quick: do without a process of its own for each case, and measure the limit briefly.
+            beside: how many processes compute beside both; the limit is measured without them.
         """
         call: Callable[..., Any] = (lambda function, *args: function(*args)) if quick else in_own_process
         results: list[CaseResult] = []
@@ -129,12 +133,14 @@ class Bench:
             for case in sorted(cases, key=CASES.index):
                 # The best of several moments: a busy one says nothing about the limit.
                 peaks[dtype] = max(peaks[dtype], gemm_throughput(getattr(torch, dtype), self.device, quick))
-                if case == "growth":
-                    growth += call(self.grow, dtype)
-                else:
-                    results.append(call(self.run, case, dtype))
+                with busy(beside):
+                    if case == "growth":
+                        growth += call(self.grow, dtype)
+                    else:
+                        results.append(call(self.run, case, dtype))
         return {
             "machine": machine(self.device),
+            "beside": beside,
             "matrix_peak_gflops": {dtype: peak / 1e9 for dtype, peak in peaks.items()},
             "cases": [r.to_dict(peaks[r.dtype]) for r in results],
             "growth": growth,

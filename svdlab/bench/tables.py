@@ -44,7 +44,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     """The cases, then the growth, as far as they were measured; the machine is in the title."""
     machine = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
     peaks = ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in found["matrix_peak_gflops"].items())
-    cases = case_table(found, f"{machine}\npeak GEMM throughput, GFLOP/s: {peaks}")
+    beside = f"beside {found['beside']} busy processes\n" if found.get("beside") else ""
+    cases = case_table(found, f"{machine}\n{beside}peak GEMM throughput, GFLOP/s: {peaks}")
     growth = growth_table(found, "cost of a UNet step: exponents of a power law")
     return [table for table in (cases, growth) if table.rows]
 

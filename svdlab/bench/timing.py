@@ -6,9 +6,11 @@ import importlib.metadata
 import platform
 import statistics
 import subprocess
+import sys
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -145,6 +147,18 @@ def in_own_process(function: Callable[..., T], *args: Any) -> T:
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """That many processes that do nothing but compute, until it is left."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def machine(device: str) -> dict[str, str | int]:

@@ -23,6 +23,12 @@ from svdlab.svd.settings import GenerationSettings
     "--pairs", type=click.IntRange(1), help="Timed runs of each implementation. [default: 3 on CPUs, else 10]"
 )
 @click.option("--compile", is_flag=True, help="Time both under torch.compile, too (of svdlab's decode nothing).")
+@click.option(
+    "--beside",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Beside N busy processes: what is left of the ratio on a machine that does other work, too.",
+)
 @click.option("--quick", is_flag=True, help="Tiny networks and sizes: tries the command in a minute, measures nothing.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
 @MODEL
@@ -33,6 +39,7 @@ def bench(
     cases: Sequence[str],
     pairs: int | None,
     compile: bool,
+    beside: int | None,
     quick: bool,
     plot_path: str | None,
     model: str,
@@ -62,7 +69,7 @@ def bench(
     plan = Plan.quick() if quick else Plan.for_device(kind)
     runner = Bench(plan, model, device, pairs=pairs or plan.pairs, compile=compile, given=given)
     dtypes = [given["dtype"]] if "dtype" in given else ["float16"] if kind == "cuda" else ["float32", "bfloat16"]
-    found = {"quick": quick, **runner.run_all(cases or plan.cases, dtypes, quick)}
+    found = {"quick": quick, **runner.run_all(cases or plan.cases, dtypes, quick, beside or 0)}
     console = Console()
     console.width = max(console.width, 150)
     for table in tables(found):

@@ -17,6 +17,7 @@ def kernels(device: str, json_path: str | None) -> None:
     Each is tried here on a few numbers and compared with the plain layer. SVDLAB_KERNELS_OFF=all, or names with commas
     between them, switches kernels off; the plain layers run instead.
     """
+    import torch
     from rich.console import Console
 
     from svdlab.svd.kernels import table
@@ -25,6 +26,10 @@ def kernels(device: str, json_path: str | None) -> None:
     check_outputs(json_path)
     rows = table(device)
     cells = [[row["name"], row["dtype"], "yes" if row["used"] else "no", row["why"]] for row in rows]
-    Console().print(Table(("kernel", "dtype", "used", "why"), cells))
+    # What oneDNN itself is held to by ONEDNN_MAX_CPU_ISA shows in the trials alone.
+    instruction_set = torch.backends.cpu.get_cpu_capability()
+    Console().print(
+        Table(("kernel", "dtype", "used", "why"), cells, f"torch's instruction set here: {instruction_set}")
+    )
     if json_path:
-        write_json(json_path, {"device": device, "kernels": rows})
+        write_json(json_path, {"device": device, "instruction_set": instruction_set, "kernels": rows})
