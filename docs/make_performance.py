@@ -2,12 +2,13 @@
 
 Run ``svdlab bench --json bench.json`` on a quiet machine, then ``python docs/make_performance.py bench.json``; further
 files replace the cases that they hold, too. It writes ``docs/performance.png`` and what stands between the markers of
-``docs/performance.md``; without a file, what ``svdlab memory`` says and no more.
+``docs/performance.md``; without a file, what ``svdlab memory`` says and no more. ``--gpu gpu.json`` puts in what
+``docs/measure_gpu.py`` measured.
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,43 @@ def memory_tables() -> str:
 
 def main() -> None:
     """Fill the page in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", nargs="*", type=Path, help="JSON of svdlab bench")
+    parser.add_argument("--gpu", type=Path, help="JSON of docs/measure_gpu.py")
+    given = parser.parse_args()
     PAGE.write_text(put(PAGE.read_text(), "memory", memory_tables()))
-    if sys.argv[1:]:
-        put_timings(*(json.loads(Path(path).read_text()) for path in sys.argv[1:]))
+    if given.bench:
+        put_timings(*(json.loads(path.read_text()) for path in given.bench))
+    if given.gpu:
+        PAGE.write_text(put(PAGE.read_text(), "gpu", gpu_tables(json.loads(given.gpu.read_text()))))
+
+
+def gpu_tables(found: dict[str, Any]) -> str:
+    """What ``docs/measure_gpu.py`` found: the machine, then a table for each part that did not fail."""
+    parts = found["parts"]
+    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    tables = []
+    if "parity" in parts:
+        rows = [[row["dtype"], row["verdict"], f"{row['ratio']:.2f}", row["at"]] for row in parts["parity"]]
+        columns = ("parity, embedded checkpoint", "verdict", Column("worst noise ratio", "right"), "at")
+        tables.append(Table(columns, rows))
+    if "full_size_parity" in parts:
+        rows = [[row["dtype"], f"{row['floor']:.2g}", f"{row['ratio']:.2f}"] for row in parts["full_size_parity"]]
+        numbers = (Column("diffusers' rounding", "right"), Column("noise ratio", "right"))
+        tables.append(Table(("parity, published UNet, random weights", *numbers), rows))
+    cases = [case for name in ("generation", "generation_compiled", "step") for case in parts.get(name, ())]
+    if cases:
+        tables.append(case_table({"cases": cases}))
+    if "generation" in parts:
+        names = ("simulated_peak_gib", "svdlab_peak_gib", "diffusers_peak_gib")
+        rows = [[str(row["num_frames"]), *(f"{row[name]:.2f}" for name in names)] for row in parts["generation"]]
+        numbers = (Column(name, "right") for name in ("simulated", "svdlab", "diffusers"))
+        tables.append(Table(("GiB beside the weights, frames", *numbers), rows))
+    if "kernels" in parts:
+        rows = [[row["name"], str(row["kernels"])] for row in parts["kernels"]]
+        tables.append(Table(("one denoising step", Column("kernels launched", "right")), rows))
+    failed = f"Failed: {', '.join(found['errors'])}.\n\n" if found["errors"] else ""
+    return f"Measured on: {about}.\n\n{failed}" + "\n".join(table.to_markdown() for table in tables)
 
 
 def put_timings(found: dict[str, Any], *more: dict[str, Any]) -> None:
