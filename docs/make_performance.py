@@ -15,8 +15,8 @@ from typing import Any
 from svdlab.bench.tables import case_table, growth_table
 from svdlab.notebook.figures import plot_bench
 from svdlab.svd.architectures import ARCHITECTURES
-from svdlab.svd.memory import GIB, RESERVE_GIB, Simulation
-from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.memory import Simulation
+from svdlab.svd.settings import GIB, RESERVE_GIB, GenerationSettings
 from svdlab.svd.workloads import WORKLOADS
 from svdlab.tables import Column, Table
 

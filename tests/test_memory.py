@@ -23,10 +23,10 @@ from svdlab.svd import memory as memory_module
 from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.checkpoint import Configs
 from svdlab.svd.kernels import attention, decode, norm, pieces, use_kernels
-from svdlab.svd.memory import GIB, Simulation, least_bytes, measured_peak, simulate
+from svdlab.svd.memory import Simulation, least_bytes, measured_peak, simulate
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE
-from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.settings import GIB, GenerationSettings
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, workload_calls
 
 # Large enough that the fused attention's buffers, which do not grow with the tokens, stay small beside the rest.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from svdlab.bench import CASES
 from svdlab.bench.timing import (
     COMPILED,
     DIFFUSERS,
@@ -38,8 +39,6 @@ from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import decode_latents, predict_noise
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, decoder_input, unet_inputs
-
-CASES = ("unet", "growth", "decode", "clip", "generation", "full-generation")
 
 
 @dataclass(frozen=True)

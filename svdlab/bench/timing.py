@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils import benchmark
 
-from svdlab.svd.memory import GIB, measured_peak
+from svdlab.svd.memory import measured_peak
+from svdlab.svd.settings import GIB
 
 SVDLAB, DIFFUSERS, COMPILED, SVDLAB_COMPILED = "svdlab", "diffusers", "compiled", "svdlab_compiled"
 Calls = dict[str, Callable[[], Any]]

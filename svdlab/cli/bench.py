@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from svdlab.bench.cases import CASES, Bench, Plan
-from svdlab.bench.tables import tables
+from svdlab.bench import CASES
 from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, check_outputs, write_json
@@ -56,6 +55,9 @@ def bench(
     """
     import torch
     from rich.console import Console
+
+    from svdlab.bench.cases import Bench, Plan
+    from svdlab.bench.tables import tables
 
     GenerationSettings(**given)
     check_outputs(json_path, plot_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +13,11 @@ from svdlab.cli.options import JSON, check_device, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import check_outputs, write_json
 from svdlab.svd.architectures import ARCHITECTURES
-from svdlab.svd.checkpoint import load_configs, resolve_size
-from svdlab.svd.memory import GIB, RESERVE_GIB, Footprint, Option, Simulation, simulate
-from svdlab.svd.settings import GenerationSettings
-from svdlab.svd.workloads import WORKLOADS
+from svdlab.svd.settings import GIB, RESERVE_GIB, GenerationSettings
 from svdlab.tables import Column, Table
+
+if TYPE_CHECKING:
+    from svdlab.svd.memory import Footprint, Option, Simulation
 
 
 @click.command()
@@ -55,6 +55,10 @@ def memory(
     With a budget: which ways to run it fit, each with its largest decode chunk, and exit code 1 when none does.
     """
     from rich.console import Console
+
+    from svdlab.svd.checkpoint import load_configs, resolve_size
+    from svdlab.svd.memory import simulate
+    from svdlab.svd.workloads import WORKLOADS
 
     settings = GenerationSettings(**given)
     if budget_gib is not None and not reserve_gib < budget_gib:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import torch
 from pydantic import Field, ValidationError, model_validator
 
 from svdlab.errors import SvdlabError, about, short
 from svdlab.reading import Document, first_problem
 from svdlab.svd.settings import MAX_FRAMES
+
+if TYPE_CHECKING:
+    import torch
 
 # Far above any published network's, and so small that to lay out what they allow takes seconds.
 _MAX_WIDTH, _MAX_LEVELS, _MAX_LAYERS, _MAX_TRANSFORMERS, _MAX_SIDE = 2**16, 8, 16, 512, 2**14
@@ -235,6 +237,8 @@ class VAEConfig(Config):
 
     def encoder_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What the encoder runs in: the published one overflows in float16, and ``force_upcast`` says so."""
+        import torch  # here: --help needs the published architectures' names and no torch
+
         return torch.float32 if dtype == torch.float16 and self.force_upcast else dtype
 
 

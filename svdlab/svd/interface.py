@@ -203,12 +203,15 @@ class DiffusersInterface(Stages):
         """The inverse of ``enable_xformers_memory_efficient_attention``, without an effect."""
 
     def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
-        """Refused.
+        """Refused: what holds a whole network at a time is no stand-in where people ask for less than that.
 
         Raises:
-            SvdlabError: always.
+            SvdlabError: always, with what saves memory here.
         """
-        raise SvdlabError("enable_sequential_cpu_offload: not implemented, allowed: enable_model_cpu_offload")
+        raise SvdlabError(
+            "enable_sequential_cpu_offload: not implemented, allowed: enable_model_cpu_offload, which holds one network at "
+            'a time; cfg="sequential" in the call halves the activations; svdlab memory says what fits'
+        )
 
     # --- of a call ---
 

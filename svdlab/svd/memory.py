@@ -31,12 +31,9 @@ from svdlab.errors import SvdlabError
 from svdlab.svd.config import Configs, per_level
 from svdlab.svd.kernels import plain, use_kernels
 from svdlab.svd.kernels.pieces import simulating
-from svdlab.svd.settings import GenerationSettings
+from svdlab.svd.settings import GIB, GenerationSettings
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, Maker, workload_calls
 
-GIB = 2**30
-# Of a device's memory, what no simulation counts: a CUDA context takes about half a GiB, kernels' workspaces the rest.
-RESERVE_GIB = 0.75
 # Of a device's free memory: the rest is for fragments and for kernels' workspaces.
 _USABLE = 0.9
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # and for the first latents, which are of unit variance times the first sigma.
 MAX_SIDE, MAX_FRAMES, MAX_STEPS = 16384, 10_000, 1000
 MIN_SIGMA, MAX_SIGMA = 1e-6, 1e4
+# Of a device's memory, what no simulation counts: a CUDA context takes about half a GiB, kernels' workspaces the rest.
+GIB, RESERVE_GIB = 2**30, 0.75
 
 
 def _slider(low: float, high: float, step: float, unit: str) -> Any:
