@@ -209,8 +209,8 @@ class DiffusersInterface(Stages):
             SvdlabError: always, with what saves memory here.
         """
         raise SvdlabError(
-            "enable_sequential_cpu_offload: not implemented, allowed: enable_model_cpu_offload, which holds one network at "
-            'a time; cfg="sequential" in the call halves the activations; svdlab memory says what fits'
+            "enable_sequential_cpu_offload: not implemented, allowed: enable_model_cpu_offload, which has one network "
+            'at a time; cfg="sequential" in the call halves the activations; svdlab memory says what fits'
         )
 
     # --- of a call ---
