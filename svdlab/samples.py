@@ -49,7 +49,7 @@ def read_image(path: str | Path) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
-    from svdlab.svd.images import to_rgb
+    from svdlab.svd.images import SIZES, to_rgb
 
     with about("image"):
         check_file(path, "an image")
@@ -60,6 +60,8 @@ def read_image(path: str | Path) -> Image.Image:
             try:
                 # For EPS, PIL starts Ghostscript.
                 opened = Image.open(path, formats=[name for name in Image.ID if name != "EPS"])
+            except Image.DecompressionBombError:
+                raise SvdlabError(f"has more pixels than PIL opens, allowed: {SIZES}") from None
             except Exception:  # broken files make PIL's readers raise almost anything
                 raise SvdlabError("not an image that can be read") from None
             with opened:

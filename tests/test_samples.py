@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import EpsImagePlugin, ExifTags, Image
 
 from svdlab.errors import SvdlabError, printable
 from svdlab.samples import read_image, sample_photo, sample_picture
-from svdlab.svd.images import as_list
+from svdlab.svd.images import as_list, blur_for, resize_with_antialiasing
+from svdlab.svd.memory import measured_peak
 from svdlab.training.data import sample_image
 
 
@@ -29,10 +31,36 @@ def test_any_other_checkpoint_gets_a_photograph() -> None:
     assert len(photo.getcolors(2**20) or []) > 10_000
 
 
-def test_an_image_of_any_mode_is_read_as_rgb(tmp_path: Path) -> None:
-    Image.linear_gradient("L").save(tmp_path / "grey.png")
-    image = read_image(tmp_path / "grey.png")
-    assert image.mode == "RGB" and image.size == (256, 256)
+@pytest.mark.parametrize(
+    ("mode", "colour", "kind", "expected"),
+    [
+        ("L", 90, "png", (90, 90, 90)),
+        ("LA", (90, 10), "png", (90, 90, 90)),
+        ("1", 1, "png", (255, 255, 255)),
+        ("P", 0, "png", (0, 0, 0)),
+        # As in diffusers' load_image, what is transparent keeps its colour.
+        ("RGBA", (200, 100, 50, 0), "png", (200, 100, 50)),
+        ("CMYK", (0, 255, 255, 0), "tiff", (255, 0, 0)),
+    ],
+)
+def test_an_image_of_any_mode_is_read_as_rgb(
+    tmp_path: Path, mode: str, colour: Any, kind: str, expected: tuple[int, int, int]
+) -> None:
+    Image.new(mode, (4, 3), colour).save(tmp_path / f"file.{kind}")
+    image = read_image(tmp_path / f"file.{kind}")
+    assert image.mode == "RGB" and image.size == (4, 3) and image.getpixel((1, 1)) == expected
+
+
+def test_a_large_image_takes_no_memory_beside_its_own() -> None:
+    """What CLIP sees of it is shrunk in bands, to what the whole would be."""
+    source = torch.rand(1, 3, 1024, 3000, generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+    peak = measured_peak(lambda: found.append(resize_with_antialiasing(source, 224)), "cpu")
+    assert peak < source.nbytes
+    whole = torch.nn.functional.interpolate(
+        blur_for(source.double(), 224), size=(224, 224), mode="bicubic", align_corners=True
+    )
+    torch.testing.assert_close(found[0].double(), whole, atol=1e-6, rtol=0)
 
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -52,6 +80,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path, monkeypatch: pytest.
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tiff")  # and this one black
     (tmp_path / "bomb.ppm").write_bytes(b"P6 100000 100000 255\n" + bytes(100))
     (tmp_path / "large.ppm").write_bytes(b"P6 10000 9000 255\n" + bytes(100))
+    (tmp_path / "huge.ppm").write_bytes(b"P6 14000 14000 255\n" + bytes(100))
     for name, message in {
         "nowhere.png": "no such file",
         "a\0b.png": "no such file",
@@ -63,7 +92,8 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path, monkeypatch: pytest.
         "line.png": "got 1x300 pixels, allowed: sides of at least 2",
         "deep.png": "got mode I;16, allowed: 8 bits a channel, such as RGB, L or CMYK",
         "float.tiff": "got mode F, allowed: 8 bits a channel",
-        "bomb.ppm": "not an image that can be read",
+        "bomb.ppm": "has more pixels than PIL opens, allowed: sides of at least 2, at most 67108864 pixels",
+        "huge.ppm": "has more pixels than PIL opens, allowed: sides of at least 2, at most 67108864 pixels",
         "large.ppm": "got 10000x9000 pixels, allowed: sides of at least 2, at most 67108864 pixels",
     }.items():
         path = tmp_path / name

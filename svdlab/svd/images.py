@@ -16,6 +16,9 @@ from svdlab.errors import SvdlabError, about
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # A side of one pixel cannot be reflected, which the resize for CLIP does; 64 Mpx take 0.8 GB as a tensor.
 _LEAST_SIDE, _MOST_PIXELS = 2, 2**26
+SIZES = f"sides of at least {_LEAST_SIDE}, at most {_MOST_PIXELS} pixels"
+# Rows of an image that are shrunk at a time.
+_BAND = 64
 _KINDS = "a PIL image, a list of them, numpy (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W)"
 
 
@@ -63,16 +66,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < _LEAST_SIDE or width * height > _MOST_PIXELS:
-        raise SvdlabError(
-            f"got {width}x{height} pixels, allowed: sides of at least {_LEAST_SIDE}, at most {_MOST_PIXELS} pixels"
-        )
+        raise SvdlabError(f"got {width}x{height} pixels, allowed: {SIZES}")
 
 
 def to_tensor(image: Image.Image | Tensor) -> Tensor:
     """One of ``as_list`` as float32 (1, 3, H0, W0) in [0, 1]."""
     if isinstance(image, Tensor):
         return image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(255)
 
 
 def resize(image: Image.Image | Tensor, height: int, width: int) -> Tensor:
@@ -139,13 +140,22 @@ def randn(
 def resize_with_antialiasing(images: Tensor, size: int) -> Tensor:
     """Gaussian blur by the shrink factor, then bicubic with aligned corners: (B, 3, H, W) -> (B, 3, size, size).
 
-    Source: diffusers ``pipeline_stable_video_diffusion.py:_resize_with_antialiasing``.
+    Both work on each axis by itself: rows are shrunk in bands, and what is left of them along the columns, so that a
+    large image takes no memory beside its own. Source: diffusers
+    ``pipeline_stable_video_diffusion.py:_resize_with_antialiasing``.
 
     Args:
         images: in [-1, 1].
         size: in pixels.
     """
-    return F.interpolate(blur_for(images, size), size=(size, size), mode="bicubic", align_corners=True)
+    narrow = torch.cat([_shrink(band, size, -1) for band in images.split(_BAND, dim=-2)], dim=-2)
+    return _shrink(narrow, size, -2)
+
+
+def _shrink(images: Tensor, size: int, axis: int) -> Tensor:
+    sides = list(images.shape[-2:])
+    sides[axis] = size
+    return F.interpolate(_blur(images, size, axis), size=sides, mode="bicubic", align_corners=True)
 
 
 def blur_for(images: Tensor, size: int) -> Tensor:
@@ -153,15 +163,17 @@ def blur_for(images: Tensor, size: int) -> Tensor:
 
     Source: diffusers ``pipeline_stable_video_diffusion.py:_gaussian_blur2d``.
     """
-    for axis in (-1, -2):
-        sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
-        width = int(max(4 * sigma, 3)) | 1
-        taps = torch.exp(-((torch.arange(width, dtype=images.dtype) - width // 2) ** 2) / (2 * sigma**2)).to(images)
-        pad = (width // 2, width // 2, 0, 0) if axis == -1 else (0, 0, width // 2, width // 2)
-        kernel = (taps / taps.sum()).view(1, 1, 1, -1) if axis == -1 else (taps / taps.sum()).view(1, 1, -1, 1)
-        padded = F.pad(images, pad, mode="reflect")
-        images = F.conv2d(padded, kernel.expand(images.shape[1], 1, -1, -1), groups=images.shape[1])
-    return images
+    return _blur(_blur(images, size, -1), size, -2)
+
+
+def _blur(images: Tensor, size: int, axis: int) -> Tensor:
+    sigma = max((images.shape[axis] / size - 1) / 2, 0.001)
+    width = int(max(4 * sigma, 3)) | 1
+    taps = torch.exp(-((torch.arange(width, dtype=images.dtype) - width // 2) ** 2) / (2 * sigma**2)).to(images)
+    pad = (width // 2, width // 2, 0, 0) if axis == -1 else (0, 0, width // 2, width // 2)
+    kernel = (taps / taps.sum()).view(1, 1, 1, -1) if axis == -1 else (taps / taps.sum()).view(1, 1, -1, 1)
+    padded = F.pad(images, pad, mode="reflect")
+    return F.conv2d(padded, kernel.expand(images.shape[1], 1, -1, -1), groups=images.shape[1])
 
 
 def normalize_for_clip(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
