@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread per process: what runs side by side shares the cores (README, "Threads").
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: report test fuzz lowest pictures clean
+.PHONY: report test fuzz lowest pictures docs clean
 
 report: .venv/.stamp
 	$(BIN)/svdlab report --out reports
@@ -37,6 +37,10 @@ lowest: .venv/.stamp
 	$(TEST_ENV) $(LOWEST)/python -m pytest -n 2 -m "not slow and not browser and not cuda and not weights" \
 	    $(addprefix tests/test_,$(addsuffix .py,reading trace compare cli report widgets plots sweep video checkpoint))
 
+# The documentation site, into site/; with the report, if there is one. It asks no other server for anything.
+docs: .venv/.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The README's pictures, from a report that is made first.
 pictures: report
 	$(TEST_ENV) $(BIN)/python docs/make_picture.py
@@ -48,4 +52,4 @@ pictures: report
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest reports/*.html reports/*.json reports/*.xml
+	rm -rf .venv .venv-lowest site reports/*.html reports/*.json reports/*.xml
