@@ -12,6 +12,7 @@ import grimp
 import pytest
 
 from svdlab.errors import EXTRA_OF
+from svdlab.parity.writer import versions_of_run
 
 ROOT = Path(__file__).parent.parent
 # What other packages bring: the extra's or svdlab's own package that does.
@@ -22,6 +23,9 @@ BROUGHT_BY = {
     "nbformat": "nbconvert",
     "dask": "distributed",
 }
+
+# The releases of diffusers that the parity tests passed with; pyproject.toml allows what lies around them.
+TRIED = ("0.42.1",)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,14 @@ def test_no_version_is_written_twice(project: dict[str, Any]) -> None:
 
 def test_the_torch_range_is_one_that_every_machine_has(project: dict[str, Any]) -> None:
     assert next(r for r in project["dependencies"] if name_of(r) == "torch") == "torch>=2.11,<2.14"
+
+
+def test_the_diffusers_that_is_tried_is_the_one_that_is_allowed_and_recorded(project: dict[str, Any]) -> None:
+    low, high = ((int(a), int(b)) for a, b in ((TRIED[0].split(".")[:2]), TRIED[-1].split(".")[:2]))
+    allowed = f"diffusers>={TRIED[0]},<{high[0]}.{high[1] + 1}"
+    assert low <= high and allowed in project["optional-dependencies"]["parity"]
+    assert importlib.metadata.version("diffusers") in TRIED, "run the parity tests with it, then add it to TRIED"
+    assert versions_of_run()["diffusers"] in TRIED
 
 
 def test_every_module_that_is_imported_is_required_and_errors_know_by_which_extra(project: dict[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import run
@@ -137,3 +139,20 @@ for arguments in (
     assert {"compare 0", "diagnose 0", "parity 2"} <= set(done.stdout.splitlines()), done.stdout + done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"t.safetensors", "clip.mp4"}
     assert "error: diffusers is not installed; allowed: pip install 'svdlab[parity]'" in done.stderr
+
+
+def test_colab_is_told_to_show_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import svdlab.notebook
+
+    calls: list[str] = []
+    output = SimpleNamespace(enable_custom_widget_manager=lambda: calls.append("enabled"))
+    importlib.reload(svdlab.notebook)
+    assert not calls
+    for name, module in {
+        "google": SimpleNamespace(),
+        "google.colab": SimpleNamespace(),
+        "google.colab.output": output,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    importlib.reload(svdlab.notebook)
+    assert calls == ["enabled"]

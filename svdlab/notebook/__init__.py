@@ -1,5 +1,8 @@
 """What notebooks show: the fixes' explorer, tensor inspector, sweep board, a reader's own port, figures, players."""
 
+import importlib
+import sys
+
 from svdlab.lazy import lazy_names
 
 _HOMES = {
@@ -22,3 +25,6 @@ _HOMES = {
 __getattr__, __dir__ = lazy_names(
     __name__, {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 )
+
+if "google.colab" in sys.modules:  # which shows no widgets of others until it is told to
+    importlib.import_module("google.colab.output").enable_custom_widget_manager()

@@ -80,7 +80,7 @@ class Inputs:
 class SVDPipeline(DiffusersInterface):
     """Stable Video Diffusion with the constructor, the call and the names of diffusers' pipeline.
 
-    Example:
+    Examples:
         >>> pipe = SVDPipeline.from_pretrained("embedded")
         >>> frames = pipe(image, height=64, width=64, num_frames=8).frames[0]
 
@@ -202,7 +202,7 @@ class SVDPipeline(DiffusersInterface):
         What its weights do not say is read from the file, where ``svdlab convert`` has written it, or is the published
         models': see ``single_file.UNSAID``.
 
-        Example:
+        Examples:
             >>> pipe = SVDPipeline.from_single_file("svd_xt.safetensors", dtype=torch.float16)
 
         Args:
@@ -249,7 +249,7 @@ class SVDPipeline(DiffusersInterface):
 
         The function replaces all that stands there, an injected bug included.
 
-        Example:
+        Examples:
             >>> wrong = pipe.with_stage(time_ids=lambda settings: torch.tensor([[settings.fps, 127, 0.02]]))
 
         Args:
