@@ -290,8 +290,8 @@ def test_a_diagnosis_says_which_rules_it_does_not_judge(own: SVDPipeline, refere
     assert {name for name in status if status[name] == "wrong"} == {"time_ids"} and status["predict_noise"] == "right"
     assert f"(the scheduler is {theirs.scheduler})" in found.summary()
     assert (found.verdict, found.bugs) == ("explained", ["fps_not_decremented"])
-    recorded = {theirs.versions["diffusers"], found.to_dict()["versions"]["diffusers"]}
-    assert recorded | {v["diffusers"] for v in found.comparison.to_dict()["versions"].values()} == {version("diffusers")}
+    recorded = [theirs.versions, found.to_dict()["versions"], *found.comparison.to_dict()["versions"].values()]
+    assert {versions["diffusers"] for versions in recorded} == {version("diffusers")}
     # Given the scheduler, svdlab's pipeline still has no rule of its own.
     assert StageJudge(theirs, port, pipe).uncovered == set(RULES)
     assert not StageJudge(theirs, port, pipe).work.stages("frames") & set(RULES)
