@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from svdlab.svd.checkpoint import checkpoint_path, load_components, load_configs
 from svdlab.svd.convert import convert
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import write_random_checkpoint
-from svdlab.svd.single_file import SingleFile, layout_of
+from svdlab.svd.single_file import RULES, SingleFile, layout_of
 from svdlab.svd.workloads import NETWORKS
 from svdlab.tensors import TensorFile
 
@@ -545,3 +546,28 @@ def test_the_command(
     ):
         code, _, err = svdlab("convert", *arguments)
         assert (code, message in err, err.count("\n")) == (2, True, 1), err
+
+
+def test_the_page_has_every_rule() -> None:
+    """docs/checkpoints.md: the n-th name on the left of a row is the n-th on the right."""
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    pairs = []
+    for row in re.findall(r"^\| (.*`.*) \| (.*`.*) \|$", page, re.M):
+        pairs += list(zip(*(re.findall(r"`([^`]+)`", side) for side in row), strict=False))
+    letters = {"level": "L", "n": "N", "reversed": "M", "behind": "2"}
+    letters |= dict.fromkeys(("down", "down_end", "up", "up_end"), "B")
+    seen = 0
+    for rule in (rule for network in RULES.values() for rule in network):
+        middle = "mid_block" in rule.folder
+        for n in (0, 1) if middle else ("N",):
+            numbers = {**letters, "n": n, **({"twice": 2 * n, "next": n + 1} if middle else {})}  # type: ignore[operator]
+            folder, file = rule.folder.format(**numbers), rule.file.format(**numbers)
+            if folder.endswith("encoder.layers.N"):  # the page has its parts
+                assert any(
+                    a.startswith(f"{folder}.") and f"{file}.".endswith(b.partition("N.")[0] + "N.") for a, b in pairs
+                )
+                continue
+            said = [b for a, b in pairs if f".{folder}".endswith(f".{a}")]
+            assert any(f".{file}".endswith(f".{b}") for b in said), (folder, file, said)
+            seen += 1
+    assert seen > 35
