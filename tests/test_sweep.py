@@ -32,7 +32,7 @@ from svdlab.sweep import Sweep, compare_sweeps, grid, parse_axis, resume_sweep, 
 from svdlab.sweep import point as point_module
 from svdlab.sweep import run as run_module
 from svdlab.sweep.code import CLIP_CODE, Code, code_version, file_digests
-from svdlab.sweep.plan import make_points
+from svdlab.sweep.plan import make_points, remarks
 from svdlab.sweep.point import SweepHalted
 from svdlab.sweep.run import Progress
 
@@ -85,6 +85,21 @@ def test_an_axis_is_read_as_it_is_written() -> None:
     assert parse_axis("rules=none,gelu_tanh+sincos_order") == ("rules", ["none", "gelu_tanh+sincos_order"])
 
 
+def test_a_range_is_its_values() -> None:
+    assert parse_axis("fps=5-9") == ("fps", [5, 6, 7, 8, 9])
+    assert parse_axis("fps=1, 7:28:7, 30") == ("fps", [1, 7, 14, 21, 28, 30])
+    assert parse_axis("fps=7:27:7") == ("fps", [7, 14, 21]), "the end is met by a step, or left out"
+    assert parse_axis("max_guidance_scale=1:1.6:0.2") == ("max_guidance_scale", [1.0, 1.2, 1.4, 1.6]), "not 1.5999"
+    assert parse_axis("noise_aug_strength=1e-2,0.5") == ("noise_aug_strength", [0.01, 0.5]), "an exponent is no range"
+    assert all(isinstance(value, int) for value in parse_axis("seed=3-4")[1])
+
+
+def test_unusual_values_are_remarked() -> None:
+    (fps,) = remarks({"fps": [7, 60, 120], "seed": [10**9], "rules": ["none"], "cfg": ["batched"]})
+    assert fps == "fps: 60, 120: unusual, most take 1 to 30 (1/s)"
+    assert not remarks({"fps": [1, 30], "decode_chunk_size": [None, "auto", 2]})
+
+
 def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
     changes = grid({"rules": ["none", "gelu_tanh+sincos_order"], "seed": [3, 1]})
     points = make_points(SMALL, changes)
@@ -110,6 +125,12 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
         (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
         (["--grid", "rules=none,gelu"], "rules: got 'gelu', allowed: none, or bugs' names, such as gelu_"),
+        (["--grid", "fps=9-5"], "fps: got the range '9-5', allowed: one that rises"),
+        (["--grid", "fps=7:28:0"], "fps: got the range '7:28:0', allowed: one that rises"),
+        (["--grid", "fps=7:28"], "fps: got '7:28', allowed: FROM:TO:STEP, such as 7:28:7"),
+        (["--grid", "fps=7::7"], "fps: got '7::7', allowed: FROM:TO:STEP"),
+        (["--grid", "seed=1-9999999999"], "seed: got the range '1-9999999999' of 9999999999 values, allowed: at most"),
+        (["--grid", "fps=0.5:2:0.5"], "fps: got 0.5, allowed: integer >= 1"),
         (["--grid", "self=1"], "self: no such setting, allowed: height, width"),
         (
             ["--grid", f"seed={','.join(map(str, range(400)))}", "--grid", f"fps={','.join(map(str, range(400)))}"],

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     "axes",
     multiple=True,
     metavar="NAME=VALUES",
-    help="An axis: a setting, or rules, and its values, such as fps=7,14,28; repeatable, the last one varies fastest.",
+    help="An axis: a setting, or rules (injected bugs), and its values, such as fps=7,14,28 or seed=5-9 or fps=7:28:7 "
+    "(from, to, step); repeatable, the last one varies fastest.",
 )
 @click.option(
     "--points", metavar="FILE", help="Instead of a grid: a JSON list of objects, each the settings of one point."
@@ -79,7 +80,7 @@ def sweep(
     given: dict[str, Any],
 ) -> None:
     """Generate a clip at every point of a grid, in a resumable folder."""
-    from svdlab.sweep.plan import grid, make_points, parse_axis
+    from svdlab.sweep.plan import grid, make_points, parse_axis, remarks
     from svdlab.sweep.run import resume_sweep, run_sweep
 
     context = click.get_current_context()
@@ -113,6 +114,8 @@ def sweep(
     changes = _read_points(points) if points else grid(dict(named))
     settings = GenerationSettings(**given)
     make_points(settings, changes)  # refused before any worker starts
+    for remark in remarks(dict(named)):
+        click.echo(f"note: {remark}", err=True)
     options: dict[str, Any] = {
         "model": model,
         "revision": revision,

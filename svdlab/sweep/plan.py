@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from svdlab.errors import SvdlabError, short
@@ -17,6 +19,9 @@ from svdlab.svd.settings import GenerationSettings
 # The axis of injected bugs, as grids, tables and files call it.
 RULES = "rules"
 _NO_BUG = "none"
+# 5-9, and 7:28:7 or 1:3:0.5; an exponent's sign is none of a range.
+_SPAN = re.compile(r"(\d{1,19})-(\d{1,19})")
+_STEPPED = re.compile(r"[\d.]{1,40}(:[\d.]{0,40})+")
 # Far more than anyone looks at; what is above is a mistake that would fill the memory.
 MOST_POINTS = 100_000
 Changes = Sequence[Mapping[str, Any]]
@@ -45,10 +50,10 @@ def bugs_text(bugs: Sequence[str]) -> str:
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """An axis as the command line takes it: ``fps=7,14``, ``rules=none,gelu_tanh``, ``sigmas=[[700,5,0],[80,1,0]]``.
+    """An axis as the command line takes it: ``fps=7,14``, ``seed=5-9``, ``sigmas=[[700,5,0],[80,1,0]]``.
 
     Raises:
-        SvdlabError: no name, no values, or a list that is not JSON.
+        SvdlabError: no name, no values, see ``parse_values``.
     """
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
@@ -58,19 +63,58 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
 
 
 def parse_values(name: str, text: str) -> list[Any]:
-    """The values of one axis: with commas between them, or one JSON list.
+    """The values of one axis: one JSON list, or with commas between them values, ``5-9`` and ``7:28:7``.
+
+    ``5-9`` is 5, 6, 7, 8, 9; ``7:28:7`` is FROM:TO:STEP, 7, 14, 21, 28, with TO where a step meets it.
 
     Raises:
-        SvdlabError: a list that is not JSON.
+        SvdlabError: a list that is not JSON, a range without a value, more than ``MOST_POINTS``.
     """
+    shown = short(name)[1:-1]
     if text.strip().startswith("["):
         try:
             return parse(text, name)
         except SvdlabError:
-            got = f"{short(name)[1:-1]}: got {short(text.strip())}"
-            raise SvdlabError(f"{got}, allowed: a JSON list, or VALUE,VALUE,...") from None
+            raise SvdlabError(f"{shown}: got {short(text.strip())}, allowed: a JSON list, or VALUE,VALUE,...") from None
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts if name == RULES else [_value(part) for part in parts]
+    return parts if name == RULES else [value for part in parts for value in _values(shown, part)]
+
+
+def _values(name: str, text: str) -> list[Any]:
+    """What stands between two commas."""
+    if span := _SPAN.fullmatch(text):
+        first, last, step = Decimal(span[1]), Decimal(span[2]), Decimal(1)
+    elif _STEPPED.fullmatch(text):
+        try:
+            first, last, step = map(Decimal, text.split(":"))
+        except (ArithmeticError, ValueError):
+            raise SvdlabError(f"{name}: got {short(text)}, allowed: FROM:TO:STEP, such as 7:28:7") from None
+    else:
+        return [_value(text)]
+    if last < first or step <= 0:
+        raise SvdlabError(f"{name}: got the range {short(text)}, allowed: one that rises, such as 5-9 or 7:28:7")
+    number = math.floor((last - first) / step) + 1
+    if number > MOST_POINTS:
+        raise SvdlabError(f"{name}: got the range {short(text)} of {number} values, allowed: at most {MOST_POINTS}")
+    whole = all(value == value.to_integral_value() for value in (first, step))
+    return [int(value) if whole else float(value) for value in (first + i * step for i in range(number))]
+
+
+def remarks(axes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Values that are allowed and unusual, one line for each axis that has some: those outside its slider's range."""
+    said = []
+    for name, values in axes.items():
+        field = GenerationSettings.model_fields.get(name)
+        extra = field.json_schema_extra if field is not None else None
+        if not isinstance(extra, dict) or "slider" not in extra:
+            continue
+        bounds: Any = extra["slider"]
+        low, high, _ = bounds
+        unusual = [f"{v:g}" for v in values if isinstance(v, (int, float)) and not low <= v <= high]
+        if unusual:
+            shown = ", ".join(unusual[:5]) + (f" and {len(unusual) - 5} more" if len(unusual) > 5 else "")
+            said.append(f"{name}: {shown}: unusual, most take {low:g} to {high:g} ({extra['unit']})")
+    return said
 
 
 def _value(text: str) -> Any:
