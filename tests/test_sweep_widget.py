@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import threading
 from pathlib import Path
@@ -9,11 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from html_tables import rows
+from PIL import Image
 from test_sweep import AXES, PICTURE, SMALL, failing
 
 from svdlab.errors import SvdlabError
 from svdlab.notebook.sweep_board import SweepExplorer, SweepPanel
-from svdlab.notebook.sweep_view import View, plot_heatmaps, values_text
+from svdlab.notebook.sweep_view import (
+    Board,
+    HeatMap,
+    View,
+    comparison_html,
+    film_html,
+    parallel_svg,
+    place_of,
+    values_text,
+)
+from svdlab.parity.bugs import BUGS
 from svdlab.sweep import Sweep, grid, run_sweep
 
 
@@ -28,20 +41,44 @@ def panel(tiny: Path, tmp_path: Path) -> SweepPanel:
 
 
 def pick(panel: SweepPanel, *rows: tuple[str, str]) -> None:
-    for (axis, entry, _), (name, values) in zip(panel.rows, [*rows, *[("(no axis)", "")] * 3], strict=False):
-        axis.value, entry.value = name, values
+    for row, (name, values) in zip(panel.rows, [*rows, *[("(no axis)", "")] * 3], strict=False):
+        row.axis.value, row.entry.value = name, values
+
+
+def films(html: str) -> list[str]:
+    """Names of the clips in a board, row by row."""
+    return re.findall(r'<img alt="([^"]+)"', html)
+
+
+def cells(html: str, title: str) -> dict[str, str]:
+    """A heat map's texts by point."""
+    (table,) = re.findall(rf"<table><caption>{title}<small>.*?</table>", html)
+    return dict(re.findall(r"data-point='(\w+)'[^>]*>([^<]*)<", table))
 
 
 def test_a_page_shows_every_clip_and_its_numbers(explorer: SweepExplorer) -> None:
     page = explorer._repr_mimebundle_()["text/html"]
-    names = re.findall(r'<img [^>]*alt="(fps [^"]+)"', page)
-    assert names == [f"fps {f}, max guidance scale {g:g}" for f in (7, 14) for g in (1, 3)]
-    assert page.count('<img style="height:120px') == 4 and page.count("<picture") == 1
-    assert page.count("data:image/png") == 1
-    assert "One point: fps 14, max guidance scale 3" in page, "the middle"
+    assert films(page) == [f"fps {f}, max guidance scale {g:g}" for f in (7, 14) for g in (1, 3)]
+    sweep, chosen = explorer.run(), explorer.run().at(fps=14, max_guidance_scale=1.0)
+    assert f"data-chosen='{chosen}'" in page and page.count(" hidden>") == 4, "the clock, and three of four points"
+    for identity in sweep.plan.points:
+        assert page.count(f"data-point='{identity}'") == 4, "in the grid and in three heat maps"
+        assert f"{sweep.metrics(identity)['motion']:.3g} grey levels" in page and f"points/{identity}" in page
     answer = explorer.answer()
     assert answer["passed"] and answer["points"] == 4 and answer["the_same_to_the_last_bit"] == 2
     assert answer["mean_difference_fps"] == pytest.approx(explorer.run().table()["difference_fps"].mean())
+
+
+def test_a_film_is_the_frames_exactly_or_reduced() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 24, 40, 3), dtype=np.uint8)
+    html = film_html(frames, "noise & more")
+    assert 'alt="noise &amp; more"' in html and "data-frames='5' data-columns='3' data-rows='2'" in html
+    sheet = np.array(Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", html)[1]))))
+    for i in range(5):
+        y, x = 24 * (i // 3), 40 * (i % 3)
+        assert np.array_equal(sheet[y : y + 24, x : x + 40], frames[i])
+    assert 'class="film"' in html
+    assert 'class="film reduced" style=\'--w:171;--h:128' in film_html(np.zeros((1, 576, 768, 3), np.uint8), "")
 
 
 def test_the_answer_is_no_where_a_point_failed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,38 +89,79 @@ def test_the_answer_is_no_where_a_point_failed(tiny: Path, monkeypatch: pytest.M
     explorer = SweepExplorer({"fps": [7, 14]}, SMALL, model=str(tiny), image=PICTURE)
     failing(monkeypatch, when)
     page = explorer.page()
-    assert page.count("data:image/webp") == 1 and "no memory left" in page
+    assert len(films(page)) == 1 and "no memory left" in page
     assert "failed" in [cell for row in rows(page) for cell in row]
     monkeypatch.setattr("svdlab.notebook.sweep_board.SweepExplorer.run", lambda self: Sweep.open(self.out))
     assert not explorer.answer()["passed"]
 
 
 def test_a_heat_map_is_its_numbers(explorer: SweepExplorer) -> None:
-    sweep = explorer.run()
-    view = View(sweep)
-    assert (view.x, view.y) == ("max_guidance_scale", "fps")
-    motion, by_fps, by_guidance = view.plot().axes
-    table = sweep.table()
-    for ax, column in ((motion, "motion"), (by_fps, "difference_fps"), (by_guidance, "difference_max_guidance_scale")):
-        expected = table[column].to_numpy(dtype=float).reshape(2, 2)
-        (image,) = ax.get_images()
-        assert np.allclose(image.get_array(), expected)
-        assert [t.get_text() for t in ax.texts] == [f"{v:.3g}" for v in expected.flat]
-        assert ax.get_xlabel() == "max guidance scale" and image.norm.vmin == 0
-    shared = {ax.get_images()[0].norm.vmax for ax in (by_fps, by_guidance)}
-    assert shared == {table[["difference_fps", "difference_max_guidance_scale"]].max().max()}
-    turned = View(sweep, x="fps", y="max_guidance_scale").square()
-    assert turned == [list(column) for column in zip(*view.square(), strict=True)]
-    gap = plot_heatmaps({"m": ("unit", np.array([[1.0, np.nan]]))}, ("x", ["1", "2"]), ("", [""]))
-    assert [t.get_text() for t in gap.axes[0].texts] == ["1", ""] and gap.alt
+    sweep, page = explorer.run(), explorer.page()
+    view, table = View(sweep), explorer.run().table().set_index("point")
+    assert (view.x, view.down) == ("max_guidance_scale", ["fps"])
+    titles = {
+        "Motion": "motion",
+        "Difference along fps": "difference_fps",
+        "Difference along max guidance scale": "difference_max_guidance_scale",
+    }
+    for title, column in titles.items():
+        assert cells(page, title) == {identity: f"{table[column][identity]:.3g}" for identity in sweep.plan.points}
+    turned = View(sweep, x="fps").rows()
+    assert [head for head, _ in turned] == ["1", "3"]
+    assert [i for _, i in turned] == [list(column) for column in zip(*(i for _, i in view.rows()), strict=True)]
+    unknown = HeatMap("m", "unit", [("", [("a", 1.0), ("b", None), (None, None)])], lambda value: "#ffffff")
+    assert rows(unknown.html(["1", "2", "3"]))[1:] == [["", "1", "–", ""]]
 
 
-def test_a_third_axis_is_held_at_a_value(tiny: Path, tmp_path: Path) -> None:
+def test_one_colour_means_one_number(explorer: SweepExplorer) -> None:
+    maps = {m.title: m for m in Board(explorer.run())._maps(View(explorer.run()))}
+    one, other = (m for title, m in maps.items() if title.startswith("Difference"))
+    assert one.shade(0.5) == other.shade(0.5) != one.shade(0.0), "differences share their colours, from zero"
+
+
+def test_the_distance_from_diffusers_is_judged_at_four(tiny: Path, tmp_path: Path) -> None:
+    axes = {"seed": [0, 1], "fps": [7, 9], "rules": ["none", "fps_not_decremented"]}
+    changes = grid(axes)
+    sweep = run_sweep(tmp_path, changes, SMALL, model=str(tiny), image=PICTURE, divergence=True)
+    html = Board(sweep).html(View(sweep))
+    (table,) = re.findall(
+        r"<table><caption>Distance from diffusers<small>noise ratio; parity is up to 4<.*?</table>", html
+    )
+    said = dict(re.findall(r"data-point='(\w+)'.*?<small>(\w+)</small>", table))
+    assert said == {identity: sweep.metrics(identity)["divergence"]["verdict"] for identity in sweep.plan.points}
+    assert sorted(set(said.values())) == ["divergence", "parity"]
+    for identity in sweep.plan.points:  # three axes: a line for each point
+        assert html.count(f'<g data-point="{identity}"') == 1
+    assert "<style" not in parallel_svg(sweep, list(sweep.plan.points)), "it would be of the whole page"
+
+
+def test_further_axes_go_down_or_are_held_at_a_value(tiny: Path, tmp_path: Path) -> None:
     axes = {"seed": [0, 1], "fps": [7], "rules": ["none", "gelu_tanh"]}
     sweep = run_sweep(tmp_path, grid(axes), SMALL, model=str(tiny), image=PICTURE)
-    assert View(sweep).square() == [[sweep.at(seed=0, rules="none"), sweep.at(seed=0, rules="gelu_tanh")]]
-    held = View(sweep, x="seed", y="fps", where={"rules": "gelu_tanh"}).square()
-    assert held == [[sweep.at(seed=0, rules="gelu_tanh"), sweep.at(seed=1, rules="gelu_tanh")]]
+    at = {(s, r): sweep.at(seed=s, rules=r) for s in (0, 1) for r in ("none", "gelu_tanh")}
+    assert View(sweep).rows() == [
+        ("seed 0, fps 7", [at[0, "none"], at[0, "gelu_tanh"]]),
+        ("seed 1, fps 7", [at[1, "none"], at[1, "gelu_tanh"]]),
+    ]
+    held = View(sweep, x="seed", where={"rules": "gelu_tanh"})
+    assert held.rows() == [("7", [at[0, "gelu_tanh"], at[1, "gelu_tanh"]])] and held.heads() == ["0", "1"]
+    listed = run_sweep(tmp_path / "l", grid(axes)[:3], SMALL, model=str(tiny), image=PICTURE)
+    assert View(listed).rows()[1][1][1] is None and "no point" in Board(listed).html(View(listed))
+
+
+def test_two_sweeps_side_by_side(explorer: SweepExplorer, tiny: Path, tmp_path: Path) -> None:
+    before = explorer.run()
+    other = SMALL.replace(seed=1)
+    after = run_sweep(tmp_path / "a", grid(AXES)[:3], other, model=str(tiny), image=PICTURE)
+    html = comparison_html(before, after)
+    names = [place_of(before, identity) for identity in before.plan.points]
+    assert films(html) == [names[0], names[1], names[0], names[1], names[2], names[2]]
+    assert "3 of 3 points moved, 0 are the same to the last bit" in html and "not in both" in html
+    assert html.count(">changed<") == 3
+    shown = cells(html, "Largest change")
+    assert set(shown) == set(list(before.plan.points)[:3]) | set(list(before.plan.points)[3:])
+    assert [text for text in shown.values()].count("–") == 1, "the point that the second does not have"
+    assert comparison_html(before, before).count(">the same<") == 4
 
 
 def test_the_panel_runs_what_is_picked(panel: SweepPanel) -> None:
@@ -93,26 +171,56 @@ def test_the_panel_runs_what_is_picked(panel: SweepPanel) -> None:
     panel.run.click()
     panel.worker.join()
     assert "done, 4 of 4 points" in panel.status.value and panel.stop.disabled
-    assert [button.tooltip for button in panel.cells.values()] == [
-        f"fps {f}, max guidance scale {g:g}" for f in (7, 14) for g in (1, 3)
-    ]
-    assert not any(button.disabled for button in panel.cells.values())
-    assert all("image/webp" in style.value for style in panel.styles.values())
-    assert "<img" in panel.heat.value
+    names = [f"fps {f}, max guidance scale {g:g}" for f in (7, 14) for g in (1, 3)]
+    assert films(panel.board.html) == names
+    panel.x.value = "fps"
+    assert films(panel.board.html) == [names[i] for i in (0, 2, 1, 3)]
+    panel.held["max_guidance_scale"].value = 3.0
+    assert films(panel.board.html) == [names[1], names[3]]
 
-    identity = panel.sweep.at(fps=14, max_guidance_scale=1.0)
-    panel.cells[identity].click()
-    assert "fps 14, max guidance scale 1" in panel.chosen.value and "<picture" in panel.chosen.value
-    assert f"{panel.sweep.metrics(identity)['motion']:.3g} grey levels" in panel.chosen.value
 
-    across = list(panel.cells)
-    panel.x.value, panel.y.value = "fps", "max_guidance_scale"
-    assert list(panel.cells) == [across[i] for i in (0, 2, 1, 3)]
+def test_a_sweep_is_kept_resumed_extended_and_never_mixed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("svdlab.notebook.sweep_board.is_live", lambda: True)
+    tried = failing(monkeypatch, lambda point, number: None)
 
-    pick(panel, ("fps", "14, 21"))
-    panel.run.click()
-    panel.worker.join()
-    assert "done, 2 of 2 points" in panel.status.value and "3 earlier points" in panel.status.value
+    def run(**axes: list[int]) -> Path:
+        panel = SweepPanel(SweepExplorer({"fps": [7, 14]}, SMALL, model=str(tiny), image=PICTURE))
+        assert panel.folder.value == "sweeps/fps"
+        pick(panel, *((name, values_text(values)) for name, values in axes.items()))
+        panel.run.click()
+        panel.worker.join()
+        assert f"Kept in {panel.sweep.folder.absolute()}" in panel.kept.value
+        assert ("sweeps/fps holds another sweep" in panel.kept.value) is panel.sweep.folder.name.startswith("fps-")
+        return panel.sweep.folder
+
+    assert run(fps=[7, 14]) == Path("sweeps/fps") and run(fps=[7, 14]) == Path("sweeps/fps") and tried == [7, 14]
+    assert run(fps=[7, 14, 21]) == Path("sweeps/fps") and tried == [7, 14, 21], "extended by one point"
+    assert run(fps=[7, 28]) == Path("sweeps/fps-2"), "which would leave two of three points without a place"
+    assert run(fps=[28, 7]) == Path("sweeps/fps-2") and tried == [7, 14, 21, 7, 28]
+    assert run(seed=[1, 2]) == Path("sweeps/seed"), "named after the axes"
+    assert len(list(Path("sweeps/fps/points").iterdir())) == 3
+    (tmp_path / "sweeps/fps-2/sweep.json").write_text("{")
+    assert run(fps=[7, 28]) == Path("sweeps/fps-3"), "what is damaged is left for who can mend it"
+
+
+def test_bugs_are_picked_from_the_catalogue(panel: SweepPanel) -> None:
+    pick(panel, ("rules", ""))
+    row = panel.rows[0]
+    assert row.bugs.layout.display is None and panel.rows[1].bugs.layout.display == "none"
+    row.bugs.value = ("fps_not_decremented", "gelu_tanh")
+    assert panel.picked() == {"rules": ["none", "fps_not_decremented", "gelu_tanh"]}
+    assert BUGS["gelu_tanh"].cause in row.about.value
+
+
+def test_ranges_and_unusual_values(panel: SweepPanel) -> None:
+    pick(panel, ("fps", "7:28:7, 60"))
+    assert panel.picked() == {"fps": [7, 14, 21, 28, 60]}
+    assert "fps: 60: unusual, most take 1 to 30" in panel.rows[0].about.value
+    pick(panel, ("fps", "5-9"))
+    assert panel.picked() == {"fps": [5, 6, 7, 8, 9]} and "unusual" not in panel.rows[0].about.value
 
 
 @pytest.mark.parametrize(
@@ -120,6 +228,7 @@ def test_the_panel_runs_what_is_picked(panel: SweepPanel) -> None:
     [
         ([("fps", "7, 0")], "fps: got 0, allowed: integer &gt;= 1"),
         ([("fps", "")], "fps: got no values"),
+        ([("fps", "9-5")], "fps: got the range &#x27;9-5&#x27;, allowed: one that rises"),
         ([("fps", "7"), ("fps", "8")], "fps, fps: one twice"),
         ([("rules", "gelu")], "rules: got &#x27;gelu&#x27;, allowed: none"),
         ([], "axes: got none"),
@@ -141,7 +250,7 @@ def test_stop_and_run_again(panel: SweepPanel, monkeypatch: pytest.MonkeyPatch) 
     panel.compute()
     panel.worker.join()
     assert "stopped, 2 of 4 points" in panel.status.value
-    assert [button.disabled for button in panel.cells.values()] == [False, False, True, True]
+    assert len(films(panel.board.html)) == 2 and panel.board.html.count("not computed") == 2
     panel.compute()
     panel.worker.join()
     assert "done, 4 of 4 points" in panel.status.value and tried == [7, 7, 14, 14, 14]
@@ -153,8 +262,14 @@ def test_an_earlier_sweep_is_loaded(panel: SweepPanel, explorer: SweepExplorer, 
     )
     panel.folder.value = str(other.folder)
     panel.load.click()
-    assert "loaded, 3 of 3 points" in panel.status.value and len(panel.cells) == 3
-    assert [(axis.value, entry.value) for axis, entry, _ in panel.rows][:2] == [("seed", "3, 4, 5"), ("(no axis)", "")]
+    assert "loaded, 3 of 3 points" in panel.status.value and len(films(panel.board.html)) == 3
+    assert [(r.axis.value, r.entry.value) for r in panel.rows][:2] == [("seed", "3, 4, 5"), ("(no axis)", "")]
+    panel.other.value = str(other.folder)
+    panel.compare.click()
+    assert films(panel.comparison.html) == [f"seed {n}" for n in (3, 4, 5) * 2]
+    panel.other.value = str(explorer.run().folder)
+    panel.compare.click()
+    assert "allowed: two sweeps over the same axes" in panel.status.value
     panel.folder.value = str(tmp_path / "nothing")
     panel.load.click()
     assert "no sweep" in panel.status.value

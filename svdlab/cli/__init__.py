@@ -43,6 +43,7 @@ _COMMANDS = {
     "report": ("svdlab.cli.report", "run the notebooks into pages"),
     "sweep": ("svdlab.cli.sweep", "a clip at every point of a grid"),
     "sweep-compare": ("svdlab.cli.sweep", "two sweeps, point by point"),
+    "sweep-export": ("svdlab.cli.sweep", "a sweep's clips and heat maps as one page, or as a GIF"),
     "trace": ("svdlab.cli.parity", "every intermediate tensor in one file"),
     "train-tiny": ("svdlab.cli.training", "train the embedded checkpoint"),
     "weights": ("svdlab.cli.weights", "which weights a port loaded wrong"),

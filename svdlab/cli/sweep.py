@@ -114,8 +114,6 @@ def sweep(
     changes = _read_points(points) if points else grid(dict(named))
     settings = GenerationSettings(**given)
     make_points(settings, changes)  # refused before any worker starts
-    for remark in remarks(dict(named)):
-        click.echo(f"note: {remark}", err=True)
     options: dict[str, Any] = {
         "model": model,
         "revision": revision,
@@ -134,7 +132,7 @@ def sweep(
             write_json(json_path, {"cases": [asdict(row) for row in measured]})
         return
     assert out is not None
-    with _bar(out) as on_progress, _backend(workers, scheduler, tls, threads) as backend:
+    with _bar(out, remarks(dict(named))) as on_progress, _backend(workers, scheduler, tls, threads) as backend:
         done = run_sweep(out, changes, settings, threads=threads, backend=backend, on_progress=on_progress, **options)
     sys.exit(_report(done, json_path))
 
@@ -161,8 +159,8 @@ def _backend(
 
 
 @contextmanager
-def _bar(out: str) -> Iterator[OnProgress]:
-    """A progress bar with points per minute and the time left."""
+def _bar(out: str, notes: Sequence[str] = ()) -> Iterator[OnProgress]:
+    """A progress bar with points per minute and the time left; notes above it."""
     from tqdm import tqdm
 
     from svdlab.sweep.folder import Sweep
@@ -172,7 +170,10 @@ def _bar(out: str) -> Iterator[OnProgress]:
     def show(progress: Progress) -> None:
         nonlocal bar
         # Not before there is something to show: bad input is one line.
-        bar = bar or tqdm(bar_format="{percentage:3.0f}%|{bar}| {desc}", total=1.0)
+        if bar is None:
+            for note in notes:
+                click.echo(f"note: {note}", err=True)
+            bar = tqdm(bar_format="{percentage:3.0f}%|{bar}| {desc}", total=1.0)
         bar.n = progress.fraction
         bar.set_description_str(str(progress), refresh=False)
         bar.update(0)
@@ -231,19 +232,40 @@ def _report(sweep: Sweep, json_path: str | None) -> int:
     type=click.IntRange(0, 255),
     help="Grey levels of 255 that a pixel may change; default: no bit, not even before rounding.",
 )
+@click.option("--export", metavar="FILE", help="Both side by side, on one clock: a page (.html) that opens offline.")
 @JSON
-def sweep_compare(before: str, after: str, tolerance: int | None, json_path: str | None) -> None:
+def sweep_compare(before: str, after: str, tolerance: int | None, export: str | None, json_path: str | None) -> None:
     """Compare two sweeps over the same axes point by point: did a change move anything?"""
     from rich.console import Console
 
     from svdlab.sweep.compare import compare_sweeps
     from svdlab.sweep.folder import Sweep
 
-    check_outputs(json_path, inputs=[before, after])
+    if export is not None:
+        from svdlab.notebook.sweep_export import SUFFIXES, check_export, export_comparison
+
+        check_export(export, SUFFIXES[:1])
+    check_outputs(json_path, export, inputs=[before, after])
     found = compare_sweeps(Sweep.open(before), Sweep.open(after))
     Console().print(found.table(tolerance))
     for name, (was, now) in found.differs.items():
         click.echo(f"made with another {name}: {was}, then {now}")
+    if export is not None:
+        click.echo(str(export_comparison(Sweep.open(before), Sweep.open(after), export)))
     if json_path:
         write_json(json_path, found.to_dict(tolerance))
     sys.exit(1 if found.moved(tolerance) else 0)
+
+
+@click.command("sweep-export")
+@click.argument("folder", metavar="SWEEP")
+@click.argument("file")
+def sweep_export(folder: str, file: str) -> None:
+    """Write a sweep's clips and heat maps as one page that opens offline (.html), or its grid as a GIF (.gif)."""
+    from svdlab.notebook.sweep_export import check_export, export_sweep
+    from svdlab.sweep.folder import Sweep
+
+    check_export(file)
+    check_outputs(file, inputs=[folder])
+    target = export_sweep(Sweep.open(folder), file)
+    click.echo(f"{target}: {target.stat().st_size / 2**20:.1f} MiB")

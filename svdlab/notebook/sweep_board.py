@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anywidget
 import ipywidgets
+import traitlets
 
 from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import help_of, is_live, small
 from svdlab.notebook.panel import Panel
-from svdlab.notebook.sweep_view import CELL, View, clip_table, point_html, text_of, thumbnail_url, values_text
+from svdlab.notebook.sweep_view import SCRIPT, Board, View, comparison_html, text_of, values_text
 from svdlab.parity.bugs import BUGS
 from svdlab.svd.checkpoint import EMBEDDED
 from svdlab.svd.settings import GenerationSettings, allowed
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import PLAN, Sweep
-from svdlab.sweep.plan import RULES, grid, make_points, parse_values
+from svdlab.sweep.plan import RULES, grid, make_points, parse_values, remarks
 from svdlab.sweep.run import Backend, OnProgress, Progress, ShouldStop, run_sweep
 
 if TYPE_CHECKING:
     from PIL import Image
 
+# Where sweeps go that nobody gave a folder for: beside the notebook.
+SWEEPS = Path("sweeps")
 _AXES = 3  # rows of axis and values
 _NONE = "(no axis)"
+_ALL = "all"
+# Above that many points other axes than two start held at a value.
+_MOST_CLIPS = 60
+# A board with another clip is drawn no more often than this many seconds: all of it is sent again.
+_DRAW_S = 2.0
 # What an axis can be: one clip per point, and a dtype would load the weights again.
 _FIELDS = [name for name in GenerationSettings.model_fields if name not in ("num_videos_per_prompt", "dtype")]
+
+
+class BoardWidget(anywidget.AnyWidget):
+    """A board that says which point is chosen and where its clock stands.
+
+    Attributes:
+        html: of ``Board.html`` or ``comparison_html``; empty where there is nothing to show.
+        chosen: the key of the point that is marked.
+        frame: of all clips, from 0; ``playing``: whether the clock runs.
+    """
+
+    _esm = SCRIPT
+    html = traitlets.Unicode("").tag(sync=True)
+    chosen = traitlets.Unicode("").tag(sync=True)
+    frame = traitlets.Int(0).tag(sync=True)
+    playing = traitlets.Bool(True).tag(sync=True)
 
 
 class SweepExplorer:
@@ -38,7 +63,8 @@ class SweepExplorer:
     Args:
         axes: by name, the values; the first is drawn downwards, the last from left to right.
         settings: what all points share.
-        out: the folder; default: one that goes when this does.
+        out: the folder; default: with a hand for the panel one in ``sweeps``, named after the axes, that stays; for a
+            page one that goes when this does.
         model, revision, device, image, divergence, threads, backend: see ``run_sweep``.
     """
 
@@ -59,8 +85,10 @@ class SweepExplorer:
         self.axes = {name: list(values) for name, values in axes.items()}
         self.settings = settings or GenerationSettings()
         make_points(self.settings, grid(self.axes))
-        self._temporary = tempfile.TemporaryDirectory(prefix="svdlab-sweep-") if out is None else None
-        self.out = Path(out if out is not None else self._temporary.name)  # type: ignore[union-attr]
+        if out is None and not is_live():
+            self._temporary = tempfile.TemporaryDirectory(prefix="svdlab-sweep-")
+            out = self._temporary.name
+        self.out = default_folder(self.axes) if out is None else Path(out)
         self.options: dict[str, Any] = {
             "model": model,
             "revision": revision,
@@ -82,6 +110,8 @@ class SweepExplorer:
     def run(self, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Sweep:
         """Compute what is missing of the present axes; a second thread waits, and then finds all there.
 
+        A folder that holds another sweep is left as it is: see ``separate`` of ``run_sweep``.
+
         Raises:
             SvdlabError: see ``run_sweep``.
         """
@@ -90,21 +120,16 @@ class SweepExplorer:
                 self.out,
                 grid(self.axes),
                 self.settings,
+                separate=True,
                 on_progress=on_progress,
                 should_stop=should_stop,
                 **self.options,
             )
 
     def page(self) -> str:
-        """What a page without widgets shows: the grid of clips, the heat maps, one point in full. HTML."""
+        """What a page without widgets shows: the board of all points. HTML."""
         sweep = self.run()
-        view = View(sweep)
-        rows = view.square()
-        middle = rows[len(rows) // 2][len(rows[0]) // 2]
-        parts = [clip_table(view).to_html(), view.plot()._repr_html_()]
-        if middle is not None:
-            parts.append(f"<h4>One point: {escape(view.name(middle))}</h4>{point_html(sweep, middle)}")
-        return "".join(parts)
+        return Board(sweep).html(View(sweep))
 
     def answer(self) -> dict[str, Any]:
         """What the closing cell records: every point there, and the first row the same when it is computed again.
@@ -114,7 +139,7 @@ class SweepExplorer:
         """
         sweep = self.run()
         table = sweep.table()
-        first = View(sweep).square()[0]
+        _, first = View(sweep).rows()[0]
         chosen = [sweep.plan.points[identity] for identity in first if identity is not None]
         changes = [{axis: point.value(axis) for axis in sweep.plan.axes} for point in chosen]
         with tempfile.TemporaryDirectory() as folder:
@@ -132,8 +157,13 @@ class SweepExplorer:
         }
 
 
+def default_folder(axes: Mapping[str, Sequence[Any]]) -> Path:
+    """Where a sweep over these axes goes that nobody gave a folder for."""
+    return SWEEPS / "-".join(axes)
+
+
 class SweepPanel(Panel):
-    """Axes and values, Run and Stop, the grid of clips whose cells are buttons, heat maps, and the chosen point.
+    """Axes and values, Run and Stop, the board, and another sweep beside it.
 
     Args:
         explorer: what it is about.
@@ -143,52 +173,45 @@ class SweepPanel(Panel):
         super().__init__(delay=0.0)
         self.explorer = explorer
         self.sweep: Sweep | None = None
-        self.cells: dict[str, ipywidgets.Button] = {}
-        self.styles: dict[str, ipywidgets.HTML] = {}
+        self.board, self.comparison = BoardWidget(), BoardWidget()
+        self.kept = ipywidgets.HTML()
         named = [*explorer.axes.items(), *[(_NONE, [])] * _AXES][: max(_AXES, len(explorer.axes))]
-        self.rows = [self._row(i + 1, name, values) for i, (name, values) in enumerate(named)]
-        wide = {"layout": {"width": "40em"}, "style": {"description_width": "6em"}}
-        self.folder = ipywidgets.Text(value=str(explorer.out), description="folder", continuous_update=False, **wide)
+        self.rows = [_AxisRow(i + 1, name, values) for i, (name, values) in enumerate(named)]
+        self.divergence = ipywidgets.Checkbox(
+            value=explorer.options["divergence"],
+            description="measure the distance from diffusers (several times slower)",
+            indent=False,
+            layout={"width": "auto"},
+        )
+        self.folder = _folder_entry("folder", str(explorer.out))
+        self.other = _folder_entry("beside it", "")
         self.load = ipywidgets.Button(description="Load", icon="folder-open", tooltip="show the sweep in this folder")
-        self.heat, self.chosen = ipywidgets.HTML(), ipywidgets.HTML()
-        self.axes, self.grid = ipywidgets.HBox(), ipywidgets.VBox()
+        self.compare = ipywidgets.Button(
+            description="Compare",
+            icon="columns",
+            tooltip="show the same points of the sweep in this folder beside these",
+        )
+        self.controls = ipywidgets.HBox(layout={"flex_flow": "row wrap"})
         self.run.on_click(lambda button: self.compute())
         self.load.on_click(lambda button: self.open(self.folder.value))
-
-    def _row(self, number: int, name: str, values: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """One axis: which, its values, and what it takes."""
-        shared = {"style": {"description_width": "6em"}, "layout": {"width": "22em", "flex": "0 0 auto"}}
-        axis = ipywidgets.Dropdown(options=[_NONE, *_FIELDS, RULES], value=name, description=f"axis {number}", **shared)
-        entry = ipywidgets.Text(
-            value=values_text(values), placeholder="with commas between them", description=f"values {number}", **shared
-        )
-        about = ipywidgets.HTML()
-
-        def explain(change: Any = None) -> None:
-            if axis.value == RULES:
-                said = f"none, or injected bugs: {', '.join(list(BUGS)[:3])}, ... with + between them"
-            else:
-                said = "" if axis.value == _NONE else f"{help_of(axis.value)}; {allowed(axis.value)}"
-            about.value = small(said)
-            entry.disabled = axis.value == _NONE
-
-        axis.observe(explain, "value")
-        explain()
-        return axis, entry, about
+        self.compare.on_click(lambda button: self.compare_with(self.other.value))
 
     def show(self) -> ipywidgets.Widget:
         """All of it as one widget; a small checkpoint starts at once."""
         if self.explorer.starts_at_once:
             self.compute()
+        wrapped = {"flex_flow": "row wrap"}
         return ipywidgets.VBox(
             [
-                *(ipywidgets.HBox(row) for row in self.rows),
-                ipywidgets.HBox([self.folder, self.load]),
-                ipywidgets.HBox([self.run, self.stop, self.progress, self.status]),
-                self.axes,
-                self.grid,
-                self.chosen,
-                self.heat,
+                *(row.widget for row in self.rows),
+                self.divergence,
+                ipywidgets.HBox([self.folder, self.load], layout=wrapped),
+                ipywidgets.HBox([self.run, self.stop, self.progress, self.status], layout=wrapped),
+                self.kept,
+                self.controls,
+                self.board,
+                ipywidgets.HBox([self.other, self.compare], layout=wrapped),
+                self.comparison,
             ]
         )
 
@@ -198,7 +221,7 @@ class SweepPanel(Panel):
         Raises:
             SvdlabError: none, one of them twice, values that are not allowed.
         """
-        rows = [(axis.value, entry.value) for axis, entry, _ in self.rows if axis.value != _NONE]
+        rows = [(row.axis.value, row.entry.value) for row in self.rows if row.axis.value != _NONE]
         if not rows:
             raise SvdlabError("axes: got none, allowed: one or more")
         axes = {name: parse_values(name, text) for name, text in rows}
@@ -214,7 +237,10 @@ class SweepPanel(Panel):
         except SvdlabError as error:
             self.say_error(error)
             return
+        if self.folder.value == str(default_folder(self.explorer.axes)):
+            self.folder.value = str(default_folder(axes))
         self.explorer.axes, self.explorer.out = axes, Path(self.folder.value)
+        self.explorer.options["divergence"] = self.divergence.value
         self.sweep = None
         self.submit(self._compute)
 
@@ -226,22 +252,35 @@ class SweepPanel(Panel):
             self.say_error(error)
             return
         named = [*sweep.plan.axes.items(), *[(_NONE, [])] * _AXES]
-        for (axis, entry, _), (name, values) in zip(self.rows, named, strict=False):
-            axis.value = name if name in axis.options else _NONE
-            entry.value = values_text(values)
+        for row, (name, values) in zip(self.rows, named, strict=False):
+            row.axis.value = name if name in row.axis.options else _NONE
+            row.entry.value = values_text(values)
+        self.divergence.value = sweep.plan.source.divergence
         self._lay_out(sweep)
-        self._draw()
         self.say(f"loaded, {_finished(sweep)} of {len(sweep.plan.points)} points")
+
+    def compare_with(self, folder: str) -> None:
+        """Show the same points of another sweep beside those of this one, and which clips changed."""
+        try:
+            if self.sweep is None:
+                raise SvdlabError("beside it: there is no sweep yet, allowed: Run or Load first")
+            self.comparison.html = comparison_html(self.sweep, Sweep.open(folder))
+        except SvdlabError as error:
+            self.say_error(error)
 
     def _compute(self, stop: threading.Event) -> str:
         """In the worker's thread: draw each clip as it comes."""
+        drawn = 0.0
 
         def on_progress(progress: Progress) -> None:
+            nonlocal drawn
             self.progress.value = progress.fraction
             self.say(str(progress))
-            if self.sweep is None and (self.explorer.out / PLAN).is_file():
-                self._lay_out(Sweep.open(self.explorer.out))
-            self._draw_cells()
+            if self.sweep is None and (progress.folder / PLAN).is_file():
+                self._lay_out(Sweep.open(progress.folder))
+            elif time.monotonic() - drawn > _DRAW_S:
+                self._draw()
+                drawn = time.monotonic()
 
         self.say("loading the model")
         sweep = self.explorer.run(on_progress, stop.is_set)
@@ -250,98 +289,96 @@ class SweepPanel(Panel):
         return f"{'stopped' if stop.is_set() else 'done'}, {_finished(sweep)} of {len(sweep.plan.points)} points{notes}"
 
     def _lay_out(self, sweep: Sweep) -> None:
-        """New axes to choose from, and the grid over the last two of them."""
-        self.sweep, self.chosen.value, self.heat.value = sweep, "", ""
-        names = list(sweep.plan.axes)
-        view = View(sweep)
-        self.x = ipywidgets.Dropdown(options=names, value=view.x, description="across")
-        self.y = ipywidgets.Dropdown(
-            options=names if len(names) > 1 else [], value=view.y, description="down", disabled=len(names) == 1
-        )
-        self.others = {
+        """New axes to choose from, and the board over them."""
+        self.sweep, self._board, self.comparison.html = sweep, Board(sweep), ""
+        self.kept.value = small(self._where_kept(sweep.folder))
+        axes = sweep.plan.axes
+        self.x = ipywidgets.Dropdown(options=list(axes), value=View(sweep).x, description="across")
+        many = len(sweep.plan.points) > _MOST_CLIPS
+        self.held = {
             name: ipywidgets.Dropdown(
-                options=[(text_of(v), v) for v in values],
+                options=[(_ALL, _ALL), *((text_of(v), v) for v in values)],
+                value=values[0] if many and name in list(axes)[:-2] else _ALL,
                 description=name.replace("_", " "),
                 style={"description_width": "initial"},
             )
-            for name, values in sweep.plan.axes.items()
+            for name, values in axes.items()
         }
-        for widget in (self.x, self.y, *self.others.values()):
+        for widget in (self.x, *self.held.values()):
             widget.observe(lambda change: self._draw(), "value")
-        self._draw_grid()
+        self._draw()
+
+    def _where_kept(self, folder: Path) -> str:
+        kept = f"Kept in {folder.absolute()}, and resumed from there."
+        asked = Path(self.folder.value)
+        return kept if folder == asked else f"{kept} ({asked} holds another sweep, which stays as it is.)"
 
     def view(self) -> View:
-        """What the grid and the heat maps are over."""
+        """What the board is over."""
         assert self.sweep is not None
-        x, y = self.x.value, self.y.value
-        if x == y:
-            y = next((name for name in self.sweep.plan.axes if name != x), None)
-        where = {name: widget.value for name, widget in self.others.items() if name not in (x, y)}
-        return View(self.sweep, x, y, where)
+        held = {n: w.value for n, w in self.held.items() if n != self.x.value and w.value != _ALL}
+        return View(self.sweep, self.x.value, held)
 
     def _draw(self) -> None:
-        if self.sweep is not None:
-            self._draw_grid()
-            self.heat.value = self.view().plot()._repr_html_()
-
-    def _draw_grid(self) -> None:
-        """One button per point. Its picture is its clip, by a style sheet, so that a key presses it, too."""
-        view = self.view()
-        others = [widget for name, widget in self.others.items() if name not in (view.x, view.y)]
-        self.axes.children = [self.x, self.y, *others] if len(self.others) > 1 else []
-        (x_name, columns), (y_name, rows) = view.heads(view.x), view.heads(view.y)
-        self.cells, self.styles = {}, {}
-        corner = "<br>".join(escape(f"{name} {arrow}") for name, arrow in ((x_name, "→"), (y_name, "↓")) if name)
-        lines = [ipywidgets.HBox([_head(corner, "16em"), *(_head(escape(c)) for c in columns)])]
-        for head, identities in zip(rows, view.square(), strict=True):
-            cells = [self._cell(view, identity) for identity in identities]
-            lines.append(ipywidgets.HBox([_head(escape(head), "16em"), *cells], layout={"align_items": "center"}))
-        hidden = ipywidgets.Box(list(self.styles.values()), layout={"display": "none"})
-        self._draw_cells()
-        self.grid.children = [*lines, hidden]
-
-    def _cell(self, view: View, identity: str | None) -> ipywidgets.Button:
-        size = f"{CELL}px"
-        button = ipywidgets.Button(layout={"width": size, "height": size, "margin": "2px", "padding": "0"})
-        if identity is None:
-            button.description, button.disabled = "no point", True
-            return button
-        button.description = button.tooltip = view.name(identity)
-        button.disabled = True
-        button.add_class(f"svdlab-{identity}")
-        button.on_click(lambda _: self.choose(identity))
-        self.cells[identity], self.styles[identity] = button, ipywidgets.HTML()
-        return button
-
-    def _draw_cells(self) -> None:
-        """Those whose points have come meanwhile."""
-        sweep = self.sweep
-        if sweep is None:
+        if self.sweep is None:
             return
-        for identity, button in self.cells.items():
-            if not button.disabled:
-                continue
-            if sweep.finished(identity):
-                picture = f"url({thumbnail_url(sweep, identity)}) center/contain no-repeat"
-                look = f"background:{picture} !important;image-rendering:pixelated;font-size:0"
-                self.styles[identity].value = f"<style>.svdlab-{identity}{{{look}}}</style>"
-            elif sweep.failed(identity):
-                button.description = f"failed: {button.tooltip}"
-            else:
-                continue
-            button.disabled = False
+        others = [widget for name, widget in self.held.items() if name != self.x.value]
+        self.controls.children = [self.x, *others] if others else []
+        self.board.html = self._board.html(self.view())
 
-    def choose(self, identity: str) -> None:
-        """Show a point in full."""
-        assert self.sweep is not None
-        name = escape(View(self.sweep).name(identity))
-        self.chosen.value = f"<h4 role='region' aria-label='chosen'>{name}</h4>{point_html(self.sweep, identity)}"
+
+class _AxisRow:
+    """One axis of the panel: which, its values, what it takes, and the catalogue where it is of bugs."""
+
+    def __init__(self, number: int, name: str, values: Sequence[Any]):
+        shared = {"style": {"description_width": "6em"}, "layout": {"width": "22em", "flex": "0 0 auto"}}
+        names = [_NONE, *_FIELDS, RULES]
+        self.axis = ipywidgets.Dropdown(options=names, value=name, description=f"axis {number}", **shared)
+        self.entry = ipywidgets.Text(
+            value=values_text(values), placeholder="7, 14 or 5-9 or 7:28:7", description=f"values {number}", **shared
+        )
+        self.bugs = ipywidgets.SelectMultiple(options=list(BUGS), rows=6, description=f"bugs {number}", **shared)
+        self.about = ipywidgets.HTML(layout={"max_width": "40em"})
+        row = ipywidgets.HBox([self.axis, self.entry, self.about], layout={"flex_flow": "row wrap"})
+        self.widget = ipywidgets.VBox([row, self.bugs])
+        self.axis.observe(self._explain, "value")
+        self.entry.observe(self._explain, "value")
+        self.bugs.observe(self._take, "value")
+        self._explain()
+
+    def _take(self, change: Any = None) -> None:
+        """The bugs that are picked, after the right one."""
+        self.entry.value = ", ".join(["none", *self.bugs.value])
+
+    def _explain(self, change: Any = None) -> None:
+        name, of_bugs = self.axis.value, self.axis.value == RULES
+        self.entry.disabled = name == _NONE
+        self.bugs.layout.display = None if of_bugs else "none"
+        if of_bugs:
+            causes = [f"{bug}: {BUGS[bug].said}" for bug in self.bugs.value]
+            said = "; ".join(causes) or "none, and bugs of the catalogue; several at once with + between them"
+        else:
+            said = "" if name == _NONE else "; ".join([f"{help_of(name)}; {allowed(name)}", *self._remarks()])
+        self.about.value = small(said)
+
+    def _remarks(self) -> list[str]:
+        try:
+            return remarks({self.axis.value: parse_values(self.axis.value, self.entry.value)})
+        except SvdlabError:  # it is said when it is run
+            return []
+
+
+def _folder_entry(description: str, value: str) -> ipywidgets.Combobox:
+    """A folder, and those of the sweeps that are kept to choose from."""
+    return ipywidgets.Combobox(
+        value=value,
+        options=[str(path.parent) for path in sorted(SWEEPS.glob(f"*/{PLAN}"))],
+        description=description,
+        continuous_update=False,
+        layout={"width": "40em", "max_width": "100%"},
+        style={"description_width": "6em"},
+    )
 
 
 def _finished(sweep: Sweep) -> int:
     return sum(map(sweep.finished, sweep.plan.points))
-
-
-def _head(text: str, width: str = f"{CELL + 4}px") -> ipywidgets.HTML:
-    align = "right;padding-right:8px" if width.endswith("em") else "center"
-    return ipywidgets.HTML(f"<div style='text-align:{align}'><b>{text}</b></div>", layout={"width": width})

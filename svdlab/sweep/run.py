@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import time
 import uuid
@@ -17,7 +18,7 @@ from svdlab.errors import SvdlabError, requires
 from svdlab.samples import sample_picture
 from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import code_version
-from svdlab.sweep.folder import Plan, Sweep
+from svdlab.sweep.folder import PLAN, Plan, Sweep
 from svdlab.sweep.plan import Changes, Point, axes_of, make_points
 from svdlab.sweep.point import (
     OnStep,
@@ -49,6 +50,7 @@ class Progress:
         failed: of these failed.
         points_per_minute: of this run, without what came before its first point; 0 until that is known.
         within: how much of the point under way is done, in [0, 1], where that is known.
+        folder: of the sweep.
     """
 
     total: int
@@ -56,6 +58,7 @@ class Progress:
     failed: int
     points_per_minute: float = 0.0
     within: float = 0.0
+    folder: Path = Path()
 
     @property
     def fraction(self) -> float:
@@ -137,6 +140,7 @@ def run_sweep(
     divergence: bool = False,
     threads: int | None = None,
     force: bool = False,
+    separate: bool = False,
     backend: Backend | None = None,
     on_progress: OnProgress | None = None,
     should_stop: ShouldStop | None = None,
@@ -154,6 +158,8 @@ def run_sweep(
         divergence: measure each point against diffusers, too.
         threads: of torch, in every process that computes; None leaves them.
         force: try even points that by an estimate cannot fit into the memory.
+        separate: where ``out`` holds a sweep with other points than these, leave it, and take the next free name:
+            ``out``-2, ``out``-3, ... By default the points of both are in one folder, and the table is of these.
         backend: where to compute; default: this process.
         on_progress: told of the progress.
         should_stop: asked now and then; once it says so, the sweep ends cleanly.
@@ -165,8 +171,9 @@ def run_sweep(
     points = make_points(settings or GenerationSettings(), changes)
     backend = backend or InProcess()
     picture = (image or sample_picture(model)).convert("RGB")
-    plan = _plan(Path(out), points, changes, picture, (model, revision), device, divergence, threads, force, backend)
-    return _execute(Sweep(Path(out), plan), backend, on_progress, should_stop)
+    plan = _plan(points, changes, picture, (model, revision), device, divergence, threads, force, backend)
+    folder = _separate_folder(Path(out), plan) if separate else Path(out)
+    return _execute(folder, plan, backend, on_progress, should_stop)
 
 
 def resume_sweep(
@@ -191,14 +198,24 @@ def resume_sweep(
     picture = old.picture()
     # A commit stays what it is; without one, the name is looked up anew.
     model = source.model.name, source.model.revision
-    plan = _plan(
-        Path(folder), points, changes, picture, model, source.device, source.divergence, source.threads, force, backend
-    )
-    return _execute(Sweep(Path(folder), plan), backend, on_progress, should_stop)
+    plan = _plan(points, changes, picture, model, source.device, source.divergence, source.threads, force, backend)
+    return _execute(Path(folder), plan, backend, on_progress, should_stop)
+
+
+def _separate_folder(folder: Path, plan: Plan) -> Path:
+    """The first of ``folder``, ``folder``-2, ... that holds no sweep, or one that this plan resumes or extends."""
+    names = itertools.chain([folder], (Path(f"{folder}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not (name / PLAN).exists() or _is_part_of(name, plan))
+
+
+def _is_part_of(folder: Path, plan: Plan) -> bool:
+    try:
+        return Sweep.open(folder).plan.points.keys() <= plan.points.keys()
+    except SvdlabError:  # what is damaged may be of any sweep
+        return False
 
 
 def _plan(
-    folder: Path,
     points: Sequence[Point],
     changes: Changes,
     image: Image.Image,
@@ -230,15 +247,18 @@ def _plan(
         image_digest(image),
         code_version(divergence),
         divergence,
-        str(folder.absolute() / "points"),
+        "",  # where they go is decided later
         f".driver-{uuid.uuid4().hex}",
         threads,
     )
     return Plan(axes_of(changes, points), {source.identity(point): point for point in points}, source)
 
 
-def _execute(sweep: Sweep, backend: Backend, on_progress: OnProgress | None, should_stop: ShouldStop | None) -> Sweep:
-    source, points = sweep.plan.source, sweep.plan.points
+def _execute(
+    folder: Path, plan: Plan, backend: Backend, on_progress: OnProgress | None, should_stop: ShouldStop | None
+) -> Sweep:
+    source, points = replace(plan.source, points=str(folder.absolute() / "points")), plan.points
+    sweep = Sweep(folder, replace(plan, source=source))
     with sweep.lock():
         sweep.save_plan()
         _clear(Path(source.points))
@@ -251,7 +271,7 @@ def _execute(sweep: Sweep, backend: Backend, on_progress: OnProgress | None, sho
                 done = len(points) - len(todo) + computed
                 # Loading the model belongs to the first point, and would spoil the rate.
                 rate = 60 * (computed - 1) / (time.monotonic() - first) if computed > 1 else 0.0
-                on_progress(Progress(len(points), done, failed, rate, within))
+                on_progress(Progress(len(points), done, failed, rate, within, folder))
 
         token = Path(source.points) / source.token
         with sweep.writing():
