@@ -159,8 +159,10 @@ def test_two_sweeps_side_by_side(explorer: SweepExplorer, tiny: Path, tmp_path: 
     assert "3 of 3 points moved, 0 are the same to the last bit" in html and "not in both" in html
     assert html.count(">changed<") == 3
     shown = cells(html, "Largest change")
-    assert set(shown) == set(list(before.plan.points)[:3]) | set(list(before.plan.points)[3:])
+    assert set(shown) == set(before.plan.points)
     assert [text for text in shown.values()].count("–") == 1, "the point that the second does not have"
+    row = run_sweep(tmp_path / "r", grid(AXES)[:2], other, model=str(tiny), image=PICTURE)
+    assert films(comparison_html(before, row)) == [*names[:2], *names[:2]], "only the row that both have"
     assert comparison_html(before, before).count(">the same<") == 4
 
 

@@ -7,7 +7,7 @@ from svdlab.lazy import lazy_names
 
 _HOMES = {
     "explorer": ("Explorer",),
-    "sweep_board": ("SweepExplorer",),
+    "sweep_board": ("SweepExplorer", "show_sweep", "sweeps_side_by_side"),
     "diagnoser": ("Diagnoser",),
     "inspector": ("Inspector",),
     "players": ("Player", "case_clips", "picture", "plot_case_frames"),

@@ -42,7 +42,7 @@ _FIELDS = [name for name in GenerationSettings.model_fields if name not in ("num
 
 
 class BoardWidget(anywidget.AnyWidget):
-    """A board that says which point is chosen and where its clock stands.
+    """A board that says which point is chosen and where its clock stands; HTML in a page.
 
     Attributes:
         html: of ``Board.html`` or ``comparison_html``; empty where there is nothing to show.
@@ -55,6 +55,23 @@ class BoardWidget(anywidget.AnyWidget):
     chosen = traitlets.Unicode("").tag(sync=True)
     frame = traitlets.Int(0).tag(sync=True)
     playing = traitlets.Bool(True).tag(sync=True)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        return super()._repr_mimebundle_(**kwargs) if is_live() else {"text/html": self.html}
+
+
+def show_sweep(sweep: Sweep) -> BoardWidget:
+    """The board of a sweep, for a cell to show."""
+    return BoardWidget(html=Board(sweep).html(View(sweep)))
+
+
+def sweeps_side_by_side(before: Sweep, after: Sweep) -> BoardWidget:
+    """The same points of two sweeps on one clock, and which clips changed, for a cell to show.
+
+    Raises:
+        SvdlabError: see ``compare_sweeps``.
+    """
+    return BoardWidget(html=comparison_html(before, after))
 
 
 class SweepExplorer:

@@ -513,15 +513,17 @@ def comparison_html(before: Sweep, after: Sweep) -> str:
     view, boards = View(before), (Board(before), Board(after))
     change = {before.at(**p.at): p for p in found.points}
     other = {key: after.at(**p.at) for key, p in change.items()}
+    # Of a row that the second does not have there is nothing to say.
+    common = [(head, identities) for head, identities in view.rows() if any(i in change for i in identities)]
     rows: list[tuple[str, list[Tile]]] = []
-    for head, identities in view.rows():
+    for head, identities in common:
         for which, board in zip(("before", "after"), boards, strict=True):
             tiles = [_tile_of(board, which, i, change, other) for i in identities]
             rows.append((", ".join(filter(None, (head, which))), tiles))
     known = {key: p.mean for key, p in change.items() if p.mean is not None}
     largest = {key: float(p.largest) for key, p in change.items() if p.largest is not None}
     maps = [
-        HeatMap(title, unit, _numbers(view.rows(), values), _from_zero(max(values.values(), default=0.0)))
+        HeatMap(title, unit, _numbers(common, values), _from_zero(max(values.values(), default=0.0)))
         for title, unit, values in (
             ("Mean change", "grey levels", known),
             ("Largest change", "grey levels, of a pixel", largest),
