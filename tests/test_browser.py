@@ -5,8 +5,6 @@ Skipped where Chromium or Playwright is missing, unless SVDLAB_REQUIRE_BROWSER=1
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -17,15 +15,15 @@ import nbformat
 import numpy as np
 import pytest
 from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
-from PIL import Image, ImageSequence
 
+from svdlab.notebook.sweep_export import export_sweep
 from svdlab.notebook.tables import ratio_text
 from svdlab.parity.compare import Comparison
 from svdlab.parity.lab import Lab
 from svdlab.report.run import run_report
 from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
-from svdlab.sweep import run_sweep
+from svdlab.sweep import Sweep, grid, run_sweep
 
 
 def _missing() -> str:
@@ -197,6 +195,7 @@ def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:
     page = notebook.page
     assert notebook.verdict().startswith("yes"), "run from top to bottom before anybody touches it"
     notebook.wait_for("done, 9 of 9 points")
+    assert "sweeps/fps-max_guidance_scale, and resumed from there" in page.get_by_text("Kept in ").inner_text()
     run, load = (page.locator(".jupyter-button", has_text=text) for text in ("Run", "Load"))
 
     for label, values in (("values 1", "7, 0"), ("values 2", "1, 3")):
@@ -204,31 +203,68 @@ def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:
         page.keyboard.press("Tab")
     run.press("Enter")
     page.get_by_role("alert").get_by_text("fps: got 0, allowed: integer >= 1").wait_for()
-    page.get_by_label("values 1", exact=True).fill("7, 9")
+    page.get_by_label("values 1", exact=True).fill("7:9:2")
     page.keyboard.press("Tab")
     run.press("Enter")
     notebook.wait_for("done, 4 of 4 points")
-    cells = page.get_by_role("button", name=re.compile("^fps "))
-    assert cells.count() == 4 and all(cell.is_enabled() for cell in cells.all())
-    assert all("image/webp" in cell.evaluate("e => getComputedStyle(e).backgroundImage") for cell in cells.all())
+    page.get_by_text("holds another sweep, which stays as it is").wait_for()
+    board = page.locator(".svdlab-board").first
+    cells = board.get_by_role("button", name=re.compile("^fps "))
+    assert cells.count() == 4
 
-    page.get_by_role("button", name="fps 9, max guidance scale 3").press("Enter")
-    chosen = page.locator(".widget-html", has=page.get_by_label("chosen"))
-    chosen.wait_for()
     settings = GenerationSettings(num_inference_steps=4)
-    own = run_sweep(tmp_path, [{"fps": 9, "max_guidance_scale": 3.0}], settings, threads=1)
-    (identity,) = own.plan.points
-    assert f"points/{identity}" in chosen.inner_text(), "the point that was pressed"
-    assert f"{own.metrics(identity)['motion']:.3g} grey levels" in chosen.inner_text()
-    shown = base64.b64decode(chosen.locator("picture img").get_attribute("src").partition(",")[2])
-    with Image.open(io.BytesIO(shown)) as image:
-        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
-    assert np.array_equal(frames, own.frames(identity)), "its clip, to the last bit"
-    alt = page.locator(".widget-html img").get_attribute("alt")
-    assert alt and "Heat maps over fps (1/s) and max guidance scale" in alt
+    own = run_sweep(tmp_path, grid({"fps": [7, 9], "max_guidance_scale": [1.0, 3.0]}), settings, threads=1)
+    first, chosen = own.at(fps=7, max_guidance_scale=1.0), own.at(fps=9, max_guidance_scale=3.0)
+    _marks_and_one_clock(board, own, first, chosen)
 
     page.get_by_label("folder", exact=True).fill(str(tmp_path))
     page.keyboard.press("Tab")
     load.press("Enter")
-    notebook.wait_for("loaded, 1 of 1 points")
-    assert cells.count() == 1
+    notebook.wait_for("loaded, 4 of 4 points")
+    exported = export_sweep(own, tmp_path / "board.html")
+    assert exported.stat().st_size < 3e6
+    context = browser.new_context(offline=True)
+    offline = context.new_page()
+    problems: list[str] = []
+    offline.on("console", lambda message: problems.append(message.text))
+    offline.goto(exported.as_uri())
+    _marks_and_one_clock(offline.locator(".svdlab-board"), own, first, chosen)
+    context.close()
+    assert not problems
+
+
+# The part of a film's picture that is in sight, in the picture's own pixels.
+IN_SIGHT = """film => {
+    const picture = film.firstElementChild, [whole, part] = [picture, film].map(e => e.getBoundingClientRect());
+    const scale = picture.naturalWidth / whole.width;
+    const canvas = document.createElement('canvas');
+    [canvas.width, canvas.height] = [part.width, part.height].map(side => Math.round(side * scale));
+    const context = canvas.getContext('2d');
+    context.drawImage(picture, ...['left', 'top'].map(side => Math.round((whole[side] - part[side]) * scale)));
+    return [canvas.height, canvas.width, [...context.getImageData(0, 0, canvas.width, canvas.height).data]];
+}"""
+
+
+def _marks_and_one_clock(board: Any, sweep: Sweep, first: str, chosen: str) -> None:
+    """Press a cell, press a number of a heat map, step back from the last frame: what is seen is the sweep's."""
+    board.locator(f"button[data-point='{first}']:not(.heat)").press("Enter")
+    marked = "all => all.map(one => one.dataset.point)"
+    assert set(board.locator(".marked").evaluate_all(marked)) == {first}
+    board.locator(f".heat[data-point='{chosen}']").last.click()
+    assert board.locator(".marked").evaluate_all(marked) == [chosen] * 4, "its clip, and its number in three heat maps"
+    beside = board.get_by_label("chosen")
+    assert "fps 9, max guidance scale 3" in beside.inner_text()
+    assert f"{sweep.metrics(chosen)['motion']:.3g} grey levels" in beside.inner_text()
+
+    board.get_by_role("button", name="Pause").press("Enter")
+    board.get_by_label("frame", exact=True).press("End")
+    board.get_by_role("button", name="One frame back").press("Enter")
+    last = len(sweep.frames(chosen)) - 1
+    board.get_by_text(f"frame {last} of {last + 1}").wait_for()
+    films = board.locator(".film:visible")
+    assert films.evaluate_all("all => all.map(one => Number(one.dataset.frame))") == [last - 1] * 5
+    for identity in sweep.plan.points:
+        film = board.locator(f"button[data-point='{identity}'] .film")
+        height, width, pixels = film.evaluate(IN_SIGHT)
+        seen = np.array(pixels, np.uint8).reshape(height, width, 4)[..., :3]
+        assert np.array_equal(seen, sweep.frames(identity)[last - 1]), "the frame itself, to the last bit"

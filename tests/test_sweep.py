@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import run as svdlab
-from PIL import Image
+from PIL import Image, ImageSequence
 from poisoned import poisoned
 
 import svdlab as svdlab_package
@@ -707,3 +707,32 @@ def test_an_option_that_does_not_go_with_resume_is_named_as_it_was_given(
 ) -> None:
     code, _, err = svdlab(capsys, monkeypatch, "sweep", "--resume", str(tmp_path), "--grid", "fps=7")
     assert code == 2 and err == "error: --grid: not together with --resume, which reads it from DIR\n"
+
+
+# --- one file ---
+
+
+def test_a_sweep_in_one_file(
+    four: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, picture = tmp_path / "board.html", tmp_path / "board.gif"
+    assert svdlab(capsys, monkeypatch, "sweep-export", str(four.folder), str(page))[0] == 0
+    html = page.read_text()
+    assert html.count("data:image/webp") == 4 and "script-src 'sha256-" in html and "http://www.w3.org/2000/svg" in html
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", html), "nothing is loaded"
+    assert svdlab(capsys, monkeypatch, "sweep-export", str(four.folder), str(picture))[0] == 0
+    with Image.open(picture) as gif:
+        frames = [np.asarray(frame.convert("RGB")).astype(float) for frame in ImageSequence.Iterator(gif)]
+        assert len(frames) == 2 and gif.info["duration"] in (140, 143), "at the slowest rate of the grid, 7 a second"
+    # The last clip in the lower right corner, four times as large as its 32 pixels, within 256 colours.
+    last = four.frames(four.at(fps=14, max_guidance_scale=3.0)).repeat(4, axis=1).repeat(4, axis=2)
+    for seen, made in zip(frames, last, strict=True):
+        # Random weights make noise of all colours, which a palette is the least fit for.
+        assert abs(seen[-132:-4, -132:-4] - made).mean() < 12 < abs(seen[-132:-4, -132:-4] - made[:, ::-1]).mean()
+    for path, message in (("board.mp4", "allowed: .html, .gif"), (str(four.folder / "sweep.json/x.gif"), "sweep.json")):
+        code, _, err = svdlab(capsys, monkeypatch, "sweep-export", str(four.folder), path)
+        assert code == 2 and message in err and err.count("\n") == 1
+    both = tmp_path / "both.html"
+    arguments = [str(four.folder), str(four.folder), "--export", str(both)]
+    assert svdlab(capsys, monkeypatch, "sweep-compare", *arguments)[0] == 0
+    assert both.read_text().count("data:image/webp") == 8

@@ -1,110 +1,84 @@
 // A sweep's board: one clock for all its clips, and one mark for all that shows the same point. The same module runs in
 // a widget, whose model keeps frame, playing and chosen, and in a page without a kernel.
 
-const act = {
-  play: (at) => ({ playing: !at.playing }),
-  back: (at) => ({ playing: false, frame: at.frame - 1 }),
-  next: (at) => ({ playing: false, frame: at.frame + 1 }),
-};
+class Board extends Clock {
+  constructor(root, changed) {
+    super(changed);
+    this.root = root;
+    root.querySelector(".clock").replaceChildren(this.controls);
+    root.addEventListener("click", (event) => {
+      const point = event.target.closest("[data-point]");
+      if (!point) return;
+      this.choose(point.dataset.point);
+      this.changed({ chosen: point.dataset.point });
+    });
+    this.choose(root.dataset.chosen);
+    this.count(Number(root.dataset.frames), Number(root.dataset.fps));
+  }
 
-function bring(root, model) {
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const at = { frame: 0, playing: !still, chosen: root.dataset.chosen };
-  if (model) for (const name of Object.keys(at)) at[name] = model.get(name) ?? at[name];
-  if (still) at.playing = false;
-  const find = (what) => root.querySelector(what);
-  const all = (what) => [...root.querySelectorAll(what)];
-  const frames = Number(root.dataset.frames);
-  const slider = find("input[type=range]");
-  find(".clock").hidden = false;
+  all(what) {
+    return [...this.root.querySelectorAll(what)];
+  }
 
-  const draw = () => {
-    for (const film of all(".film")) {
-      const [count, columns, rows] = ["frames", "columns", "rows"].map((name) => Number(film.dataset[name]));
-      const i = Math.min(at.frame, count - 1); // a shorter clip holds its last frame
-      const [x, y] = [(i % columns) / columns, Math.floor(i / columns) / rows];
-      film.firstElementChild.style.transform = `translate(${-100 * x}%, ${-100 * y}%)`;
-      film.dataset.frame = i;
-    }
-    slider.value = at.frame;
-    slider.setAttribute("aria-valuetext", `frame ${at.frame + 1} of ${frames}`);
-    find("output").textContent = `frame ${at.frame + 1} of ${frames}`;
-    find("[data-act=play]").textContent = at.playing ? "Pause" : "Play";
-  };
-
-  const mark = () => {
-    for (const one of all("[data-point]")) {
-      const marked = one.dataset.point === at.chosen;
+  choose(key) {
+    for (const one of this.all("[data-point]")) {
+      const marked = one.dataset.point === key;
       if (one.matches("button")) one.setAttribute("aria-pressed", marked);
       one.classList.toggle("marked", marked);
     }
-    for (const detail of all("[data-detail]")) {
-      detail.hidden = detail.dataset.detail !== at.chosen;
+    for (const detail of this.all("[data-detail]")) {
+      detail.hidden = detail.dataset.detail !== key;
       const large = detail.querySelector(".large");
-      if (!detail.hidden && large && !large.childElementCount)
-        large.append(...all(`button[data-point="${at.chosen}"] .film`).map((film) => film.cloneNode(true)));
+      if (detail.hidden || !large || large.childElementCount) continue;
+      large.append(...this.all(`button[data-point="${key}"] .film`).map((film) => film.cloneNode(true)));
     }
-  };
+    this.run();
+  }
 
-  const set = (change) => {
-    Object.assign(at, change);
-    at.frame = (at.frame + frames) % frames;
-    if (model) {
-      for (const name of ["playing", "chosen"]) model.set(name, at[name]);
-      if (!at.playing) model.set("frame", at.frame); // not seven messages a second
-      model.save_changes();
+  // A film is all frames of a clip in one picture, of which one is in sight.
+  draw() {
+    for (const film of this.all(".film")) {
+      const [count, columns, rows] = ["frames", "columns", "rows"].map((name) => Number(film.dataset[name]));
+      const i = Math.min(this.frame, count - 1); // a shorter clip holds its last frame
+      if (film.dataset.frame === String(i)) continue;
+      film.dataset.frame = i;
+      const [x, y] = [(i % columns) / columns, Math.floor(i / columns) / rows];
+      film.firstElementChild.style.transform = `translate(${-100 * x}%, ${-100 * y}%)`;
     }
-    draw();
-  };
-
-  root.addEventListener("click", (event) => {
-    const point = event.target.closest("[data-point]");
-    const button = event.target.closest("[data-act]");
-    if (point) set({ chosen: point.dataset.point });
-    if (point) mark();
-    if (button) set(act[button.dataset.act](at));
-    if (point || button) draw();
-  });
-  slider.addEventListener("input", () => set({ playing: false, frame: Number(slider.value) }));
-  const clock = setInterval(() => {
-    if (!root.isConnected) return;
-    if (at.playing) at.frame = (at.frame + 1) % frames;
-    if (at.playing) draw();
-  }, 1000 / Number(root.dataset.fps));
-  mark();
-  draw();
-  const heard = () => {
-    for (const name of Object.keys(at)) at[name] = model.get(name) ?? at[name];
-    mark();
-    draw();
-  };
-  model?.on("change:frame change:playing change:chosen", heard);
-  return () => {
-    clearInterval(clock);
-    model?.off("change:frame change:playing change:chosen", heard);
-  };
+  }
 }
 
 function render({ model, el }) {
-  let end = () => {};
+  const changed = (values) => {
+    for (const [name, value] of Object.entries(values)) model.set(name, value);
+    model.save_changes();
+  };
+  let board = null, end = () => {};
+  const choose = () => model.get("chosen") && board?.choose(model.get("chosen"));
   const show = () => {
     end();
-    end = () => {};
-    const focused = document.activeElement?.closest?.("[data-point], [data-act]");
-    const [key] = focused && el.contains(focused) ? Object.entries(focused.dataset) : [];
+    const focused = el.contains(document.activeElement) ? document.activeElement.dataset.point : null;
     el.innerHTML = model.get("html");
-    if (el.firstElementChild) end = bring(el.querySelector(".svdlab-board"), model);
+    const root = el.querySelector(".svdlab-board");
+    board = root && new Board(root, changed);
+    end = board ? board.follow(model) : () => {};
+    choose();
     // What is drawn anew while clips come keeps the keyboard where it was.
-    if (key) el.querySelector(`button[data-${key[0]}="${key[1]}"]`)?.focus();
+    if (focused) el.querySelector(`button[data-point="${focused}"]`)?.focus();
   };
   model.on("change:html", show);
+  model.on("change:chosen", choose);
   show();
-  return () => end();
+  return () => {
+    model.off("change:html", show);
+    model.off("change:chosen", choose);
+    end();
+  };
 }
 
 for (const root of document.querySelectorAll("section.svdlab-board:not([data-alive])")) {
   root.dataset.alive = ""; // in a page without a kernel
-  bring(root);
+  new Board(root);
 }
 
 export default { render };

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -19,6 +18,7 @@ from torch import Tensor
 from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import Plot, plot_film
+from svdlab.notebook.scripts import joined
 from svdlab.svd.video import LOSSLESS_BYTES, Clip, codec_cost, enlarged, side_by_side
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from svdlab.parity.lab import Case
 
 # What a page needs to play the figures of ``Player.to_html``.
-SCRIPT, STYLE = (Path(__file__).parent / f"player.{kind}" for kind in ("js", "css"))
+SCRIPT, STYLE = (joined(f"clock.{kind}", f"player.{kind}") for kind in ("js", "css"))
 _PICTURE_HEIGHT = 192  # pixels
 
 

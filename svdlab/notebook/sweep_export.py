@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, write_text
+from svdlab.notebook.scripts import source_expression
 from svdlab.notebook.sweep_view import SCRIPT, Board, View, comparison_html, enlargement, pairs_html, reduced, text_of
 from svdlab.sweep.folder import Sweep
 
@@ -91,9 +90,7 @@ def board_page(title: str, board: str, below: str) -> str:
         board: of ``Board.html`` or ``comparison_html``.
         below: HTML under it.
     """
-    script = SCRIPT.read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; img-src data:; style-src 'unsafe-inline'"
+    policy = f"default-src 'none'; script-src '{source_expression(SCRIPT)}'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -101,7 +98,7 @@ def board_page(title: str, board: str, below: str) -> str:
         '<meta name="color-scheme" content="light dark">'
         "<style>body { margin: 16px; font: 15px/1.5 system-ui, sans-serif; } h1 { font-size: 22px; }</style></head>"
         f"<body><main><h1>{escape(title)}</h1>{board}{below}</main>"
-        f'<script type="module">{script}</script></body></html>\n'
+        f'<script type="module">{SCRIPT}</script></body></html>\n'
     )
 
 

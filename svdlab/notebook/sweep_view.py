@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from svdlab.notebook.controls import unit_of
+from svdlab.notebook.scripts import joined
 from svdlab.parity.compare import THRESHOLD
 from svdlab.svd.video import Clip
 from svdlab.sweep.compare import compare_sweeps
@@ -27,7 +27,7 @@ from svdlab.sweep.plan import RULES
 from svdlab.tables import Cell, Column, Table
 
 CELL = 128  # pixels, the height of a clip in the grid; higher ones are reduced to it
-SCRIPT, _STYLE = (Path(__file__).with_name(f"board.{kind}") for kind in ("js", "css"))
+SCRIPT, _STYLE = (joined(f"clock.{kind}", f"board.{kind}") for kind in ("js", "css"))
 _PALETTE = ("#0072B2", "#009E73", "#CC79A7", "#999999", "#E69F00", "#56B4E9")  # Okabe and Ito's, without the mark's
 _UNKNOWN = "#dddddd"
 
@@ -195,25 +195,13 @@ def board_html(
     beside = "".join(f"<div data-detail='{key}'{' hidden' * (key != chosen)}>{d}</div>" for key, d in details.items())
     below = "".join(f"<div class='scroll'>{each.html(heads)}</div>" for each in maps)
     return (
-        f"<style>{_STYLE.read_text()}</style>"
+        f"<style>{_STYLE}</style>"
         f"<section class='svdlab-board' aria-label='sweep' style='{size}' data-fps='{fps}' data-frames='{frames}' "
         f"data-chosen='{chosen}'>"
-        f"{_clock(frames)}<div class='parts'><div class='scroll films'>{grid}</div>"
+        f"<div class='clock'></div><div class='parts'><div class='scroll films'>{grid}</div>"
         f"<div class='right'><div class='beside' role='region' aria-label='chosen'>{beside}</div>"
         f"<div class='maps'>{below}</div></div></div>"
         f"{lines}</section>"
-    )
-
-
-def _clock(frames: int) -> str:
-    """The controls of all clips; without a script they stay hidden, and the first frames are seen."""
-    return (
-        "<div class='clock' role='group' aria-label='all clips' hidden>"
-        "<button type='button' data-act='play'>Play</button>"
-        "<button type='button' data-act='back' aria-label='one frame back'>‹</button>"
-        f"<input type='range' min='0' max='{frames - 1}' value='0' aria-label='frame of all clips'>"
-        "<button type='button' data-act='next' aria-label='one frame on'>›</button>"
-        f"<output>frame 1 of {frames}</output></div>"
     )
 
 
@@ -471,7 +459,7 @@ def parallel_svg(sweep: Sweep, identities: Sequence[str]) -> str:
     svg = re.sub(r' id="[^"]*"', "", svg).replace("<svg ", '<svg role="img" aria-label="Parallel coordinates" ', 1)
     first = next(iter(sweep.plan.axes)).replace("_", " ")
     about = f"Every line is a point; its colour is its {first}. A click marks it everywhere."
-    return f"<p><b>All axes at once.</b> {escape(about)}</p><div class='scroll'>{svg}</div>"
+    return f"<p><b>All axes at once.</b> {escape(about)}</p><div class='scroll lines'>{svg}</div>"
 
 
 @dataclass(frozen=True)

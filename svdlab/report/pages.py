@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from svdlab.notebook.scripts import source_expression
 from svdlab.report.results import NotebookResult, changes, moved
 from svdlab.report.verdict import FIX_COLUMNS, fix_cells, shown, words
 from svdlab.tables import Cell, Column, Table
@@ -36,14 +35,14 @@ class Script:
     @property
     def hash(self) -> str:
         """The source expression of the policy."""
-        return f"sha256-{base64.b64encode(hashlib.sha256(self.text.encode()).digest()).decode()}"
+        return source_expression(self.text)
 
 
 def scripts_for(content: str) -> list[Script]:
     """The scripts that a page with this content needs."""
-    from svdlab.notebook.players import SCRIPT, STYLE
+    from svdlab.notebook import players, sweep_view
 
-    known = [Script("svdlab-player", SCRIPT.read_text(), STYLE.read_text())]
+    known = [Script("svdlab-player", players.SCRIPT, players.STYLE), Script("svdlab-board", sweep_view.SCRIPT)]
     return [script for script in known if script.marker in content]
 
 
