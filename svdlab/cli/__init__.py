@@ -33,6 +33,7 @@ _COMMANDS = {
     "demo": ("svdlab.cli.demo", "a port with six bugs, diagnosed"),
     "diagnose": ("svdlab.cli.parity", "name the bugs that explain a port's trace"),
     "evaluate": ("svdlab.cli.training", "measure a checkpoint of moving shapes"),
+    "frontier": ("svdlab.cli.frontier", "what speed costs: seconds against noise ratio"),
     "generate": ("svdlab.cli.generate", "one clip from one image"),
     "import": ("svdlab.cli.importing", "a port's own files into a trace"),
     "kernels": ("svdlab.cli.kernels", "which fast kernels this machine runs, and why not the others"),

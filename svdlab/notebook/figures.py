@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
+    from svdlab.bench.frontier import Row
     from svdlab.parity.compare import Comparison, ProbeResult
     from svdlab.parity.diagnose import CatalogueRow
     from svdlab.parity.lab import Chunk
@@ -376,6 +377,29 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
     ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"the usual threshold: MSE < {MSE_BAR:g}")
     ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"parity tolerance: noise ratio {THRESHOLD:g}")
     label_axes(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
+    ax.legend(fontsize=8, loc="lower right")
+    return plot
+
+
+def plot_frontier(rows: Sequence[Row]) -> Plot:
+    """What speed costs: how many times as fast as the exact clip, against the frames' noise ratio.
+
+    Args:
+        rows: of ``bench.frontier.frontier``.
+    """
+    from svdlab.parity.compare import THRESHOLD
+
+    plot = new_plot(8.0, 4.4, f"Noise ratio against speed: {', '.join(row.name for row in rows)}.")
+    ax = plot.subplots()
+    ax.axhspan(0.1, THRESHOLD, color=FLOOR, alpha=0.12, lw=0, label=f"parity: up to {THRESHOLD:g}")
+    for row in rows:
+        colour = SVDLAB if row.noise_ratio <= THRESHOLD else FIX_OFF
+        reach = np.abs(np.array([row.speedup_range]).T - row.speedup)
+        ax.errorbar(row.speedup, row.noise_ratio, xerr=reach, fmt="o", color=colour, ms=5, capsize=2, lw=1)
+        ax.annotate(row.name, (row.speedup, row.noise_ratio), (4, 4), textcoords="offset points", fontsize=7)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.1)
+    label_axes(ax, "times as fast as the exact clip", "noise ratio of the frames")
     ax.legend(fontsize=8, loc="lower right")
     return plot
 

@@ -139,6 +139,18 @@ def diffusers_pipeline(
     return pipe
 
 
+def dpm_solver(scheduler: EulerScheduler) -> Any:
+    """DPM-Solver++ (2M) over the same noise levels with the same preconditioning, for ``SVDPipeline.scheduler``.
+
+    Source: Lu et al. 2022, arXiv 2211.01095; diffusers ``scheduling_edm_dpmsolver_multistep.py``.
+    """
+    with _quiet():
+        from diffusers import EDMDPMSolverMultistepScheduler
+
+        levels = {"sigma_min": scheduler.sigma_min, "sigma_max": scheduler.sigma_max}
+        return EDMDPMSolverMultistepScheduler(**levels, sigma_data=1.0, prediction_type="v_prediction")
+
+
 def cast_diffusers(pipe: Any, dtype: torch.dtype, device: str | torch.device | None = None) -> Any:
     """Move a diffusers pipeline's networks to another dtype (and device) in place, without its warnings."""
     with _quiet():

@@ -237,6 +237,12 @@ class UNet(Network):
     def disable_forward_chunking(self) -> None:
         """The inverse of ``enable_forward_chunking``, without an effect."""
 
+    def embedding(self, timestep: Tensor | float, conditioning: Conditioning, x: Tensor) -> Tensor:
+        """What every resnet adds: (B, E), of the noise level and of the added time ids, for activations ``x``."""
+        timesteps = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
+        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
+        return F.silu(emb + conditioning.added_time_embedding)
+
     def forward(self, sample: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
         """One denoising step's network pass.
 
@@ -249,9 +255,7 @@ class UNet(Network):
             (B, F, out_channels, h, w), the v-prediction.
         """
         x = layout.from_channels_first(sample)
-        timesteps = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
-        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
-        emb = F.silu(emb + conditioning.added_time_embedding)
+        emb = self.embedding(timestep, conditioning, x)
         transformers = iter(conditioning.transformers)
 
         x = self.conv_in(x)

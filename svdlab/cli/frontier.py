@@ -1,0 +1,46 @@
+"""``svdlab frontier``."""
+
+from __future__ import annotations
+
+import click
+
+from svdlab.cli.options import DEVICE, JSON, MODEL
+from svdlab.errors import SvdlabError
+from svdlab.files import atomic_path, check_outputs, write_json
+
+
+@click.command()
+@click.option("--images", default=4, show_default=True, type=click.IntRange(1, 1000), help="Held-out first frames.")
+@click.option("--pairs", default=3, show_default=True, type=click.IntRange(1, 1000), help="Timed runs of each variant.")
+@click.option("--steps", default=25, show_default=True, type=click.IntRange(1, 100), help="Of the exact clip.")
+@click.option("--plot", "plot_path", metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+@MODEL
+@DEVICE
+@JSON
+def frontier(
+    images: int, pairs: int, steps: int, plot_path: str | None, model: str, device: str, json_path: str | None
+) -> None:
+    """Tell what speed costs: seconds of a clip against its noise ratio, for every approximation there is.
+
+    Fewer steps, another schedule or solver, guidance in an interval of sigmas, deep features that serve two steps,
+    narrower dtypes: each beside the exact clip, and beside the converged solution of the ODE.
+    """
+    check_outputs(json_path, plot_path, inputs=[model])
+    if plot_path and not plot_path.endswith((".png", ".svg", ".pdf")):
+        raise SvdlabError(f"--plot: got {plot_path!r}, allowed: .png, .svg, .pdf")
+    from rich.console import Console
+
+    from svdlab.bench.frontier import frontier as measure
+    from svdlab.bench.frontier import frontier_table, to_json
+
+    rows = measure(model, images=images, pairs=pairs, settings={"num_inference_steps": steps}, device=device)
+    console = Console()
+    console.width = max(console.width, 130)
+    console.print(frontier_table(rows))
+    if json_path:
+        write_json(json_path, to_json(rows, device, images))
+    if plot_path:
+        from svdlab.notebook.figures import plot_frontier
+
+        with atomic_path(plot_path) as temporary:
+            plot_frontier(rows).savefig(temporary, dpi=144)
