@@ -304,7 +304,11 @@ def test_optional_probes_are_judged_where_both_traces_have_them(run: Run, photo:
     shown = (to_unit(reference["frames"]) * 255).round()
     assert torch.equal(reference["frames_8bit"], shown) and shown.max() > 1
     equal = altered(truth, frames_8bit=reference["frames_8bit"])  # no value of the reference rounds otherwise
-    for second in ({"truth": truth}, {"truth": equal}, {}):
+    # One that does is still rounding then. How many of svdlab's own do depends on the processor: 26 of 9216 with AVX2.
+    one = reference["frames_8bit"].clone()
+    one.view(-1)[0] += 1
+    assert compare(reference, altered(reference, frames_8bit=one), equal).verdict == "parity"
+    for second in ({"truth": truth}, {}):
         result = compare(reference, candidate, **second)
         assert result.verdict == "parity" and result.coverage.complete, result.summary()
         assert {"latents.init", "frames_8bit"} <= {p.name for p in result.probes} and not result.missing
