@@ -6,8 +6,9 @@ Run ``python docs/make_picture.py``; it writes ``docs/parity.png``.
 from pathlib import Path
 
 import torch
+import vl_convert
 
-from svdlab.notebook.figures import plot_divergence
+from svdlab.notebook.charts import plot_divergence
 from svdlab.parity import capture
 from svdlab.parity.compare import compare
 from svdlab.parity.three_way import three_way
@@ -24,5 +25,5 @@ reference, truth = clean.traces["reference"], clean.traces["truth"]
 pipe = SVDPipeline.from_pretrained("embedded").with_bugs(BUG)
 buggy = compare(reference, capture(pipe, replay=reference, preprocess=True), truth)
 label = f"a port that noised the latents, not the pixels (mean squared error of its frames: {buggy.frames_mse:.0e})"
-figure = plot_divergence(clean, buggy, label, inputs=False)
-figure.savefig(Path(__file__).with_name("parity.png"), dpi=110)
+chart = plot_divergence(clean, buggy, label, inputs=False)
+Path(__file__).with_name("parity.png").write_bytes(vl_convert.vegalite_to_png(chart.spec, scale=1.3))

@@ -11,7 +11,7 @@ EXTRA_OF = {
     **dict.fromkeys(["diffusers", "transformers", "accelerate"], "parity"),
     **dict.fromkeys(["pandas", "pyarrow", "filelock"], "sweep"),
     **dict.fromkeys(["dask", "distributed", "cryptography"], "cluster"),
-    **dict.fromkeys(["IPython", "anywidget", "ipywidgets", "traitlets"], "notebook"),
+    **dict.fromkeys(["IPython", "altair", "anywidget", "ipywidgets", "traitlets", "vl_convert"], "notebook"),
     **dict.fromkeys(["jinja2", "latex2mathml", "matplotlib"], "notebook"),
     **dict.fromkeys(["bleach", "nbconvert", "nbformat", "papermill"], "notebook"),
 }

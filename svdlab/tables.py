@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 Style = Literal["", "bold", "good", "bad", "marked", "head"]
 
 _RICH = {"": "", "bold": "bold", "good": "green", "bad": "red", "marked": "bold yellow", "head": "bold"}
-_CSS = {
+# A colour comes with its background, so that it can be read on a dark page too; a page may define others of its own.
+CSS = {
     "": "",
     "bold": "font-weight:bold",
-    "good": "color:#00664f",
-    "bad": "color:#a32a00",
-    "marked": "background:#fbe3d6;font-weight:bold",
+    "good": "color:var(--svdlab-good,#00523f);background:var(--svdlab-good-paper,#e2f3ec)",
+    "bad": "color:var(--svdlab-bad,#8a2300);background:var(--svdlab-bad-paper,#fdebe2)",
+    "marked": "color:var(--svdlab-marked,#1a1a1a);background:var(--svdlab-marked-paper,#fbe3d6);font-weight:bold",
     "head": "",
 }
 
@@ -102,7 +103,7 @@ class Table:
             span = f' colspan="{left}"' if i == len(row) - 1 and left > 1 else ""
             tag, scope = ("th", ' scope="row"') if cell.style == "head" else ("td", "")
             shown = escape(cell.text) if cell.html is None else cell.html
-            yield f"<{tag}{scope}{span}{_style(align, _CSS[cell.style])}>{shown}</{tag}>"
+            yield f"<{tag}{scope}{span}{_style(align, CSS[cell.style])}>{shown}</{tag}>"
 
     def to_markdown(self) -> str:
         """A pipe table with title and caption as paragraphs; ends with a line break."""

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from chart_lines import drawn
 from click.testing import CliRunner
 from planted import planted
 from rich.console import Console
 
 from svdlab.cli import parity as commands
 from svdlab.errors import SvdlabError
-from svdlab.notebook.figures import plot_divergence
+from svdlab.notebook.charts import plot_divergence
 from svdlab.parity.candidate import capture
 from svdlab.parity.compare import Comparison, Coverage, bound, compare, resolution
 from svdlab.parity.probes import SHAPES
@@ -351,7 +352,7 @@ def test_a_candidate_that_overflows_is_located(run: Run) -> None:
     assert (at["frames"]["ratio"], at["frames"]["psnr"], at["frames"]["non_finite"]) == (None, None, 2)
     assert "inf" in result._repr_html_()
     whole = compare(run.reference, few, run.truth)
-    assert plot_divergence(whole, result, "overflow").axes
+    assert "null" in plot_divergence(whole, result, "overflow")._repr_html_(), "a gap in the line"
     assert result["frames"].floor == whole["frames"].floor
     assert whole.first_non_finite is None and whole.to_dict()["first_non_finite"] is None
     assert "the first tensor compared" in compare(run.reference, overflowed(few, "input.source"), run.truth).summary()
@@ -490,12 +491,9 @@ def test_tables_and_plots(run: Run) -> None:
     long = compare(run.reference, run.svdlab, run.truth)
     rows = long.table().rows
     assert ["..."] in rows and len(rows) < 48 < len(long.table(every=True).rows)
-    axes = plot_divergence(long, comparison, "latents shifted").axes[0]
-    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
-    tolerance = next(y for label, y in lines.items() if "4 x floor" in label)
-    at = [label.get_text() for label in axes.get_xticklabels()].index("latents.001")
-    assert lines["latents shifted"][at] > tolerance[at] > lines["svdlab float32"][at]
-    assert "float64" in axes.get_ylabel() and axes.get_yscale() == "log"
+    lines = drawn(plot_divergence(long, comparison, "latents shifted").spec)
+    at = {line: points["latents.001"] for line, points in lines.items()}
+    assert at["latents shifted"] > at["parity tolerance: 4 x floor"] > at["svdlab float32"]
 
 
 def invoke(command: str, *arguments: object) -> int:

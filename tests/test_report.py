@@ -27,16 +27,21 @@ from html_tables import rows
 
 from svdlab.cli.report import report
 from svdlab.errors import SvdlabError
+from svdlab.notebook.charts import page_script
 from svdlab.notebook.players import SCRIPT
+from svdlab.parity.diagnose import CatalogueRow
 from svdlab.reading import parse_as
 from svdlab.report import record
 from svdlab.report import run as run_module
 from svdlab.report.exporter import mathml
-from svdlab.report.pages import index_page
+from svdlab.report.pages import LIVE, index_page
+from svdlab.report.provenance import made_with
 from svdlab.report.results import NotebookResult, RecordedVerdict, changes, moved
 from svdlab.report.run import run_report
 from svdlab.report.verdict import VERDICT, fix_cells
+from svdlab.tables import CSS
 
+PAGE_BYTES = 3 * 2**20
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
 
@@ -65,7 +70,7 @@ def test_a_failing_notebook_does_not_stop_the_others(three: tuple[list[NotebookR
     results, out = three
     assert [r.status for r in results] == ["error", "passed", "failed"]
     assert "boom" in results[0].error
-    found = {"name": "one is <1>", "passed": True, "numbers": {"ratio": 1.5, "n": 7}, "fixes": []}
+    found = {"name": "one is <1>", "passed": True, "numbers": {"ratio": 1.5, "n": 7}, "fixes": [], "catalogue": []}
     assert results[1].verdicts == [found] and results[1].parameters == {"depth": 7}
     written = json.loads((out / "results.json").read_text())
     assert [n["status"] for n in written["notebooks"]] == ["error", "passed", "failed"]
@@ -79,20 +84,26 @@ def test_a_failing_notebook_does_not_stop_the_others(three: tuple[list[NotebookR
     assert "boom" in (out / "a_raises.html").read_text().partition("</nav>")[2][:200], "the error comes first"
 
 
-def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_page_loads_nothing_and_runs_what_draws_its_charts(tmp_path: Path) -> None:
     cells = [
-        "from svdlab.notebook.figures import plot_curves\nplot_curves([1, 2], {'a': [1, 2]}, ('x (s)', 'y (m)'))",
+        "from svdlab.notebook import plot_curves\nplot_curves([1, 2], {'a': [1, 2]}, ('x (s)', 'y (m)'))",
         PASSES,
     ]
     run_report([notebook(tmp_path / "one.ipynb", *cells)], tmp_path / "out", {})
     for name in ("index.html", "one.html"):
         page = (tmp_path / "out" / name).read_text()
+        scripts = re.findall(r'<script type="module">(.*?)</script>', page, re.DOTALL)
+        assert scripts == ([page_script()] if name == "one.html" else []), "what draws the chart"
+        page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
         assert "<script" not in page and "<link" not in page and "<iframe" not in page
         assert not re.findall(r"(?:src|href|url|@import)\s*[=(]?\s*[\"']?(?:https?:)?//[\w.]", page)
         here = {*re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)}
         assert here <= {"index.html", "one.html", "results.json", "report.xml"}, "links lead to files beside it"
-    assert "data:image/png" in (tmp_path / "out/one.html").read_text()
-    assert '<img alt="from one" src="data:image/png' in (tmp_path / "out/index.html").read_text(), "a thumbnail"
+    page = (tmp_path / "out/one.html").read_text()
+    assert "data:image/svg+xml" in page and len(page) < PAGE_BYTES
+    digest = base64.b64encode(hashlib.sha256(page_script().encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in page and "unsafe-eval" not in page
+    assert '<img alt="from one" src="data:image/svg+xml' in (tmp_path / "out/index.html").read_text(), "a thumbnail"
 
 
 def test_pages_lead_to_each_other(tmp_path: Path) -> None:
@@ -295,13 +306,14 @@ def test_notebooks_can_be_chosen_and_what_is_none_is_refused(tmp_path: Path) -> 
 
 
 def test_record_shows_itself() -> None:
-    fix = {"bug": "<b>", "ratio_on": 1.2, "ratio_off": 7e4, "first_divergence": "frames", "frames_mse": 2e-5}
-    bundle = record("a <b>", False, fixes=[fix], ratio=9.87654)._repr_mimebundle_()
+    one = {"bug": "<b>", "ratio_on": 1.2, "ratio_off": 7e4, "first_divergence": "frames", "frames_mse": 2e-5}
+    one |= {"shown_at": 4, "missed_at": 3}
+    bundle = record("a <b>", False, fixes=[one], ratio=9.87654)._repr_mimebundle_()
     assert bundle["text/plain"] == "NO: a <b>: ratio 9.88"
     assert "a &lt;b&gt;" in bundle["text/html"]
     numbers, heads, row = rows(bundle["text/html"])
     assert numbers == ["ratio", "9.88"] and heads[0] == "injected bug"
-    assert row == ["<b>", "frames", "7e+04", "1.2", "2e-05", "misses it"]
+    assert row == ["<b>", "frames", "7e+04", "1.2", "2e-05", "misses it at 3 of 4 settings"]
 
 
 def test_a_number_that_is_not_finite_is_recorded_as_none() -> None:
@@ -318,7 +330,7 @@ def test_a_number_that_is_not_finite_is_recorded_as_none() -> None:
     kept = parse_as(RecordedVerdict, text, "verdict").model_dump()
     assert kept["numbers"] == {"ratio": None} and kept["fixes"][0]["ratio_off"] is None
     cells = fix_cells(kept["fixes"][0])
-    assert [cell.text for cell in cells[2:]] == ["not finite", "not finite", "not finite", "catches it"]
+    assert [cell.text for cell in cells[2:]] == ["not finite", "not finite", "not finite", ""]
     assert cells[3].style == "bad"
 
 
@@ -327,6 +339,7 @@ def about(**parameters: object) -> dict[str, object]:
         "made": "2026-01-02",
         "seconds": 3.0,
         "parameters": parameters,
+        "made_with": {"command": "svdlab report"},
         "versions": {"python": sys.version.split()[0]},
     }
 
@@ -340,16 +353,69 @@ def test_the_index_names_what_made_it() -> None:
     assert "<b>mine" not in page
 
 
+def fix(bug: str, on: float, mse: float, missed: int) -> dict[str, object]:
+    return {
+        "bug": bug,
+        "ratio_on": on,
+        "ratio_off": 7e4,
+        "first_divergence": "frames",
+        "frames_mse": mse,
+        "shown_at": 2,
+        "missed_at": missed,
+    }
+
+
 def test_the_index_has_a_row_for_every_bug() -> None:
-    fixes = [
-        {"bug": bug, "ratio_on": on, "ratio_off": 7e4, "first_divergence": "frames", "frames_mse": mse}
-        for bug, on, mse in (("quiet", 1.2, 1e-5), ("loud", 99.0, 0.1))
-    ]
+    fixes = [fix("quiet", 1.2, 1e-5, 2), fix("loud", 99.0, 0.1, 0)]
     page = index_page([NotebookResult("x", "passed", 1.0, [{**verdict("v", True), "fixes": fixes}])], about())
     _, quiet, loud = rows(page)[:3]
-    assert quiet == ["x", "quiet", "frames", "7e+04", "1.2", "1e-05", "misses it"]
-    assert loud == ["", "loud", "frames", "7e+04", "99", "0.1", "catches it"], "a notebook is named once"
-    assert page.count('<td style="text-align:right;color:#a32a00">99</td>') == 1, "a fix that does not hold is red"
+    assert quiet == ["x 1 s", "quiet", "frames", "7e+04", "1.2", "1e-05", "misses it at 2 of 2 settings"]
+    assert loud == ["", "loud", "frames", "7e+04", "99", "0.1", "catches it at all 2 settings"], "named once"
+    assert page.count(f'<td style="text-align:right;{CSS["bad"]}">99</td>') == 1, "a fix that does not hold is red"
+
+
+def test_the_index_begins_with_what_the_usual_test_misses() -> None:
+    rows = [CatalogueRow("quiet", "frames", 1e4, 1e-5, True), CatalogueRow("loud", "frames", math.inf, math.nan, False)]
+    bundle = record("all", True, catalogue=rows)._repr_mimebundle_()
+    kept = parse_as(RecordedVerdict, json.dumps(bundle[VERDICT], allow_nan=False), "verdict").model_dump()
+    result = NotebookResult("07", "passed", 1.0, [kept], page="07.html")
+    assert [(row.bug, row.ratio) for row in result.catalogue()] == [("quiet", 1e4), ("loud", math.inf)]
+    page = index_page([NotebookResult("x", "passed", 1.0, [verdict("v", True)]), result], about())
+    said = page.index("A port can pass MSE &lt; 1e-3 and be wrong: 1 of 2 known bugs do.")
+    assert said < page.index('<figure class="svdlab-chart"') < page.index("2 of 2 notebooks passed; 2")
+    assert 'href="07.html"' in page
+    without = index_page([NotebookResult("x", "passed", 1.0, [verdict("v", True)])], about())
+    assert "it is not in this report" in without and "svdlab-chart" not in without
+
+
+def test_what_needs_a_kernel_is_not_on_a_page(tmp_path: Path) -> None:
+    book = notebook(tmp_path / "one.ipynb", PASSES)
+    made = nbformat.read(book, as_version=4)
+    made.cells.insert(0, nbformat.v4.new_markdown_cell("# One\n\nRead."))
+    made.cells.insert(1, nbformat.v4.new_markdown_cell("Move the slider.", metadata={"tags": [LIVE]}))
+    nbformat.write(made, book)
+    run_report([book], tmp_path / "out")
+    page = (tmp_path / "out/one.html").read_text()
+    assert "Read." in page and "Move the slider" not in page
+
+
+def test_a_page_begins_with_the_answer_and_folds_its_code(three: tuple[list[NotebookResult], Path]) -> None:
+    page = (three[1] / "b & <i>passes.html").read_text().partition("<main>")[2]
+    answer, first = page.index("one is &lt;1&gt;"), page.index("jp-Cell")
+    assert answer < first and "ratio <b>1.5</b>" in page[:first]
+    assert page.count('<details class="code">') == page.count("jp-CodeMirrorEditor") == 3, (
+        "the injected parameters, too"
+    )
+
+
+def test_a_report_says_what_made_it(tmp_path: Path) -> None:
+    found = made_with(["report", "--fps", "9"], "embedded", "cpu")
+    assert found["command"] == "svdlab report --fps 9" and found["processor"]
+    assert re.fullmatch(r"embedded, sha256 [0-9a-f]{16}", found["checkpoint"])
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|no clone", found["commit"])
+    assert all(value in index_page([], {**about(), "made_with": found}) for value in found.values())
+    with pytest.raises(SvdlabError, match="nowhere"):
+        made_with([], str(tmp_path / "nowhere"), "cpu")
 
 
 def test_junit_names_what_failed(three: tuple[list[NotebookResult], Path]) -> None:
@@ -409,6 +475,7 @@ def test_what_changed_since_the_previous_report() -> None:
 def test_numbers_that_moved_since_the_previous_report() -> None:
     def result(ratio: float, first: str) -> NotebookResult:
         fix = {"bug": "b", "ratio_on": 1.0, "ratio_off": 7e4, "first_divergence": first, "frames_mse": 0.1}
+        fix |= {"shown_at": 1, "missed_at": 0}
         return NotebookResult("a", "passed", 1.0, [{**verdict("v", True), "numbers": {"ratio": ratio}, "fixes": [fix]}])
 
     before = {"notebooks": [result(1.2341, "frames").to_dict()]}

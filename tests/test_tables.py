@@ -1,11 +1,12 @@
 """The one table: what it escapes, how its cells stand, what each output makes of styles and short rows."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from svdlab.tables import Cell, Column, Table
+from svdlab.tables import CSS, Cell, Column, Style, Table
 
 TABLE = Table(
     ["name", Column("ratio", "right")],
@@ -26,7 +27,7 @@ def test_html_escapes_text_and_marks_heads() -> None:
     assert "a|b &lt;i&gt;" in html and "over &amp; under" in html and "<i>" not in html
     assert '<th scope="col" style="text-align:left">name</th>' in html
     assert '<td style="text-align:right">1.5</td>' in html
-    assert '<td style="text-align:left;color:#a32a00">[red]x</td>' in html
+    assert f'<td style="text-align:left;{CSS["bad"]}">[red]x</td>' in html
     assert '<td colspan="2" style="text-align:left">...</td>' in html
     assert TABLE._repr_html_() == html
 
@@ -35,6 +36,26 @@ def test_html_of_a_cell_is_taken_as_it_is_and_a_row_head_is_a_head() -> None:
     html = Table(["", ""], [[Cell("k", "head"), Cell("link", html="<a href='x'>link</a>")]]).to_html()
     assert '<th scope="row" style="text-align:left">k</th>' in html and "<a href='x'>link</a>" in html
     assert "<thead>" not in html  # no column has a name
+
+
+@pytest.mark.parametrize("style", ["good", "bad", "marked"])
+def test_a_colour_can_be_read_on_any_page(style: Style) -> None:
+    """It comes with its background: JupyterLab Dark writes white on what has none."""
+    ink, paper = re.findall(r"(#[0-9a-f]{6})", CSS[style])
+    assert CSS[style].startswith("color:") and "background:" in CSS[style]
+    assert contrast(ink, paper) >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast ratio of two colours."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_terminal_shows_markup_as_text_and_aligns() -> None:

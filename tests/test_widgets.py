@@ -211,7 +211,7 @@ def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, la
     for settings in (explorer.start, *(explorer.start.replace(fps=fps) for fps in (3, 20))):
         case = lab.case(settings, BUG)
         assert ratio_text(case.on) in page and ratio_text(case.off) in page
-    assert page.count("<figure") == 2 and page.count("<img") == 2 + 2 * 3
+    assert page.count("<figure") == 2 + 2 and page.count("<img") == 2 + 2 * 3, "two charts, two players"
     answer = explorer.answer()
     assert answer["passed"] and answer["settings_seen"] == 3
     (fix,) = answer["fixes"]

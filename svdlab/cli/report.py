@@ -15,6 +15,7 @@ from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
 from svdlab.errors import SvdlabError, short
 from svdlab.files import check_outputs, write_json
 from svdlab.reading import parse
+from svdlab.report.provenance import made_with
 from svdlab.report.results import changes, read_previous
 from svdlab.report.run import notebooks_at_a_time, parameters_of, run_report
 from svdlab.report.shipped import shipped_notebooks
@@ -75,9 +76,9 @@ def report(
     GenerationSettings(**given)  # refused here rather than in every notebook
     parameters = {"model": model, "device": device, **given, **{name: _value(text) for name, text in parameter}}
     before = read_previous(previous) if previous else None
-    results = run_report(
-        notebooks, Path(out), parameters, workers or notebooks_at_a_time(model, device), timeout, before
-    )
+    by = made_with(sys.argv[1:], model, device)
+    workers = workers or notebooks_at_a_time(model, device)
+    results = run_report(notebooks, Path(out), parameters, workers, timeout, before, by)
     for r in results:
         click.echo(f"{r.status:7} {r.seconds:5.0f} s  {r.name}  {r.error}")
         for v in r.verdicts:

@@ -1,4 +1,4 @@
-"""What notebooks show: the fixes' explorer, tensor inspector, sweep board, a reader's own port, figures, players."""
+"""What notebooks show: one fix, a tensor, a sweep, a reader's own port; charts, figures, tables, players."""
 
 import importlib
 import sys
@@ -11,16 +11,16 @@ _HOMES = {
     "diagnoser": ("Diagnoser",),
     "inspector": ("Inspector",),
     "players": ("Player", "case_clips", "picture", "plot_case_frames"),
-    "tables": ("catalogue_table", "ratio_text", "stage_table"),
-    "figures": (
+    "tables": ("catalogue_table", "ratio_text", "stage_table", "where_it_shows"),
+    "charts": (
         "plot_catalogue",
         "plot_chunks",
         "plot_curves",
         "plot_divergence",
         "plot_frames",
-        "plot_ramps",
         "plot_steps",
     ),
+    "figures": ("plot_ramps",),
 }
 __getattr__, __dir__ = lazy_names(
     __name__, {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

@@ -9,8 +9,8 @@ from typing import Any
 import ipywidgets
 
 from svdlab.files import check_outputs
+from svdlab.notebook.charts import plot_divergence
 from svdlab.notebook.controls import WIDE, is_live
-from svdlab.notebook.figures import plot_divergence
 from svdlab.notebook.panel import Panel
 from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare

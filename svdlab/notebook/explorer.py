@@ -15,11 +15,11 @@ from typing import Any
 import ipywidgets
 
 from svdlab.errors import SvdlabError
+from svdlab.notebook.charts import plot_fix, plot_grid
 from svdlab.notebook.controls import WIDE, control, help_of, is_live, set_stale, small, stale_style, unit_of
-from svdlab.notebook.figures import plot_fix, plot_grid
 from svdlab.notebook.panel import Panel
 from svdlab.notebook.players import Player, case_clips
-from svdlab.notebook.tables import grid_table, number_html
+from svdlab.notebook.tables import fix_row, grid_table, number_html
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.lab import Cancelled, Case, Lab
 from svdlab.svd.settings import GenerationSettings
@@ -75,16 +75,7 @@ class Explorer:
         diverging = {c.first_divergence for c in on} - {None}
         answer: dict[str, Any] = {
             "passed": not diverging & own,
-            "fixes": [
-                {
-                    "bug": case.bug,
-                    "ratio_on": case.on.worst.ratio,
-                    "ratio_off": case.off.worst.ratio,
-                    "first_divergence": case.off.first_divergence,
-                    "frames_mse": case.off.frames_mse,
-                }
-                for case in first
-            ],
+            "fixes": [fix_row(case, [c for c in self.computed.values() if c.bug == case.bug]) for case in first],
             "worst_ratio_fix_on": max(c.worst.ratio for c in on),
             "settings_seen": len({settings for settings, _ in self.computed}),
         }
@@ -108,7 +99,7 @@ class Explorer:
         parts = []
         for bug in self.bugs:
             case = self._case(self.start, bug)
-            parts.append(f"<h4>{escape(bug)}: {escape(BUGS[bug].cause)}</h4>")
+            parts.append(f"<h3>{escape(bug)}: {escape(BUGS[bug].cause)}</h3>")
             parts.append(plot_fix(case.on, case.off, bug)._repr_html_())
             parts += [number_html(case, fix=False), _player(case, fix=False).to_html()]
         parts += [number_html(case, fix=True), _player(case, fix=True).to_html()]
@@ -126,7 +117,7 @@ class Explorer:
         off = {bug: [row[i].off for row in rows] for i, bug in enumerate(self.bugs)}
         plot = plot_grid(labels, [row[0].on for row in rows], off, axis)
         table = grid_table(axis, labels, rows)
-        return f"<h4>At other positions of the sliders</h4>{plot._repr_html_()}{table.to_html()}"
+        return f"<h3>At other settings</h3>{plot._repr_html_()}{table.to_html()}"
 
 
 class ExplorerPanel(Panel):

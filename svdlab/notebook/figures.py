@@ -1,6 +1,7 @@
-"""One visual language for every figure: the same colour means the same thing everywhere, in print too.
+"""Pictures that are no line charts (those are in ``charts``): maps, strips of frames, a benchmark.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; line styles differ as well.
+One visual language for both: a colour means the same thing everywhere, in print too. Colours are Okabe and Ito's,
+which colour-blind readers can tell apart; line styles differ as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, NullLocator
 
 from svdlab.svd.images import to_levels
 
@@ -22,13 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from svdlab.bench.frontier import Row
-    from svdlab.parity.compare import Comparison, ProbeResult
-    from svdlab.parity.diagnose import CatalogueRow
-    from svdlab.parity.lab import Chunk
 
 DIFFUSERS, SVDLAB, FIX_OFF, FLOOR = "#0072B2", "#009E73", "#D55E00", "#666666"
-_DISTANCE = "distance from diffusers float64,\nrelative to its norm"
-_SCALARS = ("input.", "sigmas", "timesteps", "guidance_scale")
 _DPI = 144
 
 
@@ -64,179 +59,6 @@ def label_axes(ax: Axes, x: str, y: str, title: str = "") -> None:
     ax.set_ylabel(y)
     ax.set_title(title, fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def plot_divergence(
-    comparison: Comparison, fix_off: Comparison | None = None, fix_off_label: str = "fix off", inputs: bool = True
-) -> Plot:
-    """How far candidates are from the truth along the probes, with the noise floor and the parity tolerance.
-
-    Args:
-        comparison: svdlab's, of ``parity.compare``.
-        fix_off: that of a candidate with a bug, against the same reference.
-        fix_off_label: its name in the legend.
-        inputs: whether to show the probes that only replay or count (``input.*``, sigmas, timesteps, guidance).
-
-    Returns:
-        A figure; the horizontal axis is the order of execution, the vertical one logarithmic.
-    """
-    there = {p.name for p in (fix_off or comparison).probes}  # a port may have written some tensors only
-    probes = [p for p in _shown(comparison, inputs) if p.name in there]
-    plot = new_plot(max(8.5, 0.2 * len(probes)), 4.0, comparison.summary())
-    _draw_probes(plot.subplots(), probes, comparison, fix_off, fix_off_label)
-    return plot
-
-
-def plot_fix(on: Comparison, off: Comparison, bug: str) -> Plot:
-    """The same with the fix on and off, along the probes and, on the right, along the denoising steps.
-
-    Args:
-        on: svdlab's comparison with the fix.
-        off: with the bug injected, against the same reference.
-        bug: its name in the catalogue.
-    """
-    plot = new_plot(10.0, 4.2, f"Distance from diffusers float64. Fix on: {on.summary()}. Fix off: {off.summary()}.")
-    left, right = plot.subplots(1, 2, width_ratios=(3, 1), sharey=True)
-    _draw_probes(left, _shown(on, inputs=True), on, off, f"fix off ({bug})")
-    left.set_title("every tensor", fontsize=10, loc="left")
-    handles = left.get_legend_handles_labels()
-    left.get_legend().remove()
-    plot.legend(*handles, fontsize=8, loc="outside upper center", ncols=4, frameon=False)
-    steps = [p for p in on.probes if p.name.startswith("latents.")]
-    _draw_lines(right, range(1, len(steps) + 1), steps, on, off, "")
-    # The axis is shared: it has room for what either side shows.
-    _logarithmic(left, _zero(_shown(on, inputs=True), on, off))
-    right.set_xticks(range(1, len(steps) + 1, max(1, len(steps) // 6)))
-    label_axes(right, "denoising step", "", "latents after each step")
-    return plot
-
-
-def _shown(comparison: Comparison, inputs: bool) -> list[ProbeResult]:
-    scalars = () if inputs else _SCALARS
-    return [p for p in comparison.probes if not p.zero_reference and not p.name.startswith(scalars)]
-
-
-def _draw_probes(
-    ax: Axes, probes: Sequence[ProbeResult], on: Comparison, off: Comparison | None, off_label: str
-) -> None:
-    at = range(len(probes))
-    _draw_lines(ax, at, probes, on, off, off_label)
-    ax.set_xlim(-0.5, len(probes) - 0.5)
-    ax.set_xticks(list(at), [p.name for p in probes], rotation=90, fontsize=7)
-    label_axes(ax, "probe, in order of execution", _DISTANCE)
-    ax.legend(fontsize=8, loc="lower right", framealpha=0.9)
-
-
-def _draw_lines(
-    ax: Axes,
-    at: Sequence[int],
-    probes: Sequence[ProbeResult],
-    on: Comparison,
-    off: Comparison | None,
-    off_label: str,
-) -> None:
-    """The grey band of parity, the floor, and one line per candidate."""
-    floor = [p.floor for p in probes]
-    tolerance = [on.threshold * f for f in floor]
-    zero = _zero(probes, on, off)
-    ax.fill_between(at, tolerance, 1e-30, color=FLOOR, alpha=0.12, lw=0)
-    ax.semilogy(at, tolerance, ":", color=FLOOR, lw=1.5, label=f"parity tolerance: {on.threshold:g} x floor")
-    ax.semilogy(at, floor, "--", color=DIFFUSERS, lw=1.5, label=f"diffusers {on.dtype} (the noise floor)")
-    # The wider line lies below the narrower one, so that both are seen where they coincide.
-    fix_on = ", fix on" if off is not None and off_label.startswith("fix off") else ""
-    lines = [(f"svdlab {on.dtype}{fix_on}", on, SVDLAB, "o-", 2.0)]
-    if off is not None:
-        lines.append((off_label, off, FIX_OFF, "s-", 1.0))
-    for label, of, colour, style, width in lines:
-        distance = [max(of[p.name].divergence, zero) for p in probes]
-        ax.semilogy(at, distance, style, color=colour, ms=2 + width, lw=width, label=label)
-    _logarithmic(ax, zero)
-
-
-def _zero(probes: Sequence[ProbeResult], *comparisons: Comparison | None) -> float:
-    """Where a distance of zero is drawn on a logarithmic axis: a decade below the smallest of the others."""
-    found = [c[p.name].divergence for c in comparisons if c is not None for p in probes] + [p.floor for p in probes]
-    return float(10 ** (np.floor(np.log10(min(d for d in found if d > 0))) - 1))
-
-
-def _logarithmic(ax: Axes, zero: float) -> None:
-    """Decades down to ``zero``, whose tick says 0."""
-
-    class Formatter(LogFormatterSciNotation):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return "0" if x < 2 * zero else super().__call__(x, pos)
-
-    ax.set_ylim(bottom=zero / 2)
-    decades = round(np.log10(ax.get_ylim()[1] / zero))
-    ax.yaxis.set_major_locator(
-        FixedLocator([zero, *(zero * 10.0**k for k in range(decades, 0, -max(1, decades // 5)))])
-    )
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(Formatter())
-
-
-def plot_grid(values: Sequence[Any], on: Sequence[Comparison], off: Mapping[str, Sequence[Comparison]], x: str) -> Plot:
-    """The noise ratio of the frames against a setting, with the fix on and with each bug injected.
-
-    Args:
-        values: the setting's; anything that prints.
-        on: a comparison for each value.
-        off: by bug, a comparison for each value.
-        x: the setting's name and unit.
-    """
-    plot = new_plot(6.5, 3.2, f"Noise ratio of the frames against {x}, fix on and off.")
-    ax = plot.subplots()
-    at = range(len(values))
-    threshold = on[0].threshold
-    ax.axhspan(1e-3, threshold, color=FLOOR, alpha=0.12, lw=0)
-    ax.axhline(threshold, ls=":", color=FLOOR, lw=1.5, label=f"parity tolerance: {threshold:g}")
-    for (bug, comparisons), style in zip(off.items(), ("s-", "D--", "^:"), strict=False):
-        ax.semilogy(at, _frame_ratios(comparisons), style, color=FIX_OFF, ms=5, lw=1, label=f"fix off ({bug})")
-    ax.semilogy(at, _frame_ratios(on), "o-", color=SVDLAB, ms=5, lw=1, label="fix on")
-    ax.set_xticks(list(at), [str(v) for v in values])
-    ax.set_ylim(bottom=0.1)
-    label_axes(ax, x, "noise ratio of the frames")
-    ax.legend(fontsize=8)
-    return plot
-
-
-def _frame_ratios(comparisons: Sequence[Comparison]) -> list[float]:
-    return [max(c["frames"].ratio, 0.1) for c in comparisons]
-
-
-def plot_curves(
-    x: Sequence[float],
-    curves: Mapping[str, Sequence[float]],
-    labels: tuple[str, str],
-    *,
-    log_x: bool = False,
-    log_y: bool = False,
-    band: tuple[float, float, str] | None = None,
-) -> Plot:
-    """What a formula gives, diffusers' (the first curve) and the bugs' (the others).
-
-    Args:
-        x: common to all curves.
-        curves: by name.
-        labels: of the axes, with units.
-        log_x, log_y: logarithmic axes.
-        band: a range of the vertical axis to shade, and what it is.
-    """
-    plot = new_plot(6.5, 3.2, f"{labels[1]} against {labels[0]}: {', '.join(curves)}.")
-    ax = plot.subplots()
-    if band:
-        ax.axhspan(*band[:2], color=FLOOR, alpha=0.12, lw=0, label=band[2])
-    for i, ((name, y), style) in enumerate(zip(curves.items(), ("o-", "s--", "D:", "^-."), strict=False)):
-        ax.plot(x, y, style, color=DIFFUSERS if i == 0 else FIX_OFF, ms=4, lw=1.2, label=name)
-    if log_x:
-        ax.set_xscale("log")
-    if log_y:
-        ax.set_yscale("log")
-    elif min(map(min, curves.values())) >= 0:
-        ax.set_ylim(0, 1.1 * max(map(max, curves.values())))  # a small change shall look small
-    label_axes(ax, *labels)
-    ax.legend(fontsize=8)
-    return plot
 
 
 def plot_ramps(ramps: Mapping[str, Tensor]) -> Plot:
@@ -283,101 +105,6 @@ def plot_film(rows: Mapping[str, Tensor]) -> Plot:
             ax.spines[:].set_visible(False)
             ax.set_xlabel(f"frame {i + 1}" if line is axes[-1] else "", fontsize=8)
         line[0].set_ylabel(name, fontsize=8)
-    return plot
-
-
-def plot_frames(on: Comparison, off: Comparison, bug: str) -> Plot:
-    """How far each frame of the clip is from diffusers float64, with the fix on and off."""
-    traces = {"reference": on.traces["reference"], "on": on.traces["candidate"], "off": off.traces["candidate"]}
-    truth = on.traces["truth"]["frames"].double()
-    plot = new_plot(6.5, 3.2, f"Distance of each frame from diffusers float64, fix on and off ({bug}).")
-    ax = plot.subplots()
-    norm = truth.flatten(2).norm(dim=2).mean(0)
-    looks = (
-        ("reference", "--", DIFFUSERS, f"diffusers {on.dtype} (the noise floor)"),
-        ("on", "o-", SVDLAB, "fix on"),
-        ("off", "s-", FIX_OFF, f"fix off ({bug})"),
-    )
-    for name, style, colour, label in looks:
-        distance = (traces[name]["frames"].double() - truth).flatten(2).norm(dim=2).mean(0) / norm
-        at = np.arange(1, len(distance) + 1)
-        ax.semilogy(at, distance, style, color=colour, ms=4, lw=1.2, label=label)
-    ax.set_xticks(at)
-    label_axes(ax, "frame", _DISTANCE)
-    ax.legend(fontsize=8)
-    return plot
-
-
-def plot_chunks(chunks: Sequence[Chunk]) -> Plot:
-    """How far frames decoded in chunks are from those decoded at once, for every chunk size.
-
-    Args:
-        chunks: of ``lab.every_chunk``.
-    """
-    plot = new_plot(6.5, 3.2, "Distance of the frames from diffusers float64 decoded at once, against the chunk size.")
-    ax = plot.subplots()
-    looks = (
-        ("diffusers", "D-", DIFFUSERS, 8, "diffusers in chunks"),
-        ("parity", "s--", FIX_OFF, 4, "svdlab, the same chunks"),
-        ("exact", "o-", SVDLAB, 5, "svdlab, exact"),
-        ("floor", "--", FLOOR, 0, "diffusers at once (the noise floor)"),
-    )
-    sizes = [c.size for c in chunks]
-    for name, style, colour, size, label in looks:
-        ax.semilogy(sizes, [c.distance[name] for c in chunks], style, color=colour, ms=size, lw=1.2, label=label)
-    ax.set_xticks(sizes)
-    label_axes(ax, "chunk size (frames)", _DISTANCE)
-    ax.legend(fontsize=8)
-    return plot
-
-
-def plot_steps(comparison: Comparison) -> Plot:
-    """How far every tensor of a denoising step is from the truth, over the steps.
-
-    Args:
-        comparison: svdlab's, of ``parity.compare``.
-    """
-    plot = new_plot(10.0, 3.6, f"Distance from diffusers float64 over the steps: {comparison.summary()}.")
-    kinds = ("model_input", "noise_pred_uncond", "noise_pred_cond", "noise_pred", "latents")
-    for ax, kind in zip(plot.subplots(1, len(kinds), sharey=True), kinds, strict=True):
-        probes = [p for p in comparison.probes if p.name.rpartition(".")[0] == kind]
-        at = range(1, len(probes) + 1)
-        _draw_lines(ax, at, probes, comparison, None, "")
-        ax.set_xticks(at[:: max(1, len(at) // 4)])
-        label_axes(ax, "step", _DISTANCE if kind == kinds[0] else "", kind)
-    plot.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3, frameon=False)
-    return plot
-
-
-def plot_catalogue(rows: Sequence[CatalogueRow]) -> Plot:
-    """What two tests of a port say of every bug: each bug is a point, each test's threshold a line.
-
-    Args:
-        rows: of ``parity.diagnose.catalogue``.
-    """
-    from svdlab.parity.compare import MSE_BAR, THRESHOLD
-
-    missed = [row.bug for row in rows if row.passes_mse_bar and row.ratio > THRESHOLD]
-    plot = new_plot(
-        9.0, 5.0, f"Noise ratio against mean squared error, one point per bug. Only the ratio catches {missed}."
-    )
-    ax = plot.subplots()
-    # Equal to the last bit has no place on a logarithmic axis: it is drawn at its left end.
-    smallest = min((row.frames_mse for row in rows if row.frames_mse > 0), default=MSE_BAR) / 3
-    looks = {True: ("o", FIX_OFF, "missed by the mean squared error"), False: ("s", FLOOR, "caught by it")}
-    for passes, (marker, colour, label) in looks.items():
-        chosen = [row for row in rows if row.passes_mse_bar is passes]
-        at = [(max(row.frames_mse, smallest), row.ratio) for row in chosen]
-        ax.loglog(*zip(*at, strict=True), marker, color=colour, ms=5, label=f"{len(chosen)} {label}")
-        for i, (row, point) in enumerate(zip(chosen, at, strict=True)):
-            if passes:  # above and below in turns, so that neighbours can be read
-                place = (6, -9 if i % 2 else 3)
-                paper = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
-                ax.annotate(row.bug, point, xytext=place, textcoords="offset points", fontsize=7, bbox=paper)
-    ax.axvline(MSE_BAR, ls=":", color=DIFFUSERS, lw=1.5, label=f"the usual threshold: MSE < {MSE_BAR:g}")
-    ax.axhline(THRESHOLD, ls=":", color=SVDLAB, lw=1.5, label=f"parity tolerance: noise ratio {THRESHOLD:g}")
-    label_axes(ax, "mean squared error of the frames, in [-1, 1]", "largest noise ratio of all probes")
-    ax.legend(fontsize=8, loc="lower right")
     return plot
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svdlab.parity.compare import THRESHOLD
 from svdlab.tables import Cell, Column, Table
 
 if TYPE_CHECKING:
+    from IPython.display import Markdown
+
     from svdlab.parity.compare import Comparison
     from svdlab.parity.diagnose import CatalogueRow
     from svdlab.parity.lab import Case
@@ -38,6 +40,50 @@ def number_html(case: Case, fix: bool) -> str:
         f"<p>{escape(name)}: <b>noise ratio <output>{ratio_text(of)}</output>, {of.verdict}</b> "
         f"({escape(where)}); {mse}</p>"
     )
+
+
+def where_it_shows(*cases: Case) -> Markdown:
+    """Where each bug leaves the noise, and which tensors behind that are within it all the same.
+
+    Args:
+        cases: of ``Lab.case``, one per bug.
+    """
+    from IPython.display import Markdown
+
+    return Markdown("\n".join(f"- `{case.bug}`: {_propagation(case.off)}" for case in cases))
+
+
+def _propagation(off: Comparison) -> str:
+    if off.first_divergence is None:
+        return f"no tensor is above {off.threshold:g} at these settings"
+    names = [p.name for p in off.probes]
+    after = off.probes[names.index(off.first_divergence) + 1 :]
+    text = f"the first tensor above {off.threshold:g} is `{off.first_divergence}`"
+    if not after:
+        return f"{text}, which is the last one"
+    within = [f"`{p.name}`" for p in after if p.ratio <= off.threshold]
+    text = f"{text}; of the {len(after)} behind it {len(after) - len(within)} are above {off.threshold:g} as well"
+    return text + (f", and these are not: {', '.join(within)}" if within else "")
+
+
+def fix_row(case: Case, seen: Sequence[Case]) -> dict[str, Any]:
+    """A fix as ``report.record`` takes it: what its bug does at the tensor at which it shows, with and without it.
+
+    Args:
+        case: at the first settings.
+        seen: the same bug at all settings that were computed.
+    """
+    at = case.off.first_divergence
+    shows = [c.off for c in seen if c.off.verdict != "parity"]
+    return {
+        "bug": case.bug,
+        "ratio_on": case.on[at].ratio if at else case.on.worst.ratio,
+        "ratio_off": case.off[at].ratio if at else case.off.worst.ratio,
+        "first_divergence": at,
+        "frames_mse": case.off.frames_mse,
+        "shown_at": len(shows),
+        "missed_at": sum(bool(off.passes_mse_bar) for off in shows),
+    }
 
 
 def caught(by_it: bool) -> Cell:

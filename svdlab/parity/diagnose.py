@@ -670,6 +670,17 @@ def catalogue(reference: Trace, truth: Trace, pipe: SVDPipeline, progress: bool 
     return rows
 
 
+def finding(rows: Sequence[CatalogueRow]) -> str:
+    """How many of the bugs that show at all each of the two tests sees, in a sentence or three."""
+    shown = [row for row in rows if row.ratio > THRESHOLD or not row.passes_mse_bar]
+    missed, seen = (sum(test) for test in zip(*((r.passes_mse_bar, r.ratio > THRESHOLD) for r in shown), strict=True))
+    text = f"A port can pass MSE < 1e-3 and be wrong: {missed} of {len(shown)} known bugs do."
+    text += f" The noise ratio catches {'all' if seen == len(shown) else seen} of them."
+    if silent := len(rows) - len(shown):
+        text += f" ({silent} more show at other settings only.)"
+    return text
+
+
 def row_of(bug: str, comparison: Comparison) -> CatalogueRow:
     """A row from the comparison of a candidate that has the bug."""
     mse = comparison.frames_mse

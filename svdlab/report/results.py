@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
 from svdlab.errors import about
 from svdlab.reading import Document, read_as
 from svdlab.report.verdict import shown, words
+
+if TYPE_CHECKING:
+    from svdlab.parity.diagnose import CatalogueRow
 
 
 class Fix(Document):
@@ -22,6 +26,18 @@ class Fix(Document):
     ratio_off: float | None
     first_divergence: str | None
     frames_mse: float | None
+    shown_at: int = 0
+    missed_at: int = 0
+
+
+class CatalogueEntry(Document):
+    """A bug of the catalogue and what two tests say of it, see ``parity.diagnose.CatalogueRow``; None: not finite."""
+
+    bug: str
+    first_divergence: str | None
+    ratio: float | None
+    frames_mse: float | None
+    passes_mse_bar: bool
 
 
 class RecordedVerdict(Document):
@@ -31,6 +47,7 @@ class RecordedVerdict(Document):
     passed: bool
     numbers: dict[str, float | int | str | bool | None]
     fixes: list[Fix] = []
+    catalogue: list[CatalogueEntry] = []
 
 
 class _PreviousNotebook(Document):
@@ -79,6 +96,14 @@ class NotebookResult:
         """What its verdicts say of fixes, in order."""
         return [fix for verdict in self.verdicts for fix in verdict.get("fixes", ())]
 
+    def catalogue(self) -> list[CatalogueRow]:
+        """What its verdicts say of every bug of the catalogue, in order."""
+        from svdlab.parity.diagnose import CatalogueRow
+
+        numbers = {"ratio": math.inf, "frames_mse": math.inf}  # JSON holds no infinity
+        entries = [entry for verdict in self.verdicts for entry in verdict.get("catalogue", ())]
+        return [CatalogueRow(**{**e, **{k: v for k, v in numbers.items() if e[k] is None}}) for e in entries]
+
     def to_dict(self) -> dict[str, Any]:
         """What ``results.json`` holds: all but the thumbnail."""
         return {name: value for name, value in asdict(self).items() if name != "thumbnail"}
@@ -126,7 +151,7 @@ def _numbers(notebook: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for name, value in verdict["numbers"].items():
             yield words(name), shown(value)
         for fix in verdict.get("fixes", ()):
-            for name in ("ratio_on", "ratio_off", "first_divergence", "frames_mse"):
+            for name in ("ratio_on", "ratio_off", "first_divergence", "frames_mse", "shown_at", "missed_at"):
                 yield f"{fix['bug']}: {words(name)}", shown(fix[name])
 
 

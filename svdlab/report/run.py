@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -30,13 +28,13 @@ from svdlab.files import write_json, write_text
 from svdlab.reading import Document, parse, parse_as, read_as
 from svdlab.report.pages import index_page, junit, notebook_page
 from svdlab.report.process import end_with_children
+from svdlab.report.provenance import versions
 from svdlab.report.results import NotebookResult, RecordedVerdict
 from svdlab.report.verdict import VERDICT
 
 _UNFINISHED = "not finished when this report was written"
 _END_S = 5  # for the output of a process that was killed
 _NOTEBOOK_BYTES = 2**30  # with its outputs, clips among them
-_PACKAGES = ("svdlab", "torch", "diffusers", "transformers", "numpy", "papermill")
 
 
 def run_report(
@@ -46,6 +44,7 @@ def run_report(
     workers: int = 2,
     timeout: float | None = None,
     previous: Mapping[str, Any] | None = None,
+    made_with: Mapping[str, str] | None = None,
 ) -> list[NotebookResult]:
     """Run notebooks with papermill and write a page for each, ``index.html``, ``results.json`` and ``report.xml``.
 
@@ -58,6 +57,7 @@ def run_report(
         workers: how many run at once; the cores are divided among them.
         timeout: seconds that one notebook may take.
         previous: an earlier report's ``results.json``, to show what changed.
+        made_with: what the index names besides versions, such as ``provenance.made_with``.
 
     Returns:
         One result per notebook, in the given order. A failing notebook does not stop the others. The report is written
@@ -75,6 +75,7 @@ def run_report(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     results = {path: NotebookResult(path.stem, "error", 0.0, [], _UNFINISHED, title=titles[path]) for path in notebooks}
     given, started = dict(parameters or {}), time.perf_counter()
+    about = {"parameters": given, "made_with": dict(made_with or {}), "versions": versions()}
     pages = [(f"{path.stem}.html", titles[path]) for path in notebooks]
     running = _Processes()
     with (
@@ -92,8 +93,8 @@ def run_report(
                 result = results[futures[future]] = future.result()
                 left -= 1
                 # With notebooks missing, what they found before would look lost.
-                about = None if left else previous
-                _write(out, list(results.values()), given, time.perf_counter() - started, about)
+                since = None if left else previous
+                _write(out, list(results.values()), about, time.perf_counter() - started, since)
                 bar.set_postfix_str(f"{result.name} {result.status}")
                 bar.update()
         finally:
@@ -176,12 +177,11 @@ def _ended_by(number: signal.Signals) -> Iterator[None]:
 def _write(
     out: Path,
     results: Sequence[NotebookResult],
-    parameters: Mapping[str, Any],
+    about: Mapping[str, Any],
     seconds: float,
     previous: Mapping[str, Any] | None,
 ) -> None:
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    about = {"made": made, "seconds": seconds, "parameters": dict(parameters), "versions": _versions()}
+    about = {"made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "seconds": seconds, **about}
     # All are made before one is written: what fails here leaves an earlier report as it is.
     xml, index = junit(results), index_page(results, about, previous)
     write_json(out / "results.json", {**about, "notebooks": [r.to_dict() for r in results]})
@@ -337,7 +337,7 @@ def first_picture(executed: Path, alt: str) -> str:
     html = "".join("".join(data.get("text/html", "")) for data in outputs)
     if found := re.search(r'<figure class="svdlab-player".*?</figure>', html, re.DOTALL):
         return found[0]
-    for kind in ("webp", "png"):  # a clip, a still
+    for kind in ("webp", "png", r"svg\+xml"):  # a clip, a still, a chart
         if found := re.search(rf'src="(data:image/{kind};base64,[A-Za-z0-9+/=]+)"', html):
             return f'<img alt="{text}" src="{found[1]}">'
     for data in outputs:
@@ -349,16 +349,6 @@ def first_picture(executed: Path, alt: str) -> str:
 def _printable(text: str) -> str:
     """XML allows no terminal colours."""
     return "".join(c for c in re.sub(r"\x1b\[[0-9;]*m", "", text) if c.isprintable())
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
 
 
 def notebooks_at_a_time(model: str, device: str) -> int:
