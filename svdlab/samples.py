@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -41,8 +42,12 @@ def sample_photo() -> Image.Image:
     return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     """An RGB image from a file, upright: turned as its EXIF orientation says, as diffusers' ``load_image`` does.
+
+    Args:
+        path: the file.
+        data: what is in it, where it is not on this machine.
 
     Raises:
         SvdlabError: no such file, no image, or see ``svd.images.to_rgb``.
@@ -51,15 +56,17 @@ def read_image(path: str | Path) -> Image.Image:
 
     from svdlab.svd.images import SIZES, to_rgb
 
-    with about("image"):
-        check_file(path, "an image")
+    if data is None:
+        with about("image"):
+            check_file(path, "an image")
     with about(f"image: {path}"):
         Image.init()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large and of odd files: they are refused, or they are fine
             try:
                 # For EPS, PIL starts Ghostscript.
-                opened = Image.open(path, formats=[name for name in Image.ID if name != "EPS"])
+                formats = [name for name in Image.ID if name != "EPS"]
+                opened = Image.open(path if data is None else io.BytesIO(data), formats=formats)
             except Image.DecompressionBombError:
                 raise SvdlabError(f"has more pixels than PIL opens, allowed: {SIZES}") from None
             except Exception:  # broken files make PIL's readers raise almost anything

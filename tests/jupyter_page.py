@@ -110,30 +110,28 @@ class Notebook:
     def wait_for(self, status: str) -> None:
         self.page.locator("[role=status]", has_text=re.compile(f"^{status}")).wait_for()
 
-    def toggle_fix(self) -> None:
-        self.page.get_by_role("checkbox", name="fix on").press("Space")
+    def choose(self, text: str) -> None:
+        """Press one of the buttons "fix off", "fix on", "your code"."""
+        self.page.get_by_role("button", name=text, exact=True).press("Enter")
 
     def number(self) -> tuple[str, str]:
-        """The noise ratio under the plot, and the verdict beside it."""
-        line = self.page.locator(".widget-html b", has=self.page.locator("output"))
+        """The noise ratio of what is shown, and the verdict beside it."""
+        line = self.page.locator(".svdlab-panel .widget-html b", has=self.page.locator("output"))
         ratio, verdict = line.inner_text().removeprefix("noise ratio ").split(", ")
         return ratio, verdict
 
     def pictures(self) -> tuple[str, str]:
         """The plot and the clips."""
-        plot = self.page.locator(".widget-html img").get_attribute("src")
-        clips = self.page.locator(".svdlab-player canvas").evaluate_all("all => all.map(c => c.toDataURL()).join()")
-        return plot, clips
+        plot = self.page.locator(".svdlab-panel-plot img").get_attribute("src")
+        read = "all => all.map(c => c.toDataURL()).join()"
+        return plot, self.page.locator(".svdlab-panel .svdlab-player canvas").evaluate_all(read)
 
     def opacities(self) -> tuple[float, float]:
         """How opaque the browser draws the plot and the clips."""
-        plot, clips = (
-            self.page.locator(kind, has=self.page.locator(tag)).last.evaluate(
-                "element => Number(getComputedStyle(element).opacity)"
-            )
-            for kind, tag in ((".widget-html", "img"), (".widget-vbox", ".svdlab-player"))
-        )
-        return plot, clips
+        panel = self.page.locator(".svdlab-panel")
+        clips = panel.locator(".widget-vbox", has=self.page.locator(".svdlab-player")).last
+        read = "element => Number(getComputedStyle(element).opacity)"
+        return panel.locator(".svdlab-panel-plot").evaluate(read), clips.evaluate(read)
 
     def wait_shown(self, *words: str) -> None:
         """Until all of a case is there whose settings, or whose bug, are those words, and nothing is computed."""
@@ -143,7 +141,8 @@ class Notebook:
                 const shown = html.find(text => text.startsWith('Shown: ')) || '';
                 const parts = shown.replace('Shown: ', '').split(', ');
                 const done = document.querySelector('[role=status]')?.textContent === 'done';
-                return done && document.querySelector('.widget-html output') && words.every(w => parts.includes(w));
+                const number = document.querySelector('.svdlab-panel .widget-html output');
+                return done && number && words.every(w => parts.includes(w));
             }""",
             arg=list(words),
         )

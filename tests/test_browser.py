@@ -72,35 +72,48 @@ def said(comparison: Comparison) -> tuple[str, str]:
 
 def test_the_frame_rate(browser: Any, server: str, lab: Lab) -> None:
     notebook = Notebook(browser, server, "01_fps_conditioning")
-    notebook.wait_shown("fps 7")
+    page, bug = notebook.page, "fps_not_decremented"
+    notebook.wait_shown("fps 7", "fix off")
     start = lab.settings(num_inference_steps=4)
-    assert notebook.number() == said(lab.case(start, "fps_not_decremented").on)
+    assert notebook.number() == said(lab.case(start, bug).off), "it begins with the bug"
+    page.locator(".svdlab-panel").get_by_role("button", name="Pause").press("Enter")
     plot, clips = notebook.pictures()
 
     notebook.press("fps", "ArrowRight", times=2)
     notebook.wait_shown("fps 9")
-    moved = lab.case(start.replace(fps=9), "fps_not_decremented")
-    assert notebook.number() == said(moved.on)
+    moved = lab.case(start.replace(fps=9), bug)
+    assert notebook.number() == said(moved.off)
     assert notebook.pictures()[0] != plot and notebook.pictures()[1] != clips, "another plot and another clip"
 
     plot, clips = notebook.pictures()
-    notebook.toggle_fix()
-    notebook.page.get_by_text("svdlab, fix off").wait_for()
-    assert notebook.number() == said(moved.off) and notebook.number()[1] == "divergence"
-    assert notebook.pictures()[0] == plot and notebook.pictures()[1] != clips, "the plot has both lines, the clip one"
+    notebook.choose("fix on")
+    page.get_by_text("svdlab, fix on").wait_for()
+    assert notebook.number() == said(moved.on) and notebook.number()[1] == "parity"
+    assert notebook.pictures()[0] == plot and notebook.pictures()[1] != clips, "the plot has all lines, the clip one"
+    notebook.choose("fix off")
+    page.get_by_text("svdlab, fix off").wait_for()
+    assert notebook.pictures()[1] == clips, "the same frame in the same place"
+
+    page.get_by_role("button", name="Pin as A").press("Enter")
+    notebook.choose("your code")
+    page.get_by_text("B: your code").wait_for()
+    assert page.get_by_text("A: fix off", exact=True).first.is_visible()
+    own = page.get_by_text("the code that makes what is shown").locator("..").locator("pre").text_content()
+    assert own and "settings.fps - 2" in own and "'time_ids': yours" in own
+    page.get_by_role("button", name="Unpin A").press("Enter")
 
     # As many steps as there are take long enough to be stopped in the middle.
     notebook.press("num inference steps", "End")
-    notebook.wait_for("diffusers in float64, step")
-    assert notebook.opacities() == (0.4, 1.0), "the plot is stale until there is a noise floor, the clips are new"
-    notebook.page.get_by_role("button", name="Stop").press("Enter")
+    notebook.wait_for("diffusers, step")
+    assert notebook.opacities() == (0.4, 0.4), "what is shown is of the case before"
+    page.get_by_role("button", name="Stop").press("Enter")
     notebook.wait_for("stopped")
-    assert notebook.opacities() == (0.4, 1.0), "a stopped run leaves the plot of another case"
-    notebook.press("num inference steps", "Home")
-    notebook.wait_shown("num inference steps 1", "fps 9")
-    short = lab.case(start.replace(fps=9, num_inference_steps=1), "fps_not_decremented")
-    assert notebook.number() == said(short.off), "a stopped run leaves nothing behind"
+    assert notebook.opacities() == (0.4, 0.4), "and still is"
+    page.get_by_role("button", name="Back to what is shown").press("Enter")
+    notebook.wait_shown("num inference steps 4", "fps 9", "your code")
     assert notebook.opacities() == (1.0, 1.0)
+    notebook.choose("fix off")
+    assert notebook.number() == said(moved.off), "a stopped run leaves nothing behind"
     assert notebook.verdict().startswith("yes")
 
 
@@ -111,16 +124,16 @@ def test_the_guidance(browser: Any, server: str, lab: Lab) -> None:
     notebook.press("min guidance scale", "ArrowRight", times=3)
     notebook.press("max guidance scale", "ArrowLeft", times=4)
     settings = lab.settings(num_inference_steps=4, min_guidance_scale=1.3, max_guidance_scale=2.6)
-    for bug in ("guidance_per_step", "guidance_constant"):
+    for bug, first, then in (("guidance_per_step", "off", "on"), ("guidance_constant", "on", "off")):
         notebook.page.get_by_label("the bug").select_option(bug)
         notebook.wait_shown("min guidance scale 1.3", "max guidance scale 2.6", bug)
         assert notebook.pictures()[0] != plot and notebook.pictures()[1] != clips
         plot, clips = notebook.pictures()
         case = lab.case(settings, bug)
-        assert notebook.number() == said(case.off if bug == "guidance_constant" else case.on)
-        notebook.toggle_fix()
-        notebook.page.get_by_text(f"Fix {'on' if bug == 'guidance_constant' else f'off ({bug})'}:").wait_for()
-        assert notebook.number() == said(case.on if bug == "guidance_constant" else case.off)
+        assert notebook.number() == said(case.comparison(first))
+        notebook.choose(f"fix {then}")
+        notebook.page.get_by_text(f"svdlab, fix {then}").wait_for()
+        assert notebook.number() == said(case.comparison(then))
 
 
 def test_a_reader_brings_a_file(browser: Any, server: str) -> None:

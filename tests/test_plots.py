@@ -48,7 +48,7 @@ def test_every_chart_has_axes_with_names_and_a_text(case: Case) -> None:
     every = [
         charts.plot_divergence(on),
         charts.plot_divergence(on, off, "a port", inputs=False),
-        charts.plot_fix(on, off, BUG),
+        charts.plot_fix(case),
         charts.plot_grid(["1", "2"], [on, on], {BUG: [off, off]}, "fps (1/s)"),
         charts.plot_curves([1, 2], {"a": [1, 2], "b": [2, 3]}, ("x (s)", "y (m)"), log_x=True, band=(0, 1, "band")),
         charts.plot_frames(on, off, BUG),
@@ -81,7 +81,7 @@ def test_a_text_in_a_chart_ends_no_script() -> None:
 
 
 def test_the_lines_are_the_numbers(case: Case) -> None:
-    spec = charts.plot_fix(case.on, case.off, BUG).spec
+    spec = charts.plot_fix(case).spec
     probes, steps = drawn(spec), drawn(spec, "latents after each step")
     zero = min(probes["svdlab float32, fix on"].values())
     assert probes[f"fix off ({BUG})"] == pytest.approx(
@@ -209,7 +209,7 @@ def test_motion_is_the_change_from_frame_to_frame() -> None:
 
 
 def test_a_film_shows_every_frame_of_every_row(case: Case) -> None:
-    plot = plot_case_frames(case, fix=False)
+    plot = plot_case_frames(case, "off")
     rows = ["diffusers", "svdlab, fix off"]
     assert [ax.get_ylabel() for ax in plot.axes[::3]][:2] == rows and len(plot.axes) == 9
     shown = plot.axes[3].get_images()[0].get_array()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import threading
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from html_tables import rows
 from PIL import Image
 from torch import nn
@@ -15,6 +19,7 @@ from svdlab.notebook.controls import control, help_of, is_live
 from svdlab.notebook.diagnoser import Diagnoser
 from svdlab.notebook.explorer import Explorer, ExplorerPanel
 from svdlab.notebook.panel import Panel
+from svdlab.notebook.players import Player, case_clips
 from svdlab.notebook.tables import ratio_text
 from svdlab.notebook.worker import Worker
 from svdlab.parity import capture
@@ -116,27 +121,112 @@ def test_whatever_ends_a_run_is_said() -> None:
     assert "&lt;boom&gt;" in panel.status.value and "Traceback" in panel.status.value and panel.stop.disabled
 
 
-def test_the_number_is_what_the_package_computes(panel: ExplorerPanel, lab: Lab, tiny: Path) -> None:
+def test_the_panel_begins_with_the_bug_and_its_number_is_what_the_package_computes(
+    panel: ExplorerPanel, lab: Lab, tiny: Path
+) -> None:
     panel.show()
     panel.worker.join()
+    assert panel.which.value == "off", "so that there is something to see"
     before = shown(panel)
     panel.controls["fps"].value = 9
     panel.worker.join()
     assert all(a != b for a, b in zip(before, shown(panel), strict=True))
     settings = panel.explorer.start.replace(fps=9)
-    own = three_way(str(tiny), lab.image, settings)
-    assert f"<output>{ratio_text(own)}</output>, parity" in panel.number.value
-    panel.fix.value = False
     off = lab.case(settings, BUG).off
     assert off.verdict == "divergence" and off.first_divergence == "added_time_ids"
-    assert f"<output>{ratio_text(off)}</output>, divergence" in panel.number.value
-    assert "fix off" in str(shown(panel)[2])
+    assert f">{ratio_text(off)}</output>, divergence" in panel.number.value
+    (player,) = panel.clips.children
+    before = shown(panel)
+    panel.which.value = "on"
+    assert f">{ratio_text(three_way(str(tiny), lab.image, settings))}</output>, parity" in panel.number.value
+    assert panel.clips.children == (player,) and titles(panel)[1] == "svdlab, fix on", "in place"
+    assert shown(panel)[1] == before[1] and shown(panel)[2] != before[2], "the plot has both lines, the clip one"
 
 
 def shown(panel: ExplorerPanel) -> tuple[object, ...]:
     """The number, the plot and the clips."""
     (player,) = panel.clips.children
     return panel.number.value, panel.plot.value, player.content["clips"]
+
+
+def titles(panel: ExplorerPanel) -> list[str]:
+    return [clip["title"] for clip in panel.clips.children[0].content["clips"]]
+
+
+def test_a_pinned_clip_is_compared_with_what_comes(panel: ExplorerPanel) -> None:
+    panel.show()
+    panel.worker.join()
+    ours = shown(panel)[2][1]["src"]
+    panel.pin.click()
+    panel.which.value = "on"
+    panel.controls["fps"].value = 9
+    panel.worker.join()
+    assert titles(panel)[:2] == [f"A: fix off, fps {panel.explorer.start.fps}", "B: fix on, fps 9"]
+    assert shown(panel)[2][0]["src"] == ours, "the clip that was pinned"
+    panel.reset.click()
+    panel.worker.join()
+    assert panel.controls["fps"].value == panel.explorer.start.fps and panel.which.value == "off"
+    assert titles(panel)[:2] == ["diffusers", "svdlab, fix off"] and shown(panel)[2][1]["src"] == ours
+
+
+@pytest.mark.parametrize("which", ["off", "own"])
+def test_the_copied_code_makes_what_is_shown(lab: Lab, which: str) -> None:
+    settings = lab.settings(num_frames=2, num_inference_steps=1, height=32, width=32)
+    panel = ExplorerPanel(Explorer(lab, settings, [BUG], ["fps"], stages={"time_ids": two_less}))
+    panel.worker.delay, panel.which.value, panel.seed.value = 0.0, which, 3
+    panel.show()
+    panel.worker.join()
+    scope = {"image": lab.image}
+    exec(panel.snippet.code, scope)
+    assert scope["case"].settings == panel.case.settings and panel.case.settings.seed == 3
+    made = Player(case_clips(scope["case"], which), settings.fps).content["clips"]
+    assert made == shown(panel)[2], panel.snippet.code
+
+
+def two_less(settings: GenerationSettings) -> torch.Tensor:
+    return torch.tensor([[settings.fps - 2, settings.motion_bucket_id, settings.noise_aug_strength]])
+
+
+def test_a_readers_own_function_is_a_third_choice(lab: Lab) -> None:
+    settings = lab.settings(num_frames=2, num_inference_steps=1, height=32, width=32)
+    with pytest.raises(SvdlabError, match="stage: got 'time_id', allowed: .*time_ids"):
+        Explorer(lab, settings, [BUG], ["fps"], stages={"time_id": two_less})
+    page = Explorer(lab, settings, [BUG], ["fps"], stages={"time_ids": two_less}).page()
+    own = lab.case(settings, BUG, {"time_ids": two_less}).own
+    right = lab.candidate(settings.replace(fps=settings.fps - 1))["frames"]
+    assert own is not None and torch.equal(own.traces["candidate"]["frames"], right), (
+        "fed one less: the clip of one less"
+    )
+    assert f">{ratio_text(own)}</output>, divergence" in page and page.count('<figure class="svdlab-player') == 3
+    fixed = lab.case(settings, BUG, {"time_ids": lambda settings: two_less(settings) + torch.tensor([[1, 0, 0]])}).own
+    assert fixed is not None and fixed.verdict == "parity", "not what an earlier function gave"
+
+
+def test_an_image_of_the_readers(panel: ExplorerPanel, tmp_path: Path) -> None:
+    panel.show()
+    panel.worker.join()
+    before = shown(panel)
+
+    def upload(name: str, data: bytes) -> None:
+        file = {"name": name, "type": "image/png", "size": len(data), "content": memoryview(data)}
+        panel.upload.value = [{**file, "last_modified": datetime.now(timezone.utc)}]
+        panel.worker.join()
+
+    upload("<no>.png", b"no image")
+    assert "&lt;no&gt;.png: not an image that can be read" in panel.refused.value and shown(panel) == before
+    buffer = io.BytesIO()
+    picture = Image.radial_gradient("L").convert("RGB").resize((48, 32))
+    picture.save(buffer, "PNG")
+    upload("mine.png", buffer.getvalue())
+    assert "mine.png" in panel.caption.value and shown(panel)[2] != before[2] and panel.refused.value == ""
+    picture.save(tmp_path / "mine.png")
+    scope: dict[str, Any] = {}
+    exec(panel.snippet.code.replace("'mine.png'", repr(str(tmp_path / "mine.png"))), scope)
+    made = Player(case_clips(scope["case"], "off"), 7).content["clips"]
+    assert made == shown(panel)[2]
+    panel.reset.click()
+    panel.worker.join()
+    assert shown(panel)[2] == before[2] and "mine.png" not in panel.caption.value
 
 
 def test_what_was_computed_is_kept(panel: ExplorerPanel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,49 +239,65 @@ def test_what_was_computed_is_kept(panel: ExplorerPanel, monkeypatch: pytest.Mon
     assert "done" in panel.status.value, panel.status.value
 
 
-def stale(panel: ExplorerPanel) -> tuple[bool, bool]:
-    """Whether the plot and the clips are dimmed; ``test_browser`` asks the browser."""
-    return tuple("svdlab-stale" in widget._dom_classes for widget in (panel.plot, panel.clips))  # type: ignore[return-value]
+def stale(panel: ExplorerPanel) -> bool:
+    """Whether what is shown is dimmed, all of it or nothing; ``test_browser`` asks the browser."""
+    (dimmed,) = {"svdlab-stale" in w._dom_classes for w in (panel.number, panel.plot, panel.clips, panel.snippet)}
+    assert dimmed or panel.back.layout.display == "none"
+    return dimmed
 
 
 def test_stop_leaves_at_once_and_breaks_nothing(panel: ExplorerPanel) -> None:
     said: list[str] = []
+    stop_at = "float64, step 1"
 
     def stop_in_the_middle(change: dict[str, str]) -> None:
         said.append(change["new"])
-        if "float64, step 1" in change["new"]:
+        if stop_at in change["new"]:
             panel.stop.click()
 
     panel.compute()
     panel.worker.join()
-    assert stale(panel) == (False, False)
+    assert not stale(panel)
     panel.status.observe(stop_in_the_middle, "value")
     panel.controls["fps"].value = 11
+    assert stale(panel), "from the first move on"
     panel.worker.join()
     assert "stopped" in said[-1] and not any("step 2" in s for s in said if "float64" in s)
-    assert "being measured" in panel.number.value
-    assert stale(panel) == (True, False), "the plot is that of an earlier case, the clips are what the caption says"
+    assert "not known yet" in panel.number.value and "no noise floor yet" in panel.plot.value
+    assert not stale(panel) and "fps 11," in panel.caption.value, "all of one case, the one that was asked for"
     assert not nn.modules.module._global_forward_pre_hooks
-    assert "fps 11," in panel.caption.value, "what is shown is what was computed"
-    panel.status.unobserve_all()
+    stop_at = "diffusers, step 1"
     panel.controls["fps"].value = 13
-    panel.stop.click()
     panel.worker.join()
-    assert "fps 11," in panel.caption.value, "and not where the slider stands"
+    assert stale(panel) and "fps 11," in panel.caption.value, "what is shown is not where the slider stands"
+    panel.status.unobserve_all()
+    assert panel.back.layout.display == "", "and there is a way back"
+    panel.back.click()
+    panel.worker.join()
+    assert panel.controls["fps"].value == 11 and panel.stop.disabled and not stale(panel)
+    assert ", divergence" in panel.number.value, "float64 is made up for"
+
+
+def test_an_error_is_shown_and_there_is_a_way_back(panel: ExplorerPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     panel.compute()
     panel.worker.join()
-    assert ", parity" in panel.number.value and panel.stop.disabled and stale(panel) == (False, False)
-
-
-def test_an_error_is_shown_in_the_widget(panel: ExplorerPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     panel.controls["min_guidance_scale"].value = 3.0
     panel.controls["max_guidance_scale"].value = 1.0
     panel.worker.join()
     assert "diffusers fails at a ramp from 3 to 1" in panel.status.value
+    assert stale(panel) and panel.back.layout.display == ""
+    panel.back.click()
+    panel.worker.join()
+    assert not stale(panel) and "done" in panel.status.value
+    panel.seed.value = -1
+    panel.worker.join()
+    assert "seed: got -1, allowed" in panel.status.value and "Traceback" not in panel.status.value and stale(panel)
+    panel.seed.value = 0
+    panel.worker.join()
     monkeypatch.setattr(panel.explorer.lab, "cases", None)
     panel.controls["max_guidance_scale"].value = 2.0
     panel.worker.join()
-    assert "TypeError" in panel.status.value and "Traceback" in panel.status.value
+    assert "TypeError" in panel.status.value and "Traceback" in panel.status.value and stale(panel)
 
 
 def test_a_large_checkpoint_waits_for_run(panel: ExplorerPanel) -> None:
@@ -211,7 +317,7 @@ def test_a_page_without_a_hand_says_what_the_widget_would(explorer: Explorer, la
     for settings in (explorer.start, *(explorer.start.replace(fps=fps) for fps in (3, 20))):
         case = lab.case(settings, BUG)
         assert ratio_text(case.on) in page and ratio_text(case.off) in page
-    assert page.count("<figure") == 2 + 2 and page.count("<img") == 2 + 2 * 3, "two charts, two players"
+    assert page.count('<figure class="svdlab-player') == 2 and page.count("<img") == 2 + 2 * 3
     answer = explorer.answer()
     assert answer["passed"] and answer["settings_seen"] == 3
     (fix,) = answer["fixes"]

@@ -24,7 +24,7 @@ from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, FLOOR, SVDLAB
 if TYPE_CHECKING:
     from svdlab.parity.compare import Comparison, ProbeResult
     from svdlab.parity.diagnose import CatalogueRow
-    from svdlab.parity.lab import Chunk
+    from svdlab.parity.lab import Case, Chunk
 
 # What JupyterLab and VS Code bring a renderer for; the charts use nothing that is newer.
 VEGA_LITE = "application/vnd.vegalite.v5+json"
@@ -116,35 +116,43 @@ def plot_divergence(
     there = {p.name for p in (fix_off or comparison).probes}  # a port may have written some tensors only
     probes = [p for p in _shown(comparison, inputs) if p.name in there]
     text = comparison.summary() if fix_off is None else f"{comparison.summary()}. {fix_off_label}: {fix_off.summary()}"
-    return _made(_probe_chart(probes, comparison, fix_off, fix_off_label, max(700, 17 * len(probes))), text)
+    candidates = {f"svdlab {comparison.dtype}": comparison}
+    if fix_off is not None:
+        candidates[fix_off_label] = fix_off
+    return _made(_probe_chart(probes, candidates, max(700, 17 * len(probes)), _domain(probes, candidates)), text)
 
 
-def plot_fix(on: Comparison, off: Comparison, bug: str) -> Chart:
-    """The same with the fix on and off, along the probes and, on the right, along the denoising steps.
+def plot_fix(case: Case, steps: bool = True) -> Chart:
+    """The same with the fix on, off and as the reader has it, along the probes.
+
+    Before there is a noise floor the distances are those from diffusers in the working dtype, and there is no band.
 
     Args:
-        on: svdlab's comparison with the fix.
-        off: with the bug injected, against the same reference.
-        bug: its name in the catalogue.
+        case: of ``Lab.case``.
+        steps: whether to show, on the right, the latents along the denoising steps as well.
     """
-    label = f"fix off ({bug})"
-    steps = [p for p in on.probes if p.name.startswith("latents.") and p.name != "latents.init"]
-    domain = _domain(_shown(on, inputs=True), on, off)
-    left = _probe_chart(_shown(on, inputs=True), on, off, label, 620, domain)
+    on, own, measured = case.on, {} if case.own is None else {"your code": case.own}, case.measured
+    candidates = {f"svdlab {on.dtype}, fix on": on, f"fix off ({case.bug})": case.off, **own}
+    probes = _shown(on, inputs=True)
+    domain = _domain(probes, candidates, measured)
+    title = _DISTANCE if measured else f"distance from diffusers {on.dtype}: no noise floor yet"
+    found = ". ".join(f"{name}: {of.summary()}" for name, of in candidates.items())
+    text = f"Distance from diffusers float64. {found}." if measured else f"{title}."
+    left = _probe_chart(probes, candidates, 620, domain, title, measured)
+    if not steps:
+        return _made(left, text)
+    latents = [p for p in on.probes if p.name.startswith("latents.") and p.name != "latents.init"]
     right = _line_chart(
-        _rows(steps, on, off, label, domain),
-        _looks(on, off, label),
+        _rows(latents, candidates, domain, measured),
+        _looks(candidates, measured),
         alt.X("step:O", title="denoising step", axis=alt.Axis(labelAngle=0)),
         domain,
         170,
         "latents after each step",
         y_title=None,
-        band=True,
+        band=measured,
     )
-    return _made(
-        alt.hconcat(left.properties(title="every tensor"), right, spacing=10),
-        f"Distance from diffusers float64. Fix on: {on.summary()}. Fix off: {off.summary()}.",
-    )
+    return _made(alt.hconcat(left.properties(title="every tensor"), right, spacing=10), text)
 
 
 def plot_grid(
@@ -250,11 +258,12 @@ def plot_steps(comparison: Comparison) -> Chart:
     """
     kinds = ("model_input", "noise_pred_uncond", "noise_pred_cond", "noise_pred", "latents")
     every = [p for p in comparison.probes if p.name.rpartition(".")[0] in kinds and p.name != "latents.init"]
-    domain, looks = _domain(every, comparison, None), _looks(comparison, None, "")
+    candidates = {f"svdlab {comparison.dtype}": comparison}
+    domain, looks = _domain(every, candidates), _looks(candidates)
     at = alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0))
     charts = [
         _line_chart(
-            _rows([p for p in every if p.name.rpartition(".")[0] == kind], comparison, None, "", domain),
+            _rows([p for p in every if p.name.rpartition(".")[0] == kind], candidates, domain),
             looks,
             at,
             domain,
@@ -345,70 +354,71 @@ def _shown(comparison: Comparison, inputs: bool) -> list[ProbeResult]:
 
 def _probe_chart(
     probes: Sequence[ProbeResult],
-    on: Comparison,
-    off: Comparison | None,
-    off_label: str,
+    candidates: Mapping[str, Comparison],
     width: int,
-    domain: tuple[float, float] | None = None,
+    domain: tuple[float, float],
+    title: str = _DISTANCE,
+    floor: bool = True,
 ) -> alt.LayerChart:
     axis = alt.Axis(labelAngle=-90, labelFontSize=9, labelLimit=160, labelOverlap=False)
     at = alt.X("probe:N", sort=None, title=None, axis=axis)
-    domain = domain or _domain(probes, on, off)
-    return _line_chart(
-        _rows(probes, on, off, off_label, domain), _looks(on, off, off_label), at, domain, width, band=True
-    )
+    rows = _rows(probes, candidates, domain, floor)
+    return _line_chart(rows, _looks(candidates, floor), at, domain, width, y_title=title, band=floor)
 
 
-def _looks(on: Comparison, off: Comparison | None, off_label: str) -> dict[str, _Look]:
-    """By line, from the lowest layer to the highest: the wider one lies below the narrower one."""
-    looks = {
-        f"parity tolerance: {on.threshold:g} x floor": _Look(FLOOR, [2, 2], width=1.5),
-        f"diffusers {on.dtype} (the noise floor)": _Look(DIFFUSERS, [6, 3], width=1.5),
-        _own(on, off, off_label): _Look(SVDLAB, shape="circle", width=2.2),
+def _floors(of: Comparison) -> dict[str, float]:
+    """The lines of the noise, and how many times the floor they are."""
+    return {
+        f"parity tolerance: {of.threshold:g} x floor": of.threshold,
+        f"diffusers {of.dtype} (the noise floor)": 1.0,
     }
-    return looks if off is None else {**looks, off_label: _off(0)}
 
 
-def _own(on: Comparison, off: Comparison | None, off_label: str) -> str:
-    return f"svdlab {on.dtype}{', fix on' if off is not None and off_label.startswith('fix off') else ''}"
+def _looks(candidates: Mapping[str, Comparison], floor: bool = True) -> dict[str, _Look]:
+    """By line, from the lowest layer to the highest: the wider one lies below the narrower one."""
+    own, *others = candidates
+    noise = (_Look(FLOOR, [2, 2], width=1.5), _Look(DIFFUSERS, [6, 3], width=1.5)) if floor else ()
+    return {
+        **dict(zip(_floors(candidates[own]), noise, strict=floor)),
+        own: _Look(SVDLAB, shape="circle", width=2.2),
+        **{label: _off(i) for i, label in enumerate(others)},
+    }
 
 
 def _rows(
-    probes: Sequence[ProbeResult],
-    on: Comparison,
-    off: Comparison | None,
-    off_label: str,
-    domain: tuple[float, float],
+    probes: Sequence[ProbeResult], candidates: Mapping[str, Comparison], domain: tuple[float, float], floor: bool = True
 ) -> list[dict[str, Any]]:
     """A row per probe and line; a distance of zero is drawn at twice the axis's lower end."""
     zero = 2 * domain[0]
-    tolerance, floor, *_ = _looks(on, off, off_label)
+    noise = _floors(next(iter(candidates.values()))) if floor else {}
     rows = []
     for p in probes:
         step = p.name.rpartition(".")[2]
-        lines = {tolerance: on.threshold * p.floor, floor: p.floor, _own(on, off, off_label): on[p.name].divergence}
-        if off is not None:
-            lines[off_label] = off[p.name].divergence
+        lines = {line: times * p.floor for line, times in noise.items()}
+        lines |= {label: of[p.name].divergence for label, of in candidates.items()}
         for line, distance in lines.items():
             value = _finite(distance)
+            ratio = {"noise ratio": _finite(distance / p.floor)} if floor else {}
             rows.append(
                 {
                     "probe": p.name,
                     "step": int(step) + 1 if step.isdigit() else None,
                     "line": line,
                     "distance": value,
-                    "noise ratio": _finite(distance / p.floor),
+                    **ratio,
                     "shown": _finite(max(distance, zero)),
                 }
             )
     return rows
 
 
-def _domain(probes: Sequence[ProbeResult], on: Comparison, off: Comparison | None) -> tuple[float, float]:
+def _domain(
+    probes: Sequence[ProbeResult], candidates: Mapping[str, Comparison], floor: bool = True
+) -> tuple[float, float]:
     """The ends of the logarithmic axis: zero is drawn at twice the lower one, a decade below all other distances."""
-    found = [c[p.name].divergence for c in (on, off) if c is not None for p in probes]
-    found += [f * p.floor for p in probes for f in (1, on.threshold)]
-    finite = [d for d in found if 0 < d < math.inf]
+    found = [of[p.name].divergence for of in candidates.values() for p in probes]
+    found += [times * p.floor for p in probes for times in (1, next(iter(candidates.values())).threshold)] * floor
+    finite = [d for d in found if 0 < d < math.inf] or [probes[0].floor]
     return 10 ** (math.floor(math.log10(min(finite))) - 1) / 2, max(finite) * 3
 
 

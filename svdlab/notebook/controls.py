@@ -13,6 +13,8 @@ from svdlab.errors import SvdlabError
 from svdlab.svd.settings import GenerationSettings
 
 WIDE = {"description_width": "11em"}
+# Of a control in a column of controls.
+NARROW: dict[str, Any] = {"style": {"description_width": "47%"}, "layout": {"width": "auto"}}
 _STALE = "svdlab-stale"
 
 
@@ -40,7 +42,7 @@ def control(name: str, value: Any, high: float | None = None) -> ipywidgets.Valu
         SvdlabError: a field that no slider is made for.
     """
     field = GenerationSettings.model_fields.get(name)
-    shared: dict[str, Any] = {"description": name.replace("_", " "), "style": WIDE, "layout": {"width": "30em"}}
+    shared: dict[str, Any] = {"description": name.replace("_", " "), **NARROW}
     if field is not None and get_origin(field.annotation) is Literal:
         return ipywidgets.Dropdown(options=get_args(field.annotation), value=value, **shared)
     extra = field.json_schema_extra if field is not None else None
@@ -50,7 +52,7 @@ def control(name: str, value: Any, high: float | None = None) -> ipywidgets.Valu
     low, own_high, step = bounds
     whole = all(isinstance(v, int) for v in (low, own_high, step))
     kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-    shared["tooltip"] = field.description
+    shared["tooltip"] = help_of(name)
     # A start outside the usual range widens it.
     top = max(own_high if high is None else min(own_high, high), value)
     return kind(value=value, min=min(low, value), max=top, step=step, **shared)

@@ -1,4 +1,4 @@
-"""Sliders over one fix: made from ``GenerationSettings``, computed by one thread, drawn headless, too.
+"""A panel over one fix: controls made from ``GenerationSettings``, computed by one thread, drawn headless, too.
 
 With somebody there to move them, the sliders recompute. In a page made by papermill the same cell draws its defaults
 and a grid of slider values, so that the page says what the widget would.
@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import ipywidgets
+from torch import Tensor
 
 from svdlab.errors import SvdlabError
 from svdlab.notebook.charts import plot_fix, plot_grid
-from svdlab.notebook.controls import WIDE, control, help_of, is_live, set_stale, small, stale_style, unit_of
+from svdlab.notebook.controls import NARROW, alert, control, help_of, is_live, set_stale, small, stale_style, unit_of
 from svdlab.notebook.panel import Panel
-from svdlab.notebook.players import Player, case_clips
+from svdlab.notebook.players import CHOICES, Player, case_clips, difference
+from svdlab.notebook.snippet import Snippet, case_code
 from svdlab.notebook.tables import fix_row, grid_table, number_html
 from svdlab.parity.bugs import BUGS
-from svdlab.parity.lab import Cancelled, Case, Lab
+from svdlab.parity.lab import Cancelled, Case, Choice, Lab, Stages
+from svdlab.samples import read_image
 from svdlab.svd.settings import GenerationSettings
 
 # A checkpoint of more weights answers in minutes: its sliders wait for the Run button.
 _LIVE_PARAMETERS = 10**8
+_PANEL, _PLOT = "svdlab-panel", "svdlab-panel-plot"
+# A drawing has the colours of paper; on a dark theme its lightness is turned over, and its hues stay.
+_STYLE = f"""
+.{_PANEL} .widget-html-content {{ line-height: 1.45; }}
+.{_PANEL} .widget-html-content p {{ margin: 4px 0 8px; }}
+[data-jp-theme-light="false"] .{_PLOT} img {{ filter: invert(1) hue-rotate(180deg); }}
+"""
 
 
 class Explorer:
@@ -38,6 +48,11 @@ class Explorer:
         sliders: which settings have a control.
         grid: changes of the settings that a page shows instead of sliders.
         live: recompute at every move, or wait for the Run button; default: by the checkpoint's size.
+        stages: functions of the reader's for stages' places, by their names in ``svd.stages.STAGES``: a third choice
+            beside the fix on and off.
+
+    Raises:
+        SvdlabError: a name that is not a stage's.
     """
 
     def __init__(
@@ -48,11 +63,14 @@ class Explorer:
         sliders: Sequence[str],
         grid: Sequence[Mapping[str, Any]] = (),
         live: bool | None = None,
+        stages: Stages | None = None,
     ):
         self.lab, self.start = lab, settings
         self.bugs, self.sliders, self.changes = tuple(bugs), tuple(sliders), tuple(grid)
         self.live = lab.parameters <= _LIVE_PARAMETERS if live is None else live
-        self.computed: dict[tuple[GenerationSettings, str], Case] = {}
+        self.stages = dict(stages or {})
+        lab.pipe.with_stage(**self.stages)  # so that a wrong name is refused here
+        self.computed: dict[tuple[GenerationSettings, str, str | None], Case] = {}
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         if is_live():
@@ -77,7 +95,7 @@ class Explorer:
             "passed": not diverging & own,
             "fixes": [fix_row(case, [c for c in self.computed.values() if c.bug == case.bug]) for case in first],
             "worst_ratio_fix_on": max(c.worst.ratio for c in on),
-            "settings_seen": len({settings for settings, _ in self.computed}),
+            "settings_seen": len({(settings, image) for settings, _, image in self.computed}),
         }
         if elsewhere := sorted(str(probe) for probe in diverging - own):
             answer["diverges_elsewhere"] = ", ".join(elsewhere)
@@ -85,24 +103,24 @@ class Explorer:
             answer["bugs_below_the_noise"] = ", ".join(quiet)
         return answer
 
-    def _case(self, settings: GenerationSettings, bug: str) -> Case:
-        return self.remember(self.lab.case(settings, bug))
+    def _case(self, settings: GenerationSettings, bug: str, stages: Stages | None = None) -> Case:
+        return self.remember(self.lab.case(settings, bug, stages))
 
-    def remember(self, case: Case) -> Case:
-        """Count a case for the answer, without its tensors."""
+    def remember(self, case: Case, image: str | None = None) -> Case:
+        """Count a case for the answer, without its tensors; ``image`` names another image than the lab's."""
         slim = {name: replace(getattr(case, name), traces={}) for name in ("on", "off")}
-        self.computed[case.settings, case.bug] = replace(case, **slim)
+        self.computed[case.settings, case.bug, image] = replace(case, **slim, own=None)
         return case
 
     def page(self) -> str:
-        """What a page without sliders shows: the start with the fix off and on, then the grid. HTML."""
+        """What a page without sliders shows: the start with the fix off, on and the reader's, then the grid. HTML."""
         parts = []
         for bug in self.bugs:
-            case = self._case(self.start, bug)
+            case = self._case(self.start, bug, self.stages)
             parts.append(f"<h3>{escape(bug)}: {escape(BUGS[bug].cause)}</h3>")
-            parts.append(plot_fix(case.on, case.off, bug)._repr_html_())
-            parts += [number_html(case, fix=False), _player(case, fix=False).to_html()]
-        parts += [number_html(case, fix=True), _player(case, fix=True).to_html()]
+            parts += [plot_fix(case)._repr_html_(), *_choice(case, "off")]
+        for which in case.choices[1:]:
+            parts += _choice(case, which)
         if self.changes:
             parts.append(self._grid())
         return "".join(parts)
@@ -120,8 +138,34 @@ class Explorer:
         return f"<h3>At other settings</h3>{plot._repr_html_()}{table.to_html()}"
 
 
+def _choice(case: Case, which: Choice) -> list[str]:
+    return [number_html(case, which), Player(case_clips(case, which), case.settings.fps, blink=True).to_html()]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the controls ask for: a case of a lab. ``image`` names the file that the lab's image is of, if it is one."""
+
+    lab: Lab
+    settings: GenerationSettings
+    bug: str
+    image: str | None = None
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """A clip that stays while the controls move on, and what was asked for to make it."""
+
+    asked: _Asked
+    which: Choice
+    frames: Tensor
+    number: str
+
+
 class ExplorerPanel(Panel):
-    """Sliders, a fix on/off toggle, the plot with its number, and the clips side by side.
+    """Controls and the verdict on the left, the clips and the plot of one case on the right.
+
+    All that is shown is of one case. Where the controls ask for another one it is dimmed, until that is there.
 
     Args:
         explorer: what it is about.
@@ -131,20 +175,33 @@ class ExplorerPanel(Panel):
         super().__init__()
         self.explorer = explorer
         self.case: Case | None = None
+        self._shown: _Asked | None = None
+        self._pinned: _Pinned | None = None
+        self._own_image: tuple[Lab, str] | None = None
         self._drawing = threading.RLock()
         self.controls = {name: self._control(name) for name in explorer.sliders}
-        self.bug = ipywidgets.Dropdown(
-            options=explorer.bugs, description="the bug", style=WIDE, layout={"width": "30em"}
+        self.bug = ipywidgets.Dropdown(options=explorer.bugs, description="the bug", **NARROW)
+        self.seed = ipywidgets.IntText(explorer.start.seed, description="seed", tooltip=help_of("seed"), **NARROW)
+        self.upload = ipywidgets.FileUpload(
+            accept="image/*", description="your image", tooltip="a clip of an image of yours", layout={"width": "auto"}
         )
-        self.fix = ipywidgets.Checkbox(
-            value=True, description="fix on", indent=False, layout={"width": "6em", "margin": "2px 2px 2px 6px"}
-        )
-        self.number, self.caption, self.plot = (ipywidgets.HTML() for _ in range(3))
-        self.clips = ipywidgets.VBox()
-        for widget in (*self.controls.values(), self.bug):
+        options = [(text, which) for which, text in CHOICES.items() if which != "own" or explorer.stages]
+        self.which = ipywidgets.ToggleButtons(options=options, style={"button_width": f"{88 // len(options)}%"})
+        self.reset = _button("Reset", "undo", "all controls as they were at first")
+        self.pin = _button("Pin as A", "thumb-tack", "keep this clip, and compare with it what comes")
+        self.back = _button("Back to what is shown", "arrow-left", "the controls as they were for what is shown")
+        self.number, self.pinned_number, self.caption, self.plot, self.refused = (ipywidgets.HTML() for _ in range(5))
+        self.clips, self.snippet = ipywidgets.VBox(), Snippet()
+        self.back.layout.display = "none"
+        for widget in (*self.controls.values(), self.bug, self.seed):
             widget.observe(self._moved, "value")
-        self.fix.observe(lambda change: self._draw_choice(), "value")
+        self.which.observe(lambda change: self._draw_choice(), "value")
+        self.upload.observe(self._uploaded, "value")
         self.run.on_click(lambda button: self.compute())
+        self.stop.on_click(lambda button: self._mark(ended=True))
+        self.reset.on_click(lambda button: self._reset())
+        self.back.on_click(lambda button: self._go_back())
+        self.pin.on_click(lambda button: self._pin())
 
     def _control(self, name: str) -> ipywidgets.ValueWidget:
         start = self.explorer.start
@@ -154,46 +211,129 @@ class ExplorerPanel(Panel):
 
     def show(self) -> ipywidgets.Widget:
         """All of it as one widget, and the first case under way."""
-        rows = [
-            ipywidgets.HBox([widget, ipywidgets.HTML(small(help_of(name)))]) for name, widget in self.controls.items()
+        bug = [self.bug] if len(self.explorer.bugs) > 1 else []
+        left = [
+            self.which,
+            self.number,
+            self.pinned_number,
+            *bug,
+            *self.controls.values(),
+            self.seed,
+            ipywidgets.HBox([self.upload, self.pin, self.reset]),
+            self.refused,
+            ipywidgets.HBox([self.run, self.stop, self.progress]),
+            self.status,
+            self.snippet,
         ]
-        if len(self.explorer.bugs) > 1:
-            rows.append(self.bug)
-        buttons = [self.fix, *([] if self.explorer.live else [self.run]), self.stop, self.progress, self.status]
+        right = [ipywidgets.HBox([self.caption, self.back]), self.clips, self.plot]
+        self.plot.add_class(_PLOT)
         self.compute()
-        return ipywidgets.VBox(
-            [*rows, ipywidgets.HBox(buttons), self.caption, self.plot, self.number, self.clips, stale_style()]
-        )
+        columns = [
+            ipywidgets.VBox(left, layout={"flex": "0 1 330px"}),
+            ipywidgets.VBox(right, layout={"flex": "1 1 480px", "min_width": "0"}),
+        ]
+        style = ipywidgets.HTML(f"<style>{_STYLE}</style>", layout={"display": "none"})
+        layout = {"flex_flow": "row wrap", "align_items": "flex-start"}
+        panel = ipywidgets.HBox([*columns, stale_style(), style], layout=layout)
+        panel.add_class(_PANEL)
+        return panel
 
     @property
     def settings(self) -> GenerationSettings:
-        """Where the sliders stand.
+        """Where the controls stand.
 
         Raises:
             SvdlabError: they stand where the settings do not allow.
         """
         values = {name: widget.value for name, widget in self.controls.items()}
         # A slider in steps of 0.1 says 0.30000000000000004.
-        return self.explorer.start.replace(**{n: round(v, 6) if isinstance(v, float) else v for n, v in values.items()})
+        values = {name: round(v, 6) if isinstance(v, float) else v for name, v in values.items()}
+        return self.explorer.start.replace(**values, seed=self.seed.value)
+
+    def _asked(self) -> _Asked:
+        lab, image = self._own_image or (self.explorer.lab, None)
+        return _Asked(lab, self.settings, self.bug.value, image)
 
     def compute(self) -> None:
-        """Ask the worker for the case at which the sliders stand."""
+        """Ask the worker for the case at which the controls stand."""
         try:
-            settings = self.settings
+            asked = self._asked()
         except SvdlabError as error:
-            self.say_error(error)
+            problem = error
+
+            def refuse(stop: threading.Event) -> str:
+                raise problem
+
+            self.submit(refuse)  # in its turn, so that what runs now has no later word
+            self._mark(ended=True)
             return
-        bug = self.bug.value
-        self.submit(lambda stop: self._compute(settings, bug, stop))
+        self._mark()
+        self.submit(lambda stop: self._compute(asked, stop))
 
     def _moved(self, change: Any) -> None:
         if self.explorer.live:
             self.compute()
         else:
-            self.say("The sliders have moved: press Run.")
+            self.say("The controls have moved: press Run.")
+            self._mark(ended=True)
 
-    def _compute(self, settings: GenerationSettings, bug: str, stop: threading.Event) -> str:
-        """In the worker's thread: draw what comes; what is not yet of these settings is dimmed."""
+    def _uploaded(self, change: Any) -> None:
+        if not self.upload.value:
+            return
+        (file,) = self.upload.value
+        try:
+            image = read_image(file["name"], bytes(file["content"]))
+        except SvdlabError as error:
+            self.refused.value = alert(error)
+        else:
+            self.refused.value = ""
+            self._own_image = self.explorer.lab.with_image(image), file["name"]
+            self._moved(change)
+        self.upload.value = ()
+
+    def _put(self, settings: GenerationSettings, bug: str, own_image: tuple[Lab, str] | None) -> None:
+        """Set all controls, and compute where that moves one of them."""
+        self._own_image = own_image
+        for name, widget in self.controls.items():
+            value = getattr(settings, name)
+            widget.value = widget.max if value in (None, "auto") else value
+        self.seed.value, self.bug.value = settings.seed, bug
+        self._moved(None)
+
+    def _reset(self) -> None:
+        self.which.value, self.refused.value = "off", ""
+        if self._pinned:
+            self._pin()
+        self._put(self.explorer.start, self.explorer.bugs[0], None)
+
+    def _go_back(self) -> None:
+        shown = self._shown
+        assert shown is not None
+        self._put(shown.settings, shown.bug, None if shown.image is None else (shown.lab, shown.image))
+
+    def _pin(self) -> None:
+        """Keep what is shown as A, or let it go."""
+        with self._drawing:
+            if self._pinned or self.case is None or self._shown is None:
+                self._pinned = None
+            else:
+                frames = self.case.comparison(self.which.value).traces["candidate"]["frames"][0]
+                self._pinned = _Pinned(self._shown, self.which.value, frames, self.number.value)
+            self.pin.description = "Unpin A" if self._pinned else "Pin as A"
+            self._draw_choice()
+
+    def _mark(self, ended: bool = False) -> None:
+        """Dim what is not of the case that the controls ask for; once nothing runs, offer the way back to it."""
+        try:
+            stale = self._shown is not None and self._shown != self._asked()
+        except SvdlabError:
+            stale = self._shown is not None
+        for widget in (self.number, self.clips, self.plot, self.snippet):
+            set_stale(widget, stale)
+        self.back.layout.display = "" if stale and ended else "none"
+
+    def _compute(self, asked: _Asked, stop: threading.Event) -> str:
+        """In the worker's thread: draw what comes."""
         said = ""
 
         def on_progress(fraction: float, text: str) -> None:
@@ -205,46 +345,62 @@ class ExplorerPanel(Panel):
                 self.progress.value = fraction
                 self.say(text)
 
-        set_stale(self.plot, True)
-        set_stale(self.clips, True)
         try:
-            for case in self.explorer.lab.cases(settings, bug, on_progress):
+            for case in asked.lab.cases(asked.settings, asked.bug, self.explorer.stages, on_progress):
                 if stop.is_set():
                     raise Cancelled
-                self._draw(case)
+                self._draw(asked, case)
         finally:
-            set_stale(self.clips, False)
-            # A run that ends before there is a noise floor leaves the plot of an earlier case.
-            set_stale(self.plot, self.case is not None and not self.case.measured)
+            self._mark(ended=not self.worker.waiting)
         return "done"
 
-    def _draw(self, case: Case) -> None:
+    def _draw(self, asked: _Asked, case: Case) -> None:
         with self._drawing:
-            self.case = case
-            self._draw_choice()
-            set_stale(self.clips, False)
+            self.case, self._shown = case, asked
             if case.measured:
-                self.explorer.remember(case)
-                self.plot.value = plot_fix(case.on, case.off, case.bug)._repr_html_()
-                set_stale(self.plot, False)
+                self.explorer.remember(case, asked.image)
+            self.plot.value = plot_fix(case, steps=False)._repr_html_()
+            self._draw_choice()
+            self._mark()
 
     def _draw_choice(self) -> None:
-        """What the toggle changes: the number and the clips. The plot has both lines."""
+        """What the toggle changes: the number, the clips and the code. The plot has all lines."""
         with self._drawing:
-            if self.case is not None:
-                # A stopped run leaves the pictures behind the sliders: they say what they are of.
-                at = (f"{n.replace('_', ' ')} {getattr(self.case.settings, n)}" for n in self.controls)
-                self.caption.value = small(f"Shown: {', '.join([*at, self.case.bug])}")
-                self.number.value = number_html(self.case, self.fix.value)
-                self._show_clips(self.case)
+            if self.case is None or self._shown is None:
+                return
+            which, shown = self.which.value, self._shown
+            self.number.value = number_html(self.case, which)
+            self.caption.value = small(f"Shown: {', '.join([CHOICES[which], *self._named(shown)])}")
+            self.snippet.code = case_code(
+                shown.lab, self.case.settings, shown.bug, which, self.explorer.stages, shown.image
+            )
+            self._show_clips(self.case, which)
 
-    def _show_clips(self, case: Case) -> None:
+    def _named(self, asked: _Asked) -> list[str]:
+        """What was asked for, as a reader finds it in the controls."""
+        settings = (f"{name.replace('_', ' ')} {getattr(asked.settings, name)}" for name in (*self.controls, "seed"))
+        return [asked.bug, *settings, *([asked.image] if asked.image else [])]
+
+    def _show_clips(self, case: Case, which: Choice) -> None:
         """In the player that is there, so that it goes on at its frame."""
+        clips = case_clips(case, which)
+        self.pinned_number.value = ""
+        if self._pinned and self._shown:
+            a, b = self._pinned, case.comparison(which).traces["candidate"]["frames"][0]
+            if a.frames.shape != b.shape:
+                self._pinned, self.pin.description = None, "Pin as A"
+            else:
+                apart = [name for name in self._named(a.asked) if name not in self._named(self._shown)]
+                other = [name for name in self._named(self._shown) if name not in self._named(a.asked)]
+                title, shown = difference(a.frames, b, b)
+                names = (", ".join([CHOICES[a.which], *apart]), ", ".join([CHOICES[which], *other]))
+                clips = {f"A: {names[0]}": a.frames, f"B: {names[1]}": b, f"A and B: {title}": shown}
+                self.pinned_number.value = f"<details><summary>A: {escape(names[0])}</summary>{a.number}</details>"
         if self.clips.children:
-            self.clips.children[0].show(case_clips(case, self.fix.value), case.settings.fps)
+            self.clips.children[0].show(clips, case.settings.fps, blink=True)
         else:
-            self.clips.children = [_player(case, self.fix.value)]
+            self.clips.children = [Player(clips, case.settings.fps, blink=True)]
 
 
-def _player(case: Case, fix: bool) -> Player:
-    return Player(case_clips(case, fix), case.settings.fps)
+def _button(text: str, icon: str, help: str) -> ipywidgets.Button:
+    return ipywidgets.Button(description=text, icon=icon, tooltip=help, layout={"width": "auto"})

@@ -24,10 +24,11 @@ from svdlab.svd.video import LOSSLESS_BYTES, Clip, codec_cost, enlarged, side_by
 if TYPE_CHECKING:
     from IPython.display import HTML
 
-    from svdlab.parity.lab import Case
+    from svdlab.parity.lab import Case, Choice
 
 # What a page needs to play the figures of ``Player.to_html``.
 SCRIPT, STYLE = (joined(f"clock.{kind}", f"player.{kind}") for kind in ("js", "css"))
+CHOICES: Mapping[Choice, str] = {"off": "fix off", "on": "fix on", "own": "your code"}
 _PICTURE_HEIGHT = 192  # pixels
 
 
@@ -124,32 +125,35 @@ def _encoded(levels: np.ndarray, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def case_clips(case: Case, fix: bool) -> dict[str, Tensor]:
+def case_clips(case: Case, which: Choice) -> dict[str, Tensor]:
     """diffusers, svdlab and their difference, brightened: frames (F, 3, H, W) by title.
 
     Args:
         case: of ``Lab.case``.
-        fix: svdlab with the fix, or with the bug injected.
+        which: svdlab with the fix, with the bug injected, or with the reader's functions.
     """
-    of, gain = case.comparison(fix), _gain(case)
-    reference, candidate = (of.traces[name]["frames"][0].double() for name in ("reference", "candidate"))
-    return {
-        "diffusers": reference,
-        f"svdlab, fix {'on' if fix else 'off'}": candidate,
-        f"difference{f', {gain:g} times' if gain > 1 else ''}": (candidate - reference).abs() * gain - 1,
-    }
+    reference, candidate = (case.comparison(which).traces[name]["frames"][0] for name in ("reference", "candidate"))
+    # Brightened as far as the difference without the fix allows, the same for all.
+    title, shown = difference(reference, candidate, case.off.traces["candidate"]["frames"][0])
+    return {"diffusers": reference, f"svdlab, {CHOICES[which]}": candidate, title: shown}
 
 
-def plot_case_frames(case: Case, fix: bool) -> Plot:
+def difference(one: Tensor, other: Tensor, bright: Tensor) -> tuple[str, Tensor]:
+    """How far two clips are apart at every pixel, as a clip, and its title.
+
+    Args:
+        one, other: (F, 3, H, W) in about [-1, 1].
+        bright: the clip whose distance from ``one`` may be as bright as white.
+    """
+    peak = np.quantile((bright.double() - one.double()).abs() / 2, 0.99)
+    gain = float(2 ** np.clip(np.floor(-np.log2(max(peak, 1e-9))), 0, 10))
+    title = f"difference, {gain:g} times" if gain > 1 else "difference"
+    return title, (other.double() - one.double()).abs() * gain - 1
+
+
+def plot_case_frames(case: Case, which: Choice) -> Plot:
     """The same frame by frame, on paper."""
-    return plot_film(case_clips(case, fix))
-
-
-def _gain(case: Case) -> float:
-    """By how much the difference is brightened: as far as the one without the fix allows, the same for both."""
-    reference, candidate = (case.off.traces[name]["frames"].double() for name in ("reference", "candidate"))
-    peak = np.quantile((candidate - reference).abs() / 2, 0.99)
-    return float(2 ** np.clip(np.floor(-np.log2(max(peak, 1e-9))), 0, 10))
+    return plot_film(case_clips(case, which))
 
 
 def picture(alt: str, *images: Tensor) -> HTML:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from svdlab.parity.compare import Comparison
     from svdlab.parity.diagnose import CatalogueRow
-    from svdlab.parity.lab import Case
+    from svdlab.parity.lab import Case, Choice
 
 
 def ratio_text(comparison: Comparison) -> str:
@@ -23,22 +23,29 @@ def ratio_text(comparison: Comparison) -> str:
     return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.1e}"
 
 
-def number_html(case: Case, fix: bool) -> str:
-    """The verdict's number with what it means: HTML.
+def number_html(case: Case, which: Choice) -> str:
+    """The verdict's number, and what it means: HTML.
 
     Args:
         case: of ``Lab.case``.
-        fix: svdlab with the fix, or with the bug injected.
+        which: svdlab with the fix, with the bug injected, or with the reader's functions.
     """
-    of = case.comparison(fix)
-    name = f"Fix {'on' if fix else f'off ({case.bug})'}"
-    mse = f"frames MSE {of.frames_mse:.1e}, {'below' if of.passes_mse_bar else 'above'} the usual threshold of 1e-3"
+    of = case.comparison(which)
+    name = {"on": "Fix on", "off": f"Fix off ({case.bug})", "own": "Your code"}[which]
+    mse = f"Frames MSE {of.frames_mse:.1e}: {'below' if of.passes_mse_bar else 'above'} the usual threshold of 1e-3."
     if not case.measured:
-        return f"<p>{escape(name)}: {mse}; the noise floor is being measured</p>"
-    where = f"worst at {of.worst.name}" if of.verdict == "parity" else f"first above 4 at {of.first_divergence}"
+        return (
+            f"<div>{escape(name)}</div><div><b>noise ratio not known yet</b></div>"
+            f"<p>It takes diffusers in float64 to say what is rounding. {mse}</p>"
+        )
+    first = f" First above {of.threshold:g}: {of.first_divergence}." if of.first_divergence else ""
+    meaning = (
+        f"At {of.worst.name}, where it is worst, svdlab is {ratio_text(of)} times as far from diffusers in float64 as "
+        f"diffusers in {of.dtype} is; up to {of.threshold:g} is rounding.{first}"
+    )
     return (
-        f"<p>{escape(name)}: <b>noise ratio <output>{ratio_text(of)}</output>, {of.verdict}</b> "
-        f"({escape(where)}); {mse}</p>"
+        f'<div>{escape(name)}</div><div><b>noise ratio <output style="font-size:1.6em">{ratio_text(of)}</output>, '
+        f"{of.verdict}</b></div><p>{escape(meaning)} {mse}</p>"
     )
 
 

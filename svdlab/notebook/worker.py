@@ -42,6 +42,12 @@ class Worker:
             self._stop.set()
             self._changed.notify_all()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a request waits for the thread."""
+        with self._changed:
+            return self._next is not None
+
     def join(self) -> None:
         """Wait until nothing runs and nothing waits."""
         with self._changed:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OnProgress = Callable[[float, str], None]
+# svdlab with the fix, with its bug injected, or with a reader's own functions in the stages' places.
+Choice = Literal["off", "on", "own"]
+Stages = Mapping[str, Callable[..., Any]]
 # Traces are kept while they fit; beyond that the oldest go. A case needs four.
 _CACHE_BYTES, _CASE_TRACES = 2**30, 4
 # Where a case's parts begin and end on its progress bar: float64 costs as much as the rest.
 _PARTS = {
-    "reference": (0.0, 0.15, "diffusers"),
-    "on": (0.15, 0.3, "svdlab, fix on"),
-    "off": (0.3, 0.45, "svdlab, fix off"),
-    "truth": (0.45, 1.0, "diffusers in float64"),
+    "reference": (0.0, 0.14, "diffusers"),
+    "on": (0.14, 0.26, "svdlab, fix on"),
+    "off": (0.26, 0.38, "svdlab, fix off"),
+    "own": (0.38, 0.5, "svdlab, your code"),
+    "truth": (0.5, 1.0, "diffusers in float64"),
 }
 
 
@@ -57,22 +62,31 @@ class Case:
     Attributes:
         settings: resolved.
         bug: the injected bug, a name of ``bugs.BUGS``.
-        on: svdlab as it is; ``off`` with the bug. Their noise floors are measured once there is a truth.
+        on: svdlab as it is; ``off`` with the bug, ``own`` with a reader's functions, if any were given. Their noise
+            floors are measured once there is a truth.
     """
 
     settings: GenerationSettings
     bug: str
     on: Comparison
     off: Comparison
+    own: Comparison | None = None
 
     @property
     def measured(self) -> bool:
         """Whether the noise floor is known: the float64 run is done."""
         return self.on.floor_from == "truth"
 
-    def comparison(self, fix: bool) -> Comparison:
-        """``on`` or ``off``."""
-        return self.on if fix else self.off
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What there is a comparison of."""
+        return ("off", "on") if self.own is None else ("off", "on", "own")
+
+    def comparison(self, which: Choice) -> Comparison:
+        """That of a choice which is there."""
+        found = {"off": self.off, "on": self.on, "own": self.own}[which]
+        assert found is not None
+        return found
 
 
 class Lab:
@@ -93,11 +107,13 @@ class Lab:
     def __init__(
         self, model: str = EMBEDDED, device: str = "cpu", dtype: str = "float32", image: Image.Image | None = None
     ):
+        self.model, self.device = model, device
+        self.own_image = image is not None
         self.image = image or sample_picture(model)
-        self._checkpoint, self._device = checkpoint_path(model), device
+        self._checkpoint = checkpoint_path(model)
         self.dtype = GenerationSettings(dtype=dtype).torch_dtype
         self.pipe = SVDPipeline.from_pretrained(self._checkpoint, dtype=self.dtype, device=device, compat="diffusers")
-        self._diffusers: Any = None
+        self._diffusers: list[Any] = []  # the pipeline once it is loaded; ``with_image``'s labs share it
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -112,23 +128,38 @@ class Lab:
         dtype = str(self.dtype).removeprefix("torch.")
         return self.pipe.resolve(GenerationSettings(**{**given, "dtype": dtype}))
 
-    def case(self, settings: GenerationSettings, bug: str) -> Case:
-        """Everything about one position of the sliders."""
-        *_, case = self.cases(settings, bug)
+    def with_image(self, image: Image.Image) -> Lab:
+        """The same checkpoint on another image, with no trace yet; both take turns with the networks."""
+        other = copy.copy(self)
+        other.image, other._traces = image, OrderedDict()
+        return other
+
+    def case(self, settings: GenerationSettings, bug: str, stages: Stages | None = None) -> Case:
+        """Everything about one position of the sliders; arguments and errors as of ``cases``."""
+        *_, case = self.cases(settings, bug, stages)
         return case
 
-    def cases(self, settings: GenerationSettings, bug: str, on_progress: OnProgress | None = None) -> Iterator[Case]:
+    def cases(
+        self,
+        settings: GenerationSettings,
+        bug: str,
+        stages: Stages | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[Case]:
         """The case as soon as there are clips, and again once the float64 run has measured the noise floor.
 
         Args:
             settings: which generation.
             bug: a name of ``bugs.BUGS``.
+            stages: functions for the stages' places (``SVDPipeline.with_stage``), run whenever they are given: what
+                they do may have changed.
             on_progress: called with the progress in [0, 1] and a text at every layer; may raise ``Cancelled``.
 
         Raises:
-            SvdlabError: settings at which diffusers fails, a bug that is not known.
+            SvdlabError: settings at which diffusers fails, a bug or a stage that is not known.
         """
         check_bugs(bug)
+        with_own = self.pipe.with_stage(**stages or {})
         settings = self.pipe.resolve(settings)
         reference = self.reference(settings, on_progress)
         on = self.candidate(settings, on_progress=on_progress)
@@ -137,9 +168,13 @@ class Lab:
             lambda: capture(self.pipe.with_bugs(bug), None, settings, replay=reference, preprocess=True),
             on_progress,
         )
-        yield Case(settings, bug, compare(reference, on), compare(reference, off))
+        candidates = [on, off]
+        if stages:
+            with self._lock, _reporting(*_PARTS["own"], settings.num_steps, on_progress):
+                candidates.append(capture(with_own, None, settings, replay=reference, preprocess=True))
+        yield Case(settings, bug, *(compare(reference, candidate) for candidate in candidates))
         truth = self.truth(settings, on_progress)
-        yield Case(settings, bug, compare(reference, on, truth), compare(reference, off, truth))
+        yield Case(settings, bug, *(compare(reference, candidate, truth) for candidate in candidates))
 
     def comparison(self, settings: GenerationSettings) -> Comparison:
         """svdlab against diffusers, measured by the float64 run."""
@@ -180,18 +215,18 @@ class Lab:
         # The scale costs nothing, so long as there is guidance.
         settings = self.pipe.resolve(settings.replace(min_guidance_scale=1.0, max_guidance_scale=3.0))
         unet = self.pipe.unet
-        new = functools.partial(torch.randn, device=self._device, dtype=self.dtype)
+        new = functools.partial(torch.randn, device=self.device, dtype=self.dtype)
         with torch.no_grad(), self._lock:
             sample, timestep, embeddings, ids = unet_inputs(self.pipe.configs, settings, new)
             conditioning = unet.condition(embeddings, ids, sample.shape[1])
 
             def step() -> None:
                 predict_noise(unet, sample, timestep, conditioning, cfg=settings.cfg)
-                if self._device.startswith("cuda"):
-                    torch.cuda.synchronize(self._device)
+                if self.device.startswith("cuda"):
+                    torch.cuda.synchronize(self.device)
 
             step()  # what a first pass prepares is no activation
-            peak, seconds = measured_peak(step, self._device), []
+            peak, seconds = measured_peak(step, self.device), []
             for _ in range(rounds):
                 started = time.perf_counter()
                 step()
@@ -202,9 +237,9 @@ class Lab:
         """diffusers' pipeline in a dtype: one copy, cast when needed. To float64 and back loses nothing."""
         from svdlab.parity.reference import cast_diffusers, load_diffusers
 
-        if self._diffusers is None:
-            self._diffusers = load_diffusers(self._checkpoint, self.dtype, self._device)
-        return cast_diffusers(self._diffusers, dtype)
+        if not self._diffusers:
+            self._diffusers.append(load_diffusers(self._checkpoint, self.dtype, self.device))
+        return cast_diffusers(self._diffusers[0], dtype)
 
     def _trace(self, key: Any, make: Callable[[], Trace], on_progress: OnProgress | None) -> Trace:
         with self._lock:
