@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from svdlab.notebook.tables import NOTEBOOK_OF
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.demo import SIX
 from svdlab.report.run import run_report
@@ -59,6 +60,7 @@ def test_a_fix_is_told_in_full(path: Path) -> None:
     bugs, sliders = (ast.literal_eval(given[name]) for name in ("bugs", "sliders"))
     assert bugs and all(bug in BUGS and f"`{bug}`" in story for bug in bugs), "every bug of the sliders is told"
     assert {"fps", "min_guidance_scale", "max_guidance_scale"} <= set(sliders)
+    assert [bug for bug, name in NOTEBOOK_OF.items() if name == path.stem] == bugs, "where a verdict sends its reader"
 
 
 def test_the_hidden_bugs_are_those_of_the_demo() -> None:

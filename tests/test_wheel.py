@@ -12,7 +12,7 @@ from svdlab.report.shipped import shipped_notebooks
 
 ROOT = Path(__file__).parent.parent
 # What a build reads, and none of what earlier ones left.
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "svdlab", "notebooks")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "svdlab", "notebooks", "docs")
 CHECK = """
 from svdlab import SVDPipeline
 import svdlab
@@ -41,6 +41,9 @@ def test_a_wheel_carries_checkpoint_and_notebooks(tmp_path: Path) -> None:
     for kind in ("*.py", "*.js", "*.css"):
         files = {str(p.relative_to(ROOT)) for p in (ROOT / "svdlab").rglob(kind)}
         assert {str(p.relative_to(target)) for p in (target / "svdlab").rglob(kind)} == files != set()
+    assert {p.name for p in (target / "svdlab/writers").iterdir()} == {
+        p.name for p in (ROOT / "docs/writers").iterdir()
+    }
     copies = sorted((work / "copies").iterdir())
     originals = sorted((ROOT / "notebooks").glob("*.ipynb"))
     assert [p.read_bytes() for p in copies] == [p.read_bytes() for p in originals] != []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import pytest
 import torch
 from html_tables import rows
@@ -16,7 +19,7 @@ from torch import nn
 
 from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import control, help_of, is_live
-from svdlab.notebook.diagnoser import Diagnoser
+from svdlab.notebook.diagnoser import Diagnoser, writers
 from svdlab.notebook.explorer import Explorer, ExplorerPanel
 from svdlab.notebook.panel import Panel
 from svdlab.notebook.players import Player, case_clips
@@ -347,21 +350,79 @@ def test_one_reference_serves_what_diffusers_does_not_know(lab: Lab) -> None:
     assert lab.reference(settings.replace(decode_chunk_size=1)) is not reference
 
 
-def test_a_reader_finds_the_bug_in_their_own_file(lab: Lab, tmp_path: Path) -> None:
+@pytest.fixture
+def diagnoser(lab: Lab) -> Diagnoser:
     settings = lab.settings(num_frames=2, num_inference_steps=1, height=32, width=32)
-    panel = Diagnoser(lab.pipe, lab.reference(settings), lab.truth(settings))
-    assert "<img" not in panel._repr_mimebundle_()["text/html"], "a page has no kernel"
-    panel.target.value = str(tmp_path / "reference.safetensors")
-    panel.write.click()
-    panel.worker.join()
-    assert f"wrote {panel.target.value}" in panel.status.value
-    port = str(tmp_path / "port.safetensors")
-    reference = lab.reference(settings)
+    return Diagnoser(lab.pipe, lab.reference(settings), lab.truth(settings))
+
+
+def found(panel: Diagnoser) -> str:
+    return "".join(child.value for child in panel.found.children if isinstance(child, ipywidgets.HTML))
+
+
+def test_a_reader_finds_the_bug_in_their_own_file(diagnoser: Diagnoser, lab: Lab, tmp_path: Path) -> None:
+    assert "<img" not in diagnoser._repr_mimebundle_()["text/html"], "a page has no kernel"
+    diagnoser.target.value = str(tmp_path / "reference.safetensors")
+    diagnoser.write.click()
+    diagnoser.worker.join()
+    assert f"wrote {diagnoser.target.value}" in diagnoser.status.value
+    port, bad = tmp_path / "port.safetensors", tmp_path / "bad.safetensors"
     buggy = lab.pipe.with_bugs(BUG)
-    capture(buggy, replay=reference, preprocess=True, until="noise_pred.000", path=port)
-    for name, said in ((str(tmp_path / "none"), "none"), (port, "done")):
-        panel.source.value = name
-        panel.diagnose.click()
-        panel.worker.join()
-        assert said in panel.status.value, panel.status.value
-    assert all(said in panel.found.value for said in (f"<p>{BUG}: no bug", "fed fps instead of fps - 1", "<img"))
+    capture(buggy, replay=diagnoser.reference, preprocess=True, until="noise_pred.000", path=str(port))
+    bad.write_bytes(port.read_bytes()[:1000])
+    for name, said in ((str(tmp_path / "none"), "no such file"), (str(bad), "bad.safetensors"), (str(port), "done")):
+        diagnoser.source.value = name
+        diagnoser.diagnose.click()
+        diagnoser.worker.join()
+        assert said in diagnoser.status.value and "Traceback" not in diagnoser.status.value
+        assert bool(diagnoser.found.children) == (said == "done")
+    page = found(diagnoser)
+    assert all(
+        said in page for said in ("1 choice of the original", "explains all that is wrong", "<img", "of 15 stages")
+    )
+    links = re.findall("href='([^']*)'", page)
+    assert f"<b>{BUG}</b>: no bug" in page
+    assert links == ["01_fps_conditioning.ipynb", "10_where_diffusers_departs.ipynb"]
+    assert ["time_ids", "wrong"] in [row[:2] for row in rows(page)], "stage by stage"
+    assert diagnoser.found.children[-1].view["probe"] == "added_time_ids", "and the tensors themselves"
+
+
+def uploaded(name: str, content: bytes) -> dict[str, Any]:
+    """A file as the browser's side of the widget gives it."""
+    about = {"type": "", "size": len(content), "last_modified": datetime.now(timezone.utc)}
+    return {"name": name, "content": memoryview(content), **about}
+
+
+def test_an_upload_and_an_example_are_diagnosed_at_once(diagnoser: Diagnoser) -> None:
+    made = diagnoser.reference.save(Path(diagnoser._uploads.name) / "made.safetensors")
+    for content, said in ((made.path.read_bytes(), "At parity: nothing is wrong"), (b"PK", "")):
+        diagnoser.upload.value = (uploaded("../mine.safetensors", content),)
+        diagnoser.worker.join()
+        assert "mine.safetensors" in diagnoser.status.value and said in found(diagnoser)
+    assert "done" not in diagnoser.status.value and not found(diagnoser), "a bad file leaves no older answer"
+    diagnoser.example.value = ("guidance_swapped",)
+    diagnoser.worker.join()
+    assert "done" in diagnoser.status.value and "1 bug explains all that is wrong" in found(diagnoser)
+    assert "href='06_cfg_batching.ipynb'" in found(diagnoser)
+
+
+def test_a_diagnosis_can_be_stopped(diagnoser: Diagnoser) -> None:
+    said: list[str] = []
+
+    def stop_in_the_middle(change: dict[str, str]) -> None:
+        said.append(change["new"])
+        if "replay 5 " in change["new"]:
+            diagnoser.stop.click()
+
+    diagnoser.status.observe(stop_in_the_middle, "value")
+    diagnoser.example.value = ("guidance_swapped",)
+    diagnoser.worker.join()
+    assert "stopped" in said[-1] and not any("replay 7 " in text for text in said) and not diagnoser.found.children
+
+
+def test_a_writer_can_be_saved_in_every_language(diagnoser: Diagnoser) -> None:
+    for language in diagnoser.language.options:
+        diagnoser.language.value = language
+        name, data = re.findall(r"download='([^']+)' href='data:text/plain;base64,([^']+)'", diagnoser.writer.value)[0]
+        assert base64.b64decode(data) == (writers() / name).read_bytes()
+    assert len(diagnoser.language.options) == len(list(writers().iterdir()))

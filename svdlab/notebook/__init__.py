@@ -11,7 +11,14 @@ _HOMES = {
     "diagnoser": ("Diagnoser",),
     "inspector": ("Inspector",),
     "players": ("Player", "case_clips", "picture", "plot_case_frames"),
-    "tables": ("catalogue_table", "ratio_text", "stage_table", "where_it_shows"),
+    "tables": (
+        "catalogue_table",
+        "diagnosis_table",
+        "ratio_text",
+        "stage_table",
+        "verdict_html",
+        "where_it_shows",
+    ),
     "charts": (
         "plot_catalogue",
         "plot_chunks",

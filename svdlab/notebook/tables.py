@@ -6,15 +6,26 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from svdlab.parity.bugs import BUGS, DEPARTURES
 from svdlab.parity.compare import THRESHOLD
-from svdlab.tables import Cell, Column, Table
+from svdlab.tables import Cell, Column, Style, Table
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
     from svdlab.parity.compare import Comparison
-    from svdlab.parity.diagnose import CatalogueRow
+    from svdlab.parity.diagnose import CatalogueRow, Diagnosis
     from svdlab.parity.lab import Case, Choice
+
+# The notebook about a bug, where there is one.
+NOTEBOOK_OF = {
+    "fps_not_decremented": "01_fps_conditioning",
+    **dict.fromkeys(["timestep_unscaled", "timestep_negated"], "02_timestep_scaling"),
+    **dict.fromkeys(["noise_aug_after_encode", "noise_aug_missing"], "03_noise_augmentation"),
+    **dict.fromkeys(["guidance_per_step", "guidance_constant"], "04_per_frame_guidance"),
+    "decode_chunked": "05_decode_chunking",
+    "guidance_swapped": "06_cfg_batching",
+}
 
 
 def ratio_text(comparison: Comparison) -> str:
@@ -144,6 +155,75 @@ def catalogue_table(rows: Sequence[CatalogueRow]) -> Table:
     missed = sum(row.passes_mse_bar for row in rows), sum(row.ratio <= THRESHOLD for row in rows)
     caption = f"Of {len(rows)} bugs MSE < 1e-3 misses {missed[0]}, the noise ratio {missed[1]}."
     return Table(["bug", "first tensor above 4", *numbers, "MSE < 1e-3", "noise ratio <= 4"], cells, caption=caption)
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """Every stage as it was judged: its bugs, and what they leave unexplained, with the taps to write next."""
+    rows: list[list[str | Cell]] = []
+    for stage in diagnosis.stages:
+        style: Style = {"right": "good", "wrong": "bad"}.get(stage.status, "")  # type: ignore[assignment]
+        left = []
+        if stage.status == "wrong" and not stage.explained:
+            left += [f"wrong module: {stage.modules[0]}"] if stage.modules else []
+            left += [f"{stage.related} is {stage.relation.text}"] if stage.relation else []
+            left += [f"write these taps next: {', '.join(stage.next_taps)}"] if stage.next_taps else []
+        rows.append(
+            [
+                stage.stage,
+                Cell(stage.status.replace("_", " "), style),
+                "" if stage.ratio is None else f"{stage.ratio:.3g}",
+                " or ".join(" + ".join(names) for names in stage.bugs),
+                "; ".join(left),
+            ]
+        )
+    return Table(["stage", "status", Column("noise ratio", "right"), "bugs", "unexplained"], rows)
+
+
+def verdict_html(diagnosis: Diagnosis, suffix: str = ".html") -> str:
+    """A diagnosis's verdict in large print, and every bug with its cause and the notebook about it: HTML.
+
+    Args:
+        diagnosis: of ``parity.diagnose``.
+        suffix: of the notebooks that it links to: ".html" between a report's pages, ".ipynb" where they can be opened.
+    """
+    colour = "#009e73" if diagnosis.verdict == "parity" else "#d55e00"
+    look = f"font-size:1.7em;font-weight:600;line-height:1.25;border-left:.3em solid {colour};padding-left:.5em"
+    sets = [e.bugs for e in diagnosis.explanations] if len(diagnosis.explanations) > 1 else [tuple(diagnosis.named)]
+    lists = "<p>or</p>".join(f"<ul>{''.join(_bug_html(name, suffix) for name in names)}</ul>" for names in sets)
+    return f"<p style='{look}'>{escape(_headline(diagnosis))}</p>{lists}<p>{escape(diagnosis.coverage)}</p>"
+
+
+def _headline(diagnosis: Diagnosis) -> str:
+    left = _counted(sum(not stage.explained for stage in diagnosis.wrong), "wrong stage")
+    bugs = len(diagnosis.named) - len(diagnosis.departures)
+    found = [_counted(bugs, "bug")] if bugs else []
+    found += [_counted(len(diagnosis.departures), "choice") + " of the original's"] if diagnosis.departures else []
+    named = " and ".join(found)
+    if diagnosis.verdict == "parity":
+        every = all(stage.status == "right" for stage in diagnosis.stages)
+        return "At parity: nothing is wrong" if every else "Nothing is wrong in the stages that could be judged"
+    if diagnosis.verdict == "explained":
+        if len(diagnosis.explanations) > 1:
+            return (
+                f"{len(diagnosis.explanations)} sets of bugs explain all of it, and this trace cannot tell them apart"
+            )
+        return f"{named} explain{'s' * (len(diagnosis.named) == 1)} all that is wrong"
+    if not diagnosis.wrong:
+        return "Every stage is right, and the whole is not: it ran on other inputs"
+    if diagnosis.verdict == "partly":
+        return f"{named} named, {left} not explained"
+    return f"{left}, and no known bug explains what is wrong"
+
+
+def _bug_html(name: str, suffix: str) -> str:
+    notebooks = [NOTEBOOK_OF[name]] if name in NOTEBOOK_OF else []
+    notebooks += ["10_where_diffusers_departs"] if name in DEPARTURES else []
+    links = "".join(f" <a href='{notebook}{suffix}'>{notebook}</a>" for notebook in notebooks)
+    return f"<li><b>{escape(name)}</b>: {escape(BUGS[name].said)}{links}</li>"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
 
 
 def stage_table(comparison: Comparison) -> Table:

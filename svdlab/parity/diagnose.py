@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
-from itertools import islice, product
+from itertools import count, islice, product
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -289,6 +289,7 @@ def diagnose(
     max_bugs: int = 3,
     seconds: float | None = None,
     progress: bool = False,
+    on_replay: Callable[[int], object] = lambda count: None,
 ) -> Diagnosis:
     """Name every bug behind a candidate's trace.
 
@@ -305,6 +306,7 @@ def diagnose(
         seconds: after which no further set of several bugs is tried; single bugs always are, and what is being named
             is finished. None: no limit.
         progress: show a bar over replays.
+        on_replay: called with the number of replays so far; what it raises ends the diagnosis.
 
     Raises:
         SvdlabError: traces that cannot be compared, a reference without inputs to replay or that is not what the
@@ -320,10 +322,16 @@ def diagnose(
         check_same_run(candidate, candidate_truth)
         if candidate_truth.dtype != "float64":
             raise SvdlabError(f"{candidate_truth.label}: dtype {candidate_truth.dtype}, allowed: float64")
+    replays = count(1)
     with tqdm(desc="replays", unit="replay", disable=not progress) as bar:
-        judge = StageJudge(reference, candidate, pipe, candidate_truth, bar.update)
+
+        def tick() -> None:
+            bar.update()
+            on_replay(next(replays))
+
+        judge = StageJudge(reference, candidate, pipe, candidate_truth, tick)
         units = judge.units()
-        namer = Namer(judge, units, max_bugs, bar.update, lambda: time.monotonic() > late)
+        namer = Namer(judge, units, max_bugs, tick, lambda: time.monotonic() > late)
         return _Diagnoser(judge, units, comparison, namer, rules).run()
 
 

@@ -44,9 +44,13 @@ class Script:
 
 def scripts_for(content: str) -> list[Script]:
     """The scripts that a page with this content needs."""
-    from svdlab.notebook import charts, players, sweep_view
+    from svdlab.notebook import charts, inspector, players, sweep_view
 
-    known = [Script("svdlab-player", players.SCRIPT, players.STYLE), Script("svdlab-board", sweep_view.SCRIPT)]
+    known = [
+        Script("svdlab-player", players.SCRIPT, players.STYLE),
+        Script("svdlab-inspector", inspector.SCRIPT, inspector.STYLE),
+        Script("svdlab-board", sweep_view.SCRIPT),
+    ]
     if "svdlab-chart" in content:  # made when it is needed: it takes seconds
         known.append(Script("svdlab-chart", charts.page_script()))
     return [script for script in known if script.marker in content]
