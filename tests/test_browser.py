@@ -5,6 +5,7 @@ Skipped where Chromium or Playwright is missing, unless SVDLAB_REQUIRE_BROWSER=1
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from svdlab.notebook.sweep_export import export_sweep
 from svdlab.notebook.tables import ratio_text
 from svdlab.parity.compare import Comparison
 from svdlab.parity.lab import Lab
+from svdlab.parity.trace import Trace
 from svdlab.report.run import run_report
 from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
@@ -136,26 +138,88 @@ def test_the_guidance(browser: Any, server: str, lab: Lab) -> None:
         assert notebook.number() == said(case.comparison(then))
 
 
-def test_a_reader_brings_a_file(browser: Any, server: str) -> None:
+class Inspected:
+    """The last tensor inspector of a page, and what it says."""
+
+    def __init__(self, page: Any, traces: dict[str, Trace]):
+        self.root, self.traces = page.locator(".svdlab-inspector").last, traces
+
+    def wait_for(self, probe: str) -> None:
+        self.root.locator(".title b", has_text=re.compile(f"^{re.escape(probe)}$")).wait_for()
+
+    def pick(self, probe: str) -> None:
+        self.root.get_by_role("option", name=re.compile(f"^{re.escape(probe)} ")).click()
+        self.wait_for(probe)
+
+    def index(self) -> list[int]:
+        return json.loads(self.root.get_by_label("index", exact=True).inner_text())
+
+    def check(self, probe: str) -> None:
+        """What it says of the place under the cursor are the tensors' own values, to the last bit."""
+        at = tuple(self.index())
+        r, c = (self.traces[role][probe][at].numpy() for role in ("reference", "candidate"))
+        _, reference, candidate, difference = self.root.locator(".readout output").all_inner_texts()
+        assert np.float32(reference) == r and np.float32(candidate) == c
+        assert float(difference) == np.float64(c) - np.float64(r)
+
+
+def test_a_reader_brings_a_file(
+    browser: Any, server: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     notebook = Notebook(browser, server, "09_diagnose_a_port")
-    field = notebook.page.get_by_label("the port's trace")
+    page = notebook.page
+    field = page.get_by_label("the port's trace")
     field.fill("not-there.safetensors")
     field.press("Tab")
-    notebook.page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
     notebook.wait_for("not-there.safetensors")
-    notebook.page.get_by_role("button", name="Write reference").press("Enter")
+    page.get_by_role("button", name="Write reference").press("Enter")
     notebook.wait_for("wrote reference.safetensors")
-    field.fill("reference.safetensors")
-    field.press("Tab")
-    notebook.page.keyboard.press("Enter")
-    notebook.wait_for("done")
-    assert "nothing to explain" in notebook.page.locator(".widget-html", has_text="parity:").inner_text()
+    (written,) = tmp_path_factory.getbasetemp().glob("jupyter*/notebooks/reference.safetensors")
+    reference = Trace.open(written)
+    latents = reference["latents.001"].clone()
+    latents[0, 1, 2, 3, 4] += 5
+    port = Trace({**reference, "latents.001": latents}, reference.settings, "a port").save(
+        tmp_path / "port.safetensors"
+    )
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload the port's trace").click()
+    chooser.value.set_files(port.label)
+    notebook.wait_for("port.safetensors: done")
+    page.get_by_text("2 wrong stages, and no known bug explains what is wrong").wait_for()
+
+    inspected = Inspected(page, {"reference": reference, "candidate": port})
+    inspected.wait_for("latents.001")
+    assert inspected.index() == [0, 1, 2, 3, 4], "where the difference is"
+    inspected.check("latents.001")
+    inspected.root.get_by_role("application").press("ArrowRight")
+    assert inspected.index() == [0, 1, 2, 3, 5]
+    inspected.check("latents.001")
+    inspected.pick("frames")
+    inspected.root.get_by_label("frame", exact=True).press("End")
+    page.wait_for_function(
+        "label => [...document.querySelectorAll('.svdlab-inspector')].at(-1).textContent.includes('2 of 0 to 2')"
+    )
+    inspected.root.locator("canvas").nth(1).hover(position={"x": 30, "y": 50})
+    inspected.check("frames")
 
 
 SHOWS = """import torch
 from svdlab.notebook import Player
 one, two = (torch.rand(3, 3, 8, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
 Player({"one": one, "two": two}, fps, blink=True)"""
+INSPECTS = """from svdlab import GenerationSettings
+from svdlab.notebook import Inspector
+from svdlab.parity import Trace
+from svdlab.parity.compare import compare
+settings = GenerationSettings(height=64, width=64, num_frames=3, num_inference_steps=2)
+names = ("latents.000", "latents.001", "input.noise")
+new = lambda name: torch.randn((1, 3, 64, 64) if name == "input.noise" else (1, 3, 4, 8, 8))
+reference = Trace({name: new(name) for name in names}, settings, "one")
+candidate = Trace({name: tensor + 0.1 for name, tensor in reference.items()}, settings, "two")
+for trace in (reference, candidate):
+    trace.save(f"{trace.implementation}.safetensors")
+Inspector(compare(reference, candidate), ["latents.000", "latents.001"])"""
 
 
 def drawn(page: Any) -> list[np.ndarray]:
@@ -172,6 +236,7 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
         nbformat.v4.new_markdown_cell("# A page\n\n$$x = \\frac{1}{2}$$"),
         nbformat.v4.new_code_cell("fps = 7", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(SHOWS),
+        nbformat.v4.new_code_cell(INSPECTS),
         nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
     ]
     made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
@@ -188,7 +253,7 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     page.locator("math mfrac").wait_for()
     page.locator(".found .svdlab-player").evaluate("figure => figure.remove()")  # at the top, it plays on its own
     page.get_by_role("button", name="Pause").click()
-    page.get_by_label("frame", exact=True).press("End")
+    page.get_by_label("frame", exact=True).first.press("End")
     page.get_by_role("button", name="One frame back").press("Enter")
     page.get_by_text("frame 2 of 3").wait_for()
     scope: dict[str, Any] = {"fps": 7}
@@ -198,6 +263,19 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     page.get_by_role("button", name="Blink").press("Enter")
     page.wait_for_function("() => document.querySelector('.svdlab-player .title').textContent === 'two'")
     assert np.array_equal(drawn(page)[0], made[1]), "the second in the place of the first"
+
+    files = {"reference": "one", "candidate": "two"}
+    inspected = Inspected(page, {role: Trace.open(tmp_path / f"{name}.safetensors") for role, name in files.items()})
+    inspected.wait_for("latents.000")
+    inspected.check("latents.000")
+    inspected.root.get_by_role("listbox").press("ArrowDown")
+    inspected.wait_for("latents.001")
+    assert "This page carries 2 of 3 tensors; a notebook with a kernel shows input.noise, too." in page.content()
+    for label, at in (("frame", 2), ("channel", 3)):
+        inspected.root.get_by_label(label, exact=True).last.press("End")
+        assert at in inspected.index()
+        inspected.check("latents.001")
+
     page.get_by_role("link", name="All verdicts").first.click()
     page.get_by_text("1 of 1 notebooks passed").wait_for()
     context.close()

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any, Literal
 
 import anywidget
@@ -24,13 +23,14 @@ from torch import Tensor
 from svdlab.errors import SvdlabError, short
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, SVDLAB
+from svdlab.notebook.scripts import joined
 from svdlab.parity.compare import BLOCK, Comparison, ProbeResult, kind_of
 from svdlab.parity.probes import execution_key, is_tap
 
 Against = Literal["reference", "truth"]
 
 # What a page needs to show the figure of ``Inspector.to_html``.
-SCRIPT, STYLE = (Path(__file__).parent / f"inspector.{kind}" for kind in ("js", "css"))
+SCRIPT, STYLE = (joined(f"inspector.{kind}") for kind in ("js", "css"))
 _BINS = 64  # of a histogram
 _MAX_GAIN = 40  # as a power of two
 _FEW = 16  # numbers that are a table and no curve
