@@ -175,7 +175,8 @@ def test_a_reader_brings_a_file(
     notebook.wait_for("not-there.safetensors")
     page.get_by_role("button", name="Write reference").press("Enter")
     notebook.wait_for("wrote reference.safetensors")
-    (written,) = tmp_path_factory.getbasetemp().glob("jupyter*/notebooks/reference.safetensors")
+    paths = tmp_path_factory.getbasetemp().glob("jupyter*/notebooks/reference.safetensors")
+    (written,) = {path.resolve() for path in paths}  # one of the folders is a link
     reference = Trace.open(written)
     latents = reference["latents.001"].clone()
     latents[0, 1, 2, 3, 4] += 5
@@ -186,7 +187,7 @@ def test_a_reader_brings_a_file(
         page.get_by_role("button", name="Upload the port's trace").click()
     chooser.value.set_files(port.label)
     notebook.wait_for("port.safetensors: done")
-    page.get_by_text("2 wrong stages, and no known bug explains what is wrong").wait_for()
+    page.get_by_text("no known bug explains what is wrong").wait_for()
 
     inspected = Inspected(page, {"reference": reference, "candidate": port})
     inspected.wait_for("latents.001")
