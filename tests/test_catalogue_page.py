@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from svdlab.parity.bugs import BUGS, DEPARTURES
+from svdlab.parity.demo import SIX
 from svdlab.parity.diagnose import CatalogueRow
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -53,8 +54,15 @@ def test_every_bug_has_figures_or_a_note() -> None:
     notes = {row[0].strip("`"): row[1] for row in measured if not row[2]}
     assert notes == script().NEEDS
     missed = sum(row[4] == "passes" for row in shown)
-    text = " ".join((DOCS / "catalogue.md").read_text().split())
+    text, readme = (" ".join(page.read_text().split()) for page in (DOCS / "catalogue.md", DOCS.parent / "README.md"))
     assert f"of the {len(shown)} bugs that show at these settings it misses {missed}" in text
+    assert f"{missed} of the {len(shown)} known bugs that show on the embedded checkpoint do" in readme
+
+
+def test_the_readme_says_what_the_demo_says() -> None:
+    """tests/test_demo.py holds the demo to these names."""
+    (said,) = re.findall(r"```\n(\w+: .*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    assert sorted(said.splitlines()) == sorted(f"{name}: {BUGS[name].cause}" for name in SIX)
 
 
 def test_a_bug_that_does_nothing_needs_a_note() -> None:
