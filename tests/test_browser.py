@@ -15,6 +15,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
 
 from svdlab.notebook.sweep_export import export_sweep
@@ -199,6 +200,18 @@ for trace in (reference, candidate):
 Inspector(compare(reference, candidate), ["latents.000", "latents.001"])"""
 
 
+CHART = "from svdlab.notebook import plot_curves\nplot_curves([1, 2], {'one': [1, 2], 'two': [2, 1]}, ('x', 'y'))"
+
+
+def accessible(page: Any) -> None:
+    """axe-core finds nothing serious, in either colour scheme."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = Axe().run(page).response["violations"]
+        serious = [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
+        assert not serious, scheme
+
+
 def drawn(page: Any) -> list[np.ndarray]:
     """The pixels of every canvas, (H, W, 3)."""
     read = (
@@ -214,6 +227,7 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
         nbformat.v4.new_code_cell("fps = 7", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(SHOWS),
         nbformat.v4.new_code_cell(INSPECTS),
+        nbformat.v4.new_code_cell(CHART),
         nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
     ]
     made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
@@ -228,6 +242,8 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     page.goto((tmp_path / "out/index.html").as_uri())
     page.get_by_role("link", name="A page").first.click()
     page.locator("math mfrac").wait_for()
+    page.locator(".svdlab-chart svg").wait_for()
+    accessible(page)
     page.locator(".found .svdlab-player").evaluate("figure => figure.remove()")  # at the top, it plays on its own
     page.get_by_role("button", name="Pause").click()
     page.get_by_label("frame", exact=True).first.press("End")
@@ -255,6 +271,7 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
 
     page.get_by_role("link", name="All verdicts").first.click()
     page.get_by_text("1 of 1 notebooks passed").wait_for()
+    accessible(page)
     context.close()
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 

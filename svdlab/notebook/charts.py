@@ -78,11 +78,14 @@ def page_script() -> str:
     return vl_convert.javascript_bundle(
         """
         for (const figure of document.querySelectorAll("figure.svdlab-chart")) {
-          const [image, data] = figure.children, at = document.createElement("div");
-          at.setAttribute("role", "img");
-          at.setAttribute("aria-label", image.alt);
-          vegaEmbed(at, JSON.parse(data.textContent), {ast: true, actions: false, renderer: "svg"}).then(() => {
-            image.replaceWith(at);
+          const [image, data] = figure.children, drawn = document.createElement("div");
+          const named = document.createElement("div");
+          named.setAttribute("role", "img");
+          named.setAttribute("aria-label", image.alt);
+          drawn.setAttribute("aria-hidden", "true");  // Vega calls every mark a picture, and gives none a name
+          named.append(drawn);
+          vegaEmbed(drawn, JSON.parse(data.textContent), {ast: true, actions: false, renderer: "svg"}).then(() => {
+            image.replaceWith(named);
           });
         }
         """

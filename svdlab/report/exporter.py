@@ -37,6 +37,7 @@ _OF = {
     "th": {"colspan", "rowspan", "scope"},
     "details": {"open"},
     **dict.fromkeys(_MATH, set(_OF_MATH)),
+    "math": {*_OF_MATH, "tabindex"},
 }
 
 
@@ -59,6 +60,8 @@ def mathml(tex: str, display: Literal["block", "inline"]) -> str:
     try:
         made = convert_to_element(tex, display=display)
         made.attrib.pop("xmlns", None)  # HTML needs none, and within a heading it would become a prefix
+        if display == "block":
+            made.set("tabindex", "0")  # where it is wider than the page, keys scroll it
         text = ElementTree.tostring(made, encoding="unicode")
     except Exception:  # its errors have no common class, and a report is worth more than one formula
         return f"<code>{escape(tex)}</code>"
