@@ -56,7 +56,11 @@ def outputs(runner: Bench, case: str, dtype: str = "float32") -> dict[str, torch
     return results
 
 
-@pytest.mark.parametrize("given", [{}, {"cfg": "sequential", "decode": "exact", "num_videos_per_prompt": 2}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"cfg": "sequential", "decode": "exact", "num_videos_per_prompt": 2, "schedule": "ays"}],
+    ids=["defaults", "others"],
+)
 @pytest.mark.parametrize("case", ["unet", "decode", "clip", "full-generation"])
 def test_both_do_the_same_work(case: str, given: dict[str, Any]) -> None:
     results = outputs(made(**given), case)

@@ -35,7 +35,7 @@ from svdlab.svd.kernels import plain, use_kernels
 from svdlab.svd.memory import Simulation
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import TINY_CLIP, TINY_UNET, TINY_VAE, randomize_
-from svdlab.svd.sampler import EulerScheduler
+from svdlab.svd.sampler import EulerScheduler, named_sigmas
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import decode_latents, predict_noise
 from svdlab.svd.workloads import NETWORKS, WORKLOADS, decoder_input, unet_inputs
@@ -280,7 +280,8 @@ class Bench:
         image = sample_picture(self.model)
 
         def options() -> dict[str, Any]:
-            known = settings.model_dump(exclude={"seed", "dtype", "decode", "cfg"})
+            known = settings.model_dump(exclude={"seed", "dtype", "decode", "cfg", "schedule"})
+            known["sigmas"] = named_sigmas(settings)
             return {**known, "generator": torch.Generator().manual_seed(settings.seed), "output_type": "pt"}
 
         def run(own: SVDPipeline) -> Any:
