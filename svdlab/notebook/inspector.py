@@ -103,7 +103,7 @@ class Inspector(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return super()._repr_mimebundle_(**kwargs) if is_live() else {"text/html": self.to_html(self._carried)}
 
-    def to_html(self, probes: Sequence[str] | None = None, max_bytes: int = 2**20) -> str:
+    def to_html(self, probes: Sequence[str] | None = None, max_bytes: int = 2**19) -> str:
         """The same for a page without a kernel, with the values of some tensors, compared with the reference.
 
         Args:
