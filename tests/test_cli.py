@@ -189,6 +189,7 @@ COMMANDS = {
     "compare": ["x", "x"],
     "diagnose": ["x", "x"],
     "evaluate": [],
+    "frontier": [],
     "generate": ["x", "--out", "x.mp4"],
     "kernels": [],
     "parity": [],

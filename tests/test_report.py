@@ -434,13 +434,13 @@ def test_a_report_shows_the_first_clip_of_each_notebook(tmp_path: Path) -> None:
 def test_a_page_runs_the_script_of_its_players_and_no_other(tmp_path: Path) -> None:
     shows = "import torch\nfrom svdlab.notebook import Player\nPlayer({'<one>': torch.zeros(2, 3, 8, 8)}, fps=7)"
     run_report([notebook(tmp_path / "one.ipynb", shows, PASSES)], tmp_path / "out", {})
-    for name in ("index.html", "one.html"):
+    for name, players in (("index.html", 1), ("one.html", 2)):  # the first stands at the top, too
         page = (tmp_path / "out" / name).read_text()
         (script,) = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
         assert script == SCRIPT
         allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert page.count("script-src") == 1 and f"script-src 'sha256-{allowed}'; img-src" in page
-        (figure,) = re.findall(r'<figure [^>]*class="svdlab-player"', page)  # the index has it, too
+        assert len(re.findall(r'<figure [^>]*class="svdlab-player"', page)) == players
 
 
 def test_settings_reach_the_notebooks_that_have_them(tmp_path: Path) -> None:
@@ -535,4 +535,6 @@ def test_a_broken_stage_turns_the_right_notebook_red(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())["notebooks"]
-    assert [r["status"] for r in results] == ["failed", "passed"], results
+    # Its own cell says that what it calls right is what svdlab does.
+    assert [r["status"] for r in results] == ["error", "passed"], results
+    assert "AssertionError" in results[0]["error"]
