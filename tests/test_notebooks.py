@@ -42,7 +42,8 @@ def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path)
     assert result.status == "passed", result.error
     assert result.verdicts[0]["numbers"]["settings_seen"] == 2, "the start and the grid"
     page = (tmp_path / result.page).read_text()
-    assert "At other settings" in page and len(re.findall(r'<figure [^>]*class="svdlab-player"', page)) == 3
+    players = re.findall(r'<figure [^>]*class="svdlab-player"', page)
+    assert "At other settings" in page and len(players) == 4, "at the top, fix off, fix on, your code"
     assert "widget-view" not in page, "there is no kernel behind the page"
 
 
