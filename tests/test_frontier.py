@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import DDIMScheduler
 
 from svdlab import GenerationSettings, SVDPipeline
 from svdlab.bench import frontier as measuring
@@ -19,6 +20,7 @@ from svdlab.notebook.figures import plot_frontier
 from svdlab.samples import sample_photo
 from svdlab.svd import approximations
 from svdlab.svd.approximations import APPROXIMATIONS, approximated, outermost_level
+from svdlab.svd.sampler import EulerScheduler
 
 SETTINGS = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=4)
 
@@ -77,6 +79,14 @@ def test_guidance_in_an_interval_leaves_out_half_of_a_pass(pipe: SVDPipeline, mo
     monkeypatch.setattr(approximations, "GUIDED", (0.0, 0.0))
     unguided, _ = run(pipe, SETTINGS.replace(max_guidance_scale=1.0))
     torch.testing.assert_close(run(approximated(pipe, "guidance_interval"))[0], unguided, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheduler_whose_timesteps_are_no_sigmas_is_refused(pipe: SVDPipeline) -> None:
+    fast = approximated(pipe, "guidance_interval")
+    fast.scheduler = DDIMScheduler(prediction_type="v_prediction")
+    with pytest.raises(SvdlabError, match="guidance_interval: got DDIMScheduler, allowed: SVD's Euler"):
+        run(fast)
+    assert isinstance(pipe.scheduler, EulerScheduler)
 
 
 def test_both_at_once_in_any_order(pipe: SVDPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

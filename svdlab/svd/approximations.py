@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError, short
 from svdlab.svd import layout
+from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.stages import Change
 from svdlab.svd.unet import Conditioning, UNet
@@ -86,6 +87,9 @@ def _guide_inside(
     settings: GenerationSettings,
 ) -> Tensor:
     """Outside of ``GUIDED`` the conditional half stands for both, which is a guidance scale of 1."""
+    if not isinstance(pipe.scheduler, EulerScheduler):
+        name = type(pipe.scheduler).__name__
+        raise SvdlabError(f"guidance_interval: got {name}, allowed: SVD's Euler, whose timesteps are 0.25 ln(sigma)")
     low, high = GUIDED
     if not pipe.is_guided(settings) or low < math.exp(4 * float(timestep)) <= high:
         return stage(model_input, timestep, conditioning, settings)
