@@ -63,7 +63,8 @@ class Measurement:
         size = {"num_inference_steps": 1, "num_frames": 2} if self.quick else {"num_inference_steps": 25}
         rows = []
         for dtype in DTYPES:
-            found = three_way("embedded", sample_picture("embedded"), _settings(dtype, **size), device=self.device)
+            settings = GenerationSettings(dtype=dtype, **size)
+            found = three_way("embedded", sample_picture("embedded"), settings, device=self.device)
             rows.append({"dtype": dtype, "verdict": found.verdict, "ratio": found.worst.ratio, "at": found.worst.name})
         return rows
 
@@ -126,10 +127,6 @@ class Measurement:
     def _random(self, dtype: str) -> Callable[..., torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         return lambda *shape: torch.randn(shape, generator=generator).to(self.device, getattr(torch, dtype))
-
-
-def _settings(dtype: str, **given: int) -> GenerationSettings:
-    return GenerationSettings(dtype=dtype, **given)
 
 
 def _size(settings: GenerationSettings) -> dict[str, int | None]:

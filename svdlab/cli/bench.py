@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from svdlab.bench import CASES
-from svdlab.cli.options import DEVICE, JSON, MODEL, settings_options
+from svdlab.cli.options import DEVICE, JSON, MODEL, PLOT, check_plot, settings_options
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, check_outputs, write_json
 from svdlab.svd.settings import GenerationSettings
@@ -29,7 +29,7 @@ from svdlab.svd.settings import GenerationSettings
     help="Beside N busy processes: what is left of the ratio on a machine that does other work, too.",
 )
 @click.option("--quick", is_flag=True, help="Tiny networks and sizes: tries the command in a minute, measures nothing.")
-@click.option("--plot", "plot_path", metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+@PLOT
 @MODEL
 @DEVICE
 @JSON
@@ -61,8 +61,7 @@ def bench(
 
     GenerationSettings(**given)
     check_outputs(json_path, plot_path)
-    if plot_path and not plot_path.endswith((".png", ".svg", ".pdf")):
-        raise SvdlabError(f"--plot: got {plot_path!r}, allowed: .png, .svg, .pdf")
+    check_plot(plot_path)
     if given.get("decode_chunk_size") == "auto":
         raise SvdlabError("decode_chunk_size: got 'auto', allowed here: integer >= 1 (the same work on every machine)")
     kind = torch.device(device).type

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from svdlab.cli.options import DEVICE, JSON, MODEL
-from svdlab.errors import SvdlabError
+from svdlab.cli.options import DEVICE, JSON, MODEL, PLOT, check_plot
 from svdlab.files import atomic_path, check_outputs, write_json
 
 
@@ -13,7 +12,7 @@ from svdlab.files import atomic_path, check_outputs, write_json
 @click.option("--images", default=4, show_default=True, type=click.IntRange(1, 1000), help="Held-out first frames.")
 @click.option("--pairs", default=3, show_default=True, type=click.IntRange(1, 1000), help="Timed runs of each variant.")
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1, 100), help="Of the exact clip.")
-@click.option("--plot", "plot_path", metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+@PLOT
 @MODEL
 @DEVICE
 @JSON
@@ -26,8 +25,7 @@ def frontier(
     narrower dtypes: each beside the exact clip, and beside the converged solution of the ODE.
     """
     check_outputs(json_path, plot_path, inputs=[model])
-    if plot_path and not plot_path.endswith((".png", ".svg", ".pdf")):
-        raise SvdlabError(f"--plot: got {plot_path!r}, allowed: .png, .svg, .pdf")
+    check_plot(plot_path)
     from rich.console import Console
 
     from svdlab.bench.frontier import frontier as measure

@@ -61,6 +61,7 @@ IMAGE = click.option(
     help="The image to start from; default: a frame of a moving shape for the embedded model, "
     "matplotlib's sample photograph for any other.",
 )
+PLOT = click.option("--plot", "plot_path", metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write what the table prints.")
 
 FORCE = click.option("--force", is_flag=True, help="Try even what by an estimate cannot fit into the memory.")
@@ -71,6 +72,12 @@ class _NumberOrAuto(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
+def check_plot(path: str | None) -> None:
+    """Refuse a ``--plot`` that no figure can be saved as."""
+    if path and not path.endswith((".png", ".svg", ".pdf")):
+        raise SvdlabError(f"--plot: got {path!r}, allowed: .png, .svg, .pdf")
 
 
 def check_memory(model: str, settings: GenerationSettings, device: str, revision: str | None = None) -> None:

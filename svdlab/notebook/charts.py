@@ -7,7 +7,6 @@ tell apart; dashes and shapes differ as well.
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import math
@@ -20,6 +19,7 @@ import altair as alt
 
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, FLOOR, SVDLAB
+from svdlab.svd.video import data_url
 
 if TYPE_CHECKING:
     from svdlab.parity.compare import Comparison, ProbeResult
@@ -57,11 +57,11 @@ class Chart:
 
     def _repr_html_(self) -> str:
         """The drawing, and beside it the specification for a page that has the script."""
-        data = base64.b64encode(self.to_svg().encode()).decode()
+        src = data_url("image/svg+xml", self.to_svg().encode())
         spec = json.dumps(self.spec, allow_nan=False).replace("<", "\\u003c")
         return (
             f'<figure class="svdlab-chart" style="margin:0"><img style="max-width:100%;background:#fff" '
-            f'alt="{escape(self.alt)}" src="data:image/svg+xml;base64,{data}">'
+            f'alt="{escape(self.alt)}" src="{src}">'
             f'<script type="application/json">{spec}</script></figure>'
         )
 
@@ -380,9 +380,10 @@ def _floors(of: Comparison) -> dict[str, float]:
 def _looks(candidates: Mapping[str, Comparison], floor: bool = True) -> dict[str, _Look]:
     """By line, from the lowest layer to the highest: the wider one lies below the narrower one."""
     own, *others = candidates
-    noise = (_Look(FLOOR, [2, 2], width=1.5), _Look(DIFFUSERS, [6, 3], width=1.5)) if floor else ()
+    tolerance, noise = _floors(candidates[own])
+    below = {tolerance: _Look(FLOOR, [2, 2], width=1.5), noise: _Look(DIFFUSERS, [6, 3], width=1.5)} if floor else {}
     return {
-        **dict(zip(_floors(candidates[own]), noise, strict=floor)),
+        **below,
         own: _Look(SVDLAB, shape="circle", width=2.2),
         **{label: _off(i) for i, label in enumerate(others)},
     }
@@ -420,7 +421,9 @@ def _domain(
 ) -> tuple[float, float]:
     """The ends of the logarithmic axis: zero is drawn at twice the lower one, a decade below all other distances."""
     found = [of[p.name].divergence for of in candidates.values() for p in probes]
-    found += [times * p.floor for p in probes for times in (1, next(iter(candidates.values())).threshold)] * floor
+    if floor:
+        noise = _floors(next(iter(candidates.values()))).values()
+        found += [times * p.floor for p in probes for times in noise]
     finite = [d for d in found if 0 < d < math.inf] or [probes[0].floor]
     return 10 ** (math.floor(math.log10(min(finite))) - 1) / 2, max(finite) * 3
 

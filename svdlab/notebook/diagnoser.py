@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from svdlab.parity.demo import SIX, play
 from svdlab.parity.lab import Cancelled
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.video import data_url
 
 # For sets of several bugs.
 _SECONDS = 40.0
@@ -91,8 +91,8 @@ class Diagnoser(Panel):
     def _link(self) -> None:
         """The writer in the port's language, to save from the browser."""
         path = writers() / _LANGUAGES[self.language.value]
-        data = base64.b64encode(path.read_bytes()).decode()
-        self.writer.value = f"<a download='{path.name}' href='data:text/plain;base64,{data}'>{path.name}</a>"
+        href = data_url("text/plain", path.read_bytes())
+        self.writer.value = f"<a download='{path.name}' href='{href}'>{path.name}</a>"
 
     def _uploaded(self, change: dict[str, Any]) -> None:
         if not change["new"]:

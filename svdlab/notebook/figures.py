@@ -6,7 +6,6 @@ which colour-blind readers can tell apart; line styles differ as well.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from svdlab.svd.images import to_levels
+from svdlab.svd.video import data_url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,10 +40,8 @@ class Plot(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=_DPI)
         width = round(self.get_figwidth() * 100)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return (
-            f'<img style="width:{width}px;max-width:100%" alt="{escape(self.alt)}" src="data:image/png;base64,{data}">'
-        )
+        src = data_url("image/png", buffer.getvalue())
+        return f'<img style="width:{width}px;max-width:100%" alt="{escape(self.alt)}" src="{src}">'
 
 
 def new_plot(width: float, height: float, alt: str) -> Plot:

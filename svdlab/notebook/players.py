@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import Plot, plot_film
 from svdlab.notebook.scripts import joined
-from svdlab.svd.video import LOSSLESS_BYTES, Clip, codec_cost, enlarged, side_by_side
+from svdlab.svd.video import LOSSLESS_BYTES, Clip, codec_cost, data_url, enlarged, side_by_side
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -116,7 +115,7 @@ def _sprite(clip: Clip) -> tuple[str, str]:
         data = _encoded(levels, "JPEG", quality=90, subsampling=0)
         with Image.open(io.BytesIO(data)) as image:
             note = codec_cost(levels, np.asarray(image))
-    return f"data:image/{'jpeg' if note else 'png'};base64,{base64.b64encode(data).decode()}", note
+    return data_url("image/jpeg" if note else "image/png", data), note
 
 
 def _encoded(levels: np.ndarray, kind: str, **options: Any) -> bytes:
@@ -167,7 +166,6 @@ def picture(alt: str, *images: Tensor) -> HTML:
 
     strip = side_by_side([Clip.from_tensor(image, 1) for image in images]).to_pil()[0]
     scale = max(1, _PICTURE_HEIGHT // strip.height)
-    buffer = io.BytesIO()
-    strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return HTML(f'<img style="max-width:100%" alt="{escape(alt)}" src="data:image/png;base64,{data}">')
+    large = strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST)
+    src = data_url("image/png", _encoded(np.asarray(large), "PNG"))
+    return HTML(f'<img style="max-width:100%" alt="{escape(alt)}" src="{src}">')

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svdlab.errors import SvdlabError
 from svdlab.files import atomic_path, write_text
-from svdlab.notebook.scripts import source_expression
+from svdlab.notebook.scripts import policy
 from svdlab.notebook.sweep_view import SCRIPT, Board, View, comparison_html, enlargement, pairs_html, reduced, text_of
 from svdlab.sweep.folder import Sweep
 
@@ -90,10 +90,9 @@ def board_page(title: str, board: str, below: str) -> str:
         board: of ``Board.html`` or ``comparison_html``.
         below: HTML under it.
     """
-    policy = f"default-src 'none'; script-src '{source_expression(SCRIPT)}'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(SCRIPT)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         "<style>body { margin: 16px; font: 15px/1.5 system-ui, sans-serif; } h1 { font-size: 22px; }</style></head>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import io
 import itertools
@@ -20,7 +19,7 @@ from PIL import Image
 from svdlab.notebook.controls import unit_of
 from svdlab.notebook.scripts import joined
 from svdlab.parity.compare import THRESHOLD
-from svdlab.svd.video import Clip
+from svdlab.svd.video import Clip, data_url
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import Sweep
 from svdlab.sweep.plan import RULES
@@ -172,7 +171,7 @@ def board_html(
     details: Mapping[str, str],
     *,
     fps: int,
-    clips: Sequence[np.ndarray],
+    shapes: Sequence[tuple[int, ...]],
     caption: str,
     lines: str = "",
 ) -> str:
@@ -183,13 +182,13 @@ def board_html(
         maps: drawn below it, over the same rows and columns.
         details: by key, what is shown beside the grid once the point is chosen; HTML.
         fps: of the clock.
-        clips: their frames, uint8 (F, H, W, 3).
+        shapes: of the clips' frames, (F, H, W, 3).
         caption: above the grid.
         lines: SVG whose groups carry points' keys.
     """
     chosen = list(details)[len(details) // 2] if details else ""
-    frames = max((len(clip) for clip in clips), default=1)
-    height, width = reduced(clips[0][:1]).shape[1:3] if clips else (CELL, CELL)
+    frames = max((shape[0] for shape in shapes), default=1)
+    height, width = _reduced_size(*shapes[0][1:3]) if shapes else (CELL, CELL)
     size = f"--zoom:{enlargement(height)};--h:{height};--w:{width}"
     grid = _grid(caption, corner, heads, [(head, [tile.html() for tile in tiles]) for head, tiles in rows])
     beside = "".join(f"<div data-detail='{key}'{' hidden' * (key != chosen)}>{d}</div>" for key, d in details.items())
@@ -247,7 +246,7 @@ def film_html(frames: np.ndarray, alt: str) -> str:
         sheet.paste(image, (i % columns * width, i // columns * height))
     buffer = io.BytesIO()
     sheet.save(buffer, "WEBP", lossless=exact, quality=60 if exact else 85)
-    url = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    url = data_url("image/webp", buffer.getvalue())
     look = f"style='--w:{width};--h:{height};--columns:{columns};--rows:{rows}'"
     data = f"data-frames='{len(images)}' data-columns='{columns}' data-rows='{rows}'"
     kind = "film" if exact else "film reduced"
@@ -256,11 +255,14 @@ def film_html(frames: np.ndarray, alt: str) -> str:
 
 def reduced(frames: np.ndarray) -> np.ndarray:
     """Frames (F, H, W, 3) that are at most ``CELL`` high."""
-    height, width = frames.shape[1:3]
-    if height <= CELL:
+    height, width = _reduced_size(*frames.shape[1:3])
+    if height == frames.shape[1]:
         return frames
-    size = max(1, round(width * CELL / height)), CELL
-    return np.stack([np.asarray(i.resize(size, Image.Resampling.BOX)) for i in Clip(frames, 1).to_pil()])
+    return np.stack([np.asarray(i.resize((width, height), Image.Resampling.BOX)) for i in Clip(frames, 1).to_pil()])
+
+
+def _reduced_size(height: int, width: int) -> tuple[int, int]:
+    return (height, width) if height <= CELL else (CELL, max(1, round(width * CELL / height)))
 
 
 def enlargement(height: int) -> int:
@@ -280,39 +282,41 @@ class Board:
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
-        self._film = functools.cache(self._make_film)
+        self.film = functools.cache(self._make_film)
 
     def html(self, view: View) -> str:
         """All of it, for the axes of a view."""
-        heads, plan = view.heads(), self.sweep.plan
-        rows = [(head, [self._tile(i) for i in identities]) for head, identities in view.rows()]
-        there = [i for _, identities in view.rows() for i in identities if i is not None]
+        heads, plan, placed = view.heads(), self.sweep.plan, view.rows()
+        rows = [(head, [self._tile(i) for i in identities]) for head, identities in placed]
+        there = [i for _, identities in placed for i in identities if i is not None]
         shown = [i for i in there if self.sweep.finished(i) or self.sweep.failed(i)]
         finished = [i for i in there if self.sweep.finished(i)]
-        clips = [self.sweep.frames(i) for i in finished]
+        shapes = [self.film(i)[1] for i in finished]
         rates = sorted({plan.points[i].settings.fps for i in there})
         caption = f"{len(finished)} clips, all at the same frame"
         if len(rates) > 1:
             caption += f", at {rates[0]} frames a second (made for {rates[0]} to {rates[-1]})"
-        if clips and clips[0].shape[1] > CELL:
-            caption += f"; reduced from {clips[0].shape[2]} x {clips[0].shape[1]} pixels"
+        if shapes and shapes[0][1] > CELL:
+            caption += f"; reduced from {shapes[0][2]} x {shapes[0][1]} pixels"
         details = {i: point_html(self.sweep, i) for i in shown}
         lines = parallel_svg(self.sweep, finished) if len(plan.axes) > 2 and finished else ""
         maps, corner = self._maps(view), view.corner()
-        return board_html(corner, heads, rows, maps, details, fps=rates[0], clips=clips, caption=caption, lines=lines)
+        return board_html(corner, heads, rows, maps, details, fps=rates[0], shapes=shapes, caption=caption, lines=lines)
 
     def _tile(self, identity: str | None) -> Tile:
         if identity is None:
             return Tile(None, word="no point")
         name = place_of(self.sweep, identity)
         if self.sweep.finished(identity):
-            return Tile(identity, name, film=self._film(identity))
+            return Tile(identity, name, film=self.film(identity)[0])
         if self.sweep.failed(identity):
             return Tile(identity, f"{name}: failed", word="failed")
         return Tile(None, word="not computed")
 
-    def _make_film(self, identity: str) -> str:
-        return film_html(self.sweep.frames(identity), place_of(self.sweep, identity))
+    def _make_film(self, identity: str) -> tuple[str, tuple[int, ...]]:
+        """A finished point's film, and the shape of its frames."""
+        frames = self.sweep.frames(identity)
+        return film_html(frames, place_of(self.sweep, identity)), frames.shape
 
     def _maps(self, view: View) -> list[HeatMap]:
         """Motion, the difference to the neighbours on each axis, and the distance from diffusers where known."""
@@ -518,7 +522,7 @@ def comparison_html(before: Sweep, after: Sweep) -> str:
         )
     ]
     details = {key: _change_html(before, after, key, other[key]) for key in change}
-    clips = [before.frames(key) for key in change] + [after.frames(identity) for identity in other.values()]
+    shapes = [boards[0].film(key)[1] for key in change] + [boards[1].film(own)[1] for own in other.values()]
     return board_html(
         view.corner(),
         view.heads(),
@@ -526,7 +530,7 @@ def comparison_html(before: Sweep, after: Sweep) -> str:
         maps,
         details,
         fps=min(p.settings.fps for p in before.plan.points.values()),
-        clips=clips,
+        shapes=shapes,
         caption=found.summary(),
     )
 
@@ -537,7 +541,7 @@ def _tile_of(
     if identity is None or identity not in change:
         return Tile(None, word="not in both")
     own = identity if which == "before" else other[identity]
-    film = board._film(own)
+    film, _ = board.film(own)
     note = ("changed" if change[identity].moved() else "the same") if which == "after" else ""
     return Tile(identity, f"{place_of(board.sweep, own)}, {which}", film=film, note=note)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from svdlab.notebook.scripts import source_expression
+from svdlab.notebook.scripts import policy
 from svdlab.report.results import NotebookResult, changes, moved
 from svdlab.report.verdict import FIX_COLUMNS, fix_cells, shown, words
 from svdlab.tables import Cell, Column, Table
@@ -36,11 +36,6 @@ class Script:
     text: str
     style: str = ""
 
-    @property
-    def hash(self) -> str:
-        """The source expression of the policy."""
-        return source_expression(self.text)
-
 
 def scripts_for(content: str) -> list[Script]:
     """The scripts that a page with this content needs."""
@@ -54,6 +49,10 @@ def scripts_for(content: str) -> list[Script]:
     if "svdlab-chart" in content:  # made when it is needed: it takes seconds
         known.append(Script("svdlab-chart", charts.page_script()))
     return [script for script in known if script.marker in content]
+
+
+def _policy(scripts: Sequence[Script]) -> str:
+    return policy(*(script.text for script in scripts))
 
 
 # A markdown cell with this tag tells a reader what to do with a kernel: a page has none.
@@ -74,7 +73,7 @@ def notebook_page(executed: Path, result: NotebookResult, pages: Sequence[tuple[
 
     exporter = PageExporter(embed_images=True, template_file="page.html.j2", extra_template_paths=[str(TEMPLATES)])
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.environment.filters.update(shown=shown, words=words, fix_table=_fix_table)
+    exporter.environment.filters.update(shown=shown, words=words, fix_table=_fix_table, policy=_policy)
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("widgets", None)  # there is no kernel behind a page, and their script is on the network
     notebook.cells = [cell for cell in notebook.cells if LIVE not in cell.metadata.get("tags", ())]
@@ -102,7 +101,7 @@ def index_page(
     from svdlab.parity.diagnose import finding
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(shown=shown, words=words, pairs=_pairs, table=_table)
+    environment.filters.update(shown=shown, words=words, pairs=_pairs, table=_table, policy=_policy)
     verdicts = [v for r in results for v in r.verdicts]
     page, bugs = next(((r.page, rows) for r in results if (rows := r.catalogue())), ("", []))
     picture = plot_html(bugs) if bugs else ""

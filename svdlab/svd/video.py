@@ -139,13 +139,12 @@ class Clip:
         if len(data := self._animation(self.to_pil(), lossless=True)) > LOSSLESS_BYTES:
             video = self.to_mp4()
             cost = codec_cost(self.frames, _decoded(io.BytesIO(video))[0][:, :height, :width])
-            return (
-                f'<video {look} loop muted controls playsinline src="{_url("video/mp4", video)}"></video><p>{cost}</p>'
-            )
-        still = _url("image/webp", self._animation(self.to_pil()[:1], lossless=True))
+            src = data_url("video/mp4", video)
+            return f'<video {look} loop muted controls playsinline src="{src}"></video><p>{cost}</p>'
+        still = data_url("image/webp", self._animation(self.to_pil()[:1], lossless=True))
         return (
             f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
-            f'<img {look} alt="a clip of {len(self)} frames" src="{_url("image/webp", data)}"></picture>'
+            f'<img {look} alt="a clip of {len(self)} frames" src="{data_url("image/webp", data)}"></picture>'
         )
 
     def _animation(self, images: Sequence[Image.Image], **options: Any) -> bytes:
@@ -169,7 +168,8 @@ def codec_cost(frames: np.ndarray, decoded: np.ndarray) -> str:
     return f"encoded with loss: off by {off.mean():.2g} grey levels of 255 on average, at most {off.max()}"
 
 
-def _url(kind: str, data: bytes) -> str:
+def data_url(kind: str, data: bytes) -> str:
+    """A file as the address that a page carries it under; ``kind`` is its media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
