@@ -116,6 +116,7 @@ def test_the_frame_rate(browser: Any, server: str, lab: Lab) -> None:
     notebook.wait_shown("num inference steps 4", "fps 9", "your code")
     assert notebook.opacities() == (1.0, 1.0)
     notebook.choose("fix off")
+    notebook.wait_shown("fps 9", "fix off")
     assert notebook.number() == said(moved.off), "a stopped run leaves nothing behind"
     assert notebook.verdict().startswith("yes")
 
