@@ -332,11 +332,15 @@ def read_verdicts(executed: Path) -> list[dict[str, Any]]:
 
 
 def first_picture(executed: Path, alt: str) -> str:
-    """The first player, or else the first picture that carries its data, as HTML that carries it too; or nothing."""
+    """The first player, a first frame, or the first picture that carries its data, as HTML that carries it, too."""
     outputs, text = _outputs(executed), escape(f"from {alt}")
     html = "".join("".join(data.get("text/html", "")) for data in outputs)
     if found := re.search(r'<figure class="svdlab-player".*?</figure>', html, re.DOTALL):
         return found[0]
+    if film := re.search(r"--w:(\d+);--h:(\d+);--columns:(\d+)[^>]*><img[^>]* src=\"(data:image/webp;[^\"]+)\"", html):
+        width, height, columns, src = film.groups()
+        shown = f'<img style="width:{100 * int(columns)}%;max-width:none" alt="{text}" src="{src}">'
+        return f'<span class="view" style="display:block;overflow:hidden;aspect-ratio:{width}/{height}">{shown}</span>'
     for kind in ("webp", "png", r"svg\+xml"):  # a clip, a still, a chart
         if found := re.search(rf'src="(data:image/{kind};base64,[A-Za-z0-9+/=]+)"', html):
             return f'<img alt="{text}" src="{found[1]}">'
