@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from svdlab.svd.pipeline import SVDPipeline
     from svdlab.svd.settings import GenerationSettings
 
-# Read by GNU OpenMP when torch loads it. A generation has thousands of short parallel loops; threads that wait for each
-# other by spinning take the cores from whatever else runs, and from the one that they wait for (docs/performance.md).
+# Read by GNU OpenMP when torch loads it. A generation has thousands of short parallel loops. Threads that wait for each
+# other by spinning take the cores from whatever else runs, and from the one that they wait for; those that sleep wake
+# up late. These spin for some microseconds before they sleep (docs/performance.md).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["GenerationSettings", "SVDPipeline", "Trace"]
 __getattr__, __dir__ = lazy_names(

@@ -67,10 +67,10 @@ for name in [None, *commands.list_commands(None)]:
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
     ids=["nothing", "a count", "a policy"],
 )
-def test_threads_that_wait_sleep_unless_one_says_otherwise(given: dict[str, str], spins: str | None) -> None:
+def test_threads_that_wait_soon_sleep_unless_one_says_otherwise(given: dict[str, str], spins: str | None) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     script = "import svdlab, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     command = [sys.executable, "-c", script]

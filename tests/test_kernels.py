@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from command_line import run
 from torch import Tensor, nn
 
+from svdlab import GenerationSettings, SVDPipeline
 from svdlab.errors import SvdlabError
+from svdlab.samples import sample_photo
 from svdlab.svd import kernels
 from svdlab.svd.kernels import norm, packed, registry, upsample
 from svdlab.svd.kernels.attention import scaled_dot_product_attention
@@ -189,6 +191,56 @@ def test_what_happens_to_the_weights_is_in_the_next_result(edit: Any) -> None:
         after = plain(layer)(x)
         assert (after - before).abs().max() > 1e-3
         torch.testing.assert_close(layer(x), after)
+
+
+def test_one_generation_compares_its_weights_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = SVDPipeline.from_pretrained(tiny)
+    settings = GenerationSettings(height=32, width=32, num_frames=2, num_inference_steps=3)
+    inputs = pipe.prepare(sample_photo(), settings, torch.Generator().manual_seed(0))
+    compared: list[Any] = []
+    content = registry.content
+    monkeypatch.setattr(registry, "content", lambda weight: (compared.append(1), content(weight))[1])
+
+    def comparisons(pipe: SVDPipeline, **given: Any) -> int:
+        compared.clear()
+        pipe.denoise(inputs, settings, **given)
+        return len(compared)
+
+    comparisons(pipe)  # with the kernels' trials
+    alone = comparisons(pipe)
+    assert comparisons(pipe) == alone, "and each generation anew"
+    # Who could edit weights between two steps: a callback, a probe, a stage or a hook of somebody else's, a subclass.
+    staged = pipe.with_stage(euler_step=pipe.euler_step)
+    hooked = pipe.with_own_modules()
+    hooked.unet.conv_in.register_forward_hook(lambda *args: None)
+    derived = copy.copy(pipe)
+    derived.__class__ = type("Derived", (SVDPipeline,), {})
+    assert (
+        min(
+            comparisons(pipe, callback=lambda *args: None),
+            comparisons(pipe, probe=lambda *args: None),
+            *(comparisons(other) for other in (staged, hooked, derived)),
+        )
+        > 2 * alone
+    )
+
+
+def test_an_edit_between_two_steps_is_in_the_next_one(tiny: Path) -> None:
+    pipe = SVDPipeline.from_pretrained(tiny)
+    settings = GenerationSettings(height=32, width=32, num_frames=2, num_inference_steps=3)
+    inputs = pipe.prepare(sample_photo(), settings, torch.Generator().manual_seed(0))
+
+    def edit(pipe: SVDPipeline, step: int, *rest: Any) -> None:
+        if step == 0:
+            pipe.unet.conv_out.weight.data.mul_(2)
+
+    unedited = pipe.denoise(inputs, settings)
+    found = pipe.denoise(inputs, settings, callback=edit)
+    pipe.unet.conv_out.weight.data.div_(2)
+    slow = pipe.with_changes()
+    slow.unet = plain(pipe.unet)
+    expected = slow.denoise(inputs, settings, callback=edit)
+    assert (found - expected).norm() < 1e-4 * expected.norm() < 1e-2 * (found - unedited).norm()
 
 
 def test_weights_made_in_inference_mode() -> None:

@@ -38,6 +38,7 @@ from svdlab.svd.compat import COMPAT, check_compat, check_image
 from svdlab.svd.components import COMPONENTS, NETWORKS
 from svdlab.svd.config import Configs
 from svdlab.svd.interface import DiffusersInterface, SVDOutput, plain_numbers
+from svdlab.svd.kernels import unedited_weights
 from svdlab.svd.modules import own_modules
 from svdlab.svd.overrides import overridden, start
 from svdlab.svd.sampler import EulerScheduler
@@ -371,6 +372,11 @@ class SVDPipeline(DiffusersInterface):
         finally:
             module.to("cpu")
 
+    def _runs_own_code(self) -> bool:
+        """Whether between two steps nothing runs that a caller wrote, and that could edit a weight."""
+        hooks = (hook for m in self.unet.modules() for hook in (m._forward_hooks, m._forward_pre_hooks))
+        return type(self) is SVDPipeline and not vars(self).keys() & {*STAGE} and not any(hooks)
+
     @contextmanager
     def _room_for_decode(self, settings: GenerationSettings) -> Iterator[None]:
         """Where a decode does not fit beside the other networks, they wait on the CPU until it is done.
@@ -644,7 +650,8 @@ class SVDPipeline(DiffusersInterface):
         if not guided:  # one half, one pass
             settings = settings.replace(cfg="batched")
 
-        with self._on_device(self.unet):
+        alone = probe is None and callback is None and self._runs_own_code()
+        with self._on_device(self.unet), unedited_weights() if alone else nullcontext():
             conditioning = self.condition(image_embeddings, added_time_ids, settings, guided)
             latents = sampler.initial_latents(inputs.latents.to(device, dtype), sigmas)
             for i, timestep in enumerate(self.progress_bar(timesteps) if progress else timesteps):

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 
 from svdlab.svd.kernels import attention, decode, norm, packed, pieces, upsample  # noqa: F401 - they register kernels
-from svdlab.svd.kernels.registry import FLOATS, KERNELS, OFF, drop_kernels, plain, use_kernels, verdict
+from svdlab.svd.kernels.registry import (
+    FLOATS,
+    KERNELS,
+    OFF,
+    drop_kernels,
+    plain,
+    unedited_weights,
+    use_kernels,
+    verdict,
+)
 
-__all__ = ["KERNELS", "OFF", "drop_kernels", "plain", "table", "use_kernels"]
+__all__ = ["KERNELS", "OFF", "drop_kernels", "plain", "table", "unedited_weights", "use_kernels"]
 
 
 def table(device: str = "cpu") -> list[dict[str, Any]]:
