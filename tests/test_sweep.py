@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import grimp
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from command_line import run as svdlab
 from PIL import Image, ImageSequence
 from poisoned import poisoned
@@ -26,6 +28,8 @@ from poisoned import poisoned
 import svdlab as svdlab_package
 from svdlab.errors import SvdlabError
 from svdlab.parity.lab import Lab
+from svdlab.svd.approximations import approximated
+from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.video import Clip
 from svdlab.sweep import Sweep, compare_sweeps, grid, parse_axis, resume_sweep, run_sweep
@@ -125,6 +129,10 @@ def test_the_last_axis_is_the_fastest_and_rules_and_seeds_are_axes() -> None:
         (["--grid", "fps=7", "--grid", "fps=8"], "an axis twice"),
         (["--grid", "sigmas=[1"], "sigmas: got '[1', allowed: a JSON list"),
         (["--grid", "rules=none,gelu"], "rules: got 'gelu', allowed: none, or bugs' names, such as gelu_"),
+        (
+            ["--grid", "approximation=deepcache"],
+            "approximation: got 'deepcache', allowed: none, or approximations' names",
+        ),
         (["--grid", "fps=9-5"], "fps: got the range '9-5', allowed: one that rises"),
         (["--grid", "fps=7:28:0"], "fps: got the range '7:28:0', allowed: one that rises"),
         (["--grid", "fps=7:28"], "fps: got '7:28', allowed: FROM:TO:STEP, such as 7:28:7"),
@@ -251,6 +259,27 @@ def test_a_list_of_points_and_clips_of_two_sizes(
     assert list(sweep.plan.axes) == ["height", "rules"]
     assert table["difference_height"].isna().all(), "there is no difference between two sizes"
     assert list(table["difference_rules"].notna()) == [False, True, True]
+
+
+def test_an_approximation_is_an_axis(tiny: Path, tmp_path: Path) -> None:
+    names = ["none", "deep_features", "guidance_interval+deep_features"]
+    settings = SMALL.replace(num_inference_steps=4)
+    changes = grid({"approximation": names})
+    sweep = run_sweep(tmp_path / "out", changes, settings, model=str(tiny), image=PICTURE, divergence=True)
+    table = Sweep.open(tmp_path / "out").table()
+    assert (
+        list(table["approximation"])
+        == sweep.plan.axes["approximation"]
+        == [*names[:2], "deep_features+guidance_interval"]
+    )
+    assert list(table["divergence_verdict"]) == ["parity", "divergence", "divergence"]
+    assert table["frames_sha256"].nunique() == 3
+    pipe = approximated(SVDPipeline.from_pretrained(tiny, compat="diffusers"), "deep_features")
+    inputs = pipe.prepare(PICTURE, settings, torch.Generator().manual_seed(settings.seed))
+    expected = hashlib.sha256(pipe.run(inputs, settings)[0].contiguous().numpy().tobytes()).hexdigest()
+    assert table["frames_sha256"][1] == expected
+    (both,) = make_points(SMALL, [{"approximation": ["guidance_interval", "deep_features"]}])
+    assert both.approximations == ("deep_features", "guidance_interval"), "one point, in whatever order it is asked for"
 
 
 def test_the_distance_from_diffusers_is_measured_where_there_is_one(tiny: Path, tmp_path: Path) -> None:
@@ -627,7 +656,7 @@ def test_a_damaged_point_is_computed_again_and_said(
         (lambda plan: plan["points"][0].update(point="../../../etc"), "points.0.point: got '../../../etc'"),
         (lambda plan: plan["points"][1]["settings"].update(fps="7"), "points.1: fps: got '7'"),
         (lambda plan: plan["axes"].update(fps=[7]), "axes.fps: 14, which a point has, is missing"),
-        (lambda plan: plan["axes"].update(speed=[7]), "axes: got 'speed', allowed: a setting, or rules"),
+        (lambda plan: plan["axes"].update(speed=[7]), "axes: got 'speed', allowed: a setting, or rules, approximation"),
         (lambda plan: plan.update(threads=0), "threads: got 0, allowed: greater than or equal to 1"),
         (lambda plan: plan.update(image=None), "image: got None"),
         (lambda plan: plan.update(points=[]), "points: "),

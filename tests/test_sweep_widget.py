@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import threading
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from svdlab.notebook.sweep_view import (
     values_text,
 )
 from svdlab.parity.bugs import BUGS
+from svdlab.svd.approximations import APPROXIMATIONS
 from svdlab.sweep import Sweep, grid, run_sweep
 
 
@@ -211,10 +213,20 @@ def test_a_sweep_is_kept_resumed_extended_and_never_mixed(
 def test_bugs_are_picked_from_the_catalogue(panel: SweepPanel) -> None:
     pick(panel, ("rules", ""))
     row = panel.rows[0]
-    assert row.bugs.layout.display is None and panel.rows[1].bugs.layout.display == "none"
-    row.bugs.value = ("fps_not_decremented", "gelu_tanh")
+    assert row.names.layout.display is None and panel.rows[1].names.layout.display == "none"
+    row.names.value = ("fps_not_decremented", "gelu_tanh")
     assert panel.picked() == {"rules": ["none", "fps_not_decremented", "gelu_tanh"]}
     assert BUGS["gelu_tanh"].cause in row.about.value
+
+
+def test_approximations_are_picked_from_those_there_are(panel: SweepPanel) -> None:
+    pick(panel, ("rules", ""))
+    panel.rows[0].names.value = ("gelu_tanh",)
+    pick(panel, ("approximation", ""))
+    assert panel.rows[0].names.options == tuple(APPROXIMATIONS)
+    panel.rows[0].names.value = ("deep_features",)
+    assert panel.picked() == {"approximation": ["none", "deep_features"]}
+    assert escape(APPROXIMATIONS["deep_features"].said) in panel.rows[0].about.value
 
 
 def test_ranges_and_unusual_values(panel: SweepPanel) -> None:

@@ -136,8 +136,8 @@ def frontier(
         ours = start.replace(**variant.changes)
         if ours.dtype not in by_dtype:
             by_dtype[ours.dtype] = SVDPipeline.from_pretrained(model, dtype=ours.torch_dtype, device=device)
-        calls[variant.name] = _call(by_dtype[ours.dtype], ours, variant)
-    solve = _call(pipe, start.replace(num_inference_steps=CONVERGED_STEPS), EXACT)
+        calls[variant.name] = make_call(by_dtype[ours.dtype], start, variant)
+    solve = make_call(pipe, start.replace(num_inference_steps=CONVERGED_STEPS), EXACT)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     with tqdm(total=images * (len(calls) + 1) + (pairs + 1) * len(calls), unit="clip", disable=not progress) as bar:
         for index in range(images):
@@ -163,7 +163,15 @@ def frontier(
     return [_row(name, found[name], timings[name].seconds, timings[EXACT.name].seconds) for name in calls]
 
 
-def _call(pipe: SVDPipeline, settings: GenerationSettings, variant: Variant) -> Call:
+def make_call(pipe: SVDPipeline, settings: GenerationSettings, variant: Variant) -> Call:
+    """What makes a variant's frames (V, F, 3, H, W) of ``Inputs``, in the pipeline's own dtype.
+
+    Args:
+        pipe: with exact stages; it stays as it is.
+        settings: the exact clip's.
+        variant: whose changes of the settings, approximations and solver are taken.
+    """
+    settings = settings.replace(**variant.changes)
     pipe = approximated(pipe, *variant.approximations)
     if variant.solver == "dpm_solver":
         pipe.scheduler = dpm_solver(pipe.scheduler)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     "axes",
     multiple=True,
     metavar="NAME=VALUES",
-    help="An axis: a setting, or rules (injected bugs), and its values, such as fps=7,14,28 or seed=5-9 or fps=7:28:7 "
-    "(from, to, step); repeatable, the last one varies fastest.",
+    help="An axis: a setting, rules (injected bugs) or approximation (of svdlab frontier), and its values, such as "
+    "fps=7,14,28 or seed=5-9 or fps=7:28:7 (from, to, step); repeatable, the last one varies fastest.",
 )
 @click.option(
     "--points", metavar="FILE", help="Instead of a grid: a JSON list of objects, each the settings of one point."

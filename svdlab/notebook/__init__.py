@@ -27,7 +27,7 @@ _HOMES = {
         "plot_frames",
         "plot_steps",
     ),
-    "figures": ("plot_ramps",),
+    "figures": ("plot_frontier", "plot_ramps"),
 }
 __getattr__, __dir__ = lazy_names(
     __name__, {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

@@ -17,12 +17,11 @@ from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import help_of, is_live, small
 from svdlab.notebook.panel import Panel
 from svdlab.notebook.sweep_view import SCRIPT, Board, View, comparison_html, text_of, values_text
-from svdlab.parity.bugs import BUGS
 from svdlab.svd.checkpoint import EMBEDDED
 from svdlab.svd.settings import GenerationSettings, allowed
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import PLAN, Sweep
-from svdlab.sweep.plan import RULES, grid, make_points, parse_values, remarks
+from svdlab.sweep.plan import NAMED, grid, make_points, parse_values, remarks
 from svdlab.sweep.run import Backend, OnProgress, Progress, ShouldStop, run_sweep
 
 if TYPE_CHECKING:
@@ -345,35 +344,39 @@ class SweepPanel(Panel):
 
 
 class _AxisRow:
-    """One axis of the panel: which, its values, what it takes, and the catalogue where it is of bugs."""
+    """One axis of the panel: which, its values, what it takes, and the names where it takes some."""
 
     def __init__(self, number: int, name: str, values: Sequence[Any]):
         shared = {"style": {"description_width": "6em"}, "layout": {"width": "22em", "flex": "0 0 auto"}}
-        names = [_NONE, *_FIELDS, RULES]
+        names = [_NONE, *_FIELDS, *NAMED]
         self.axis = ipywidgets.Dropdown(options=names, value=name, description=f"axis {number}", **shared)
         self.entry = ipywidgets.Text(
             value=values_text(values), placeholder="7, 14 or 5-9 or 7:28:7", description=f"values {number}", **shared
         )
-        self.bugs = ipywidgets.SelectMultiple(options=list(BUGS), rows=6, description=f"bugs {number}", **shared)
+        self.names = ipywidgets.SelectMultiple(rows=6, description=f"names {number}", **shared)
         self.about = ipywidgets.HTML(layout={"max_width": "40em"})
         row = ipywidgets.HBox([self.axis, self.entry, self.about], layout={"flex_flow": "row wrap"})
-        self.widget = ipywidgets.VBox([row, self.bugs])
+        self.widget = ipywidgets.VBox([row, self.names])
         self.axis.observe(self._explain, "value")
         self.entry.observe(self._explain, "value")
-        self.bugs.observe(self._take, "value")
+        self.names.observe(self._take, "value")
         self._explain()
 
     def _take(self, change: Any = None) -> None:
-        """The bugs that are picked, after the right one."""
-        self.entry.value = ", ".join(["none", *self.bugs.value])
+        """The names that are picked, after none."""
+        if self.axis.value in NAMED:
+            self.entry.value = ", ".join(["none", *self.names.value])
 
     def _explain(self, change: Any = None) -> None:
-        name, of_bugs = self.axis.value, self.axis.value == RULES
+        name = self.axis.value
+        known = NAMED.get(name, {})
         self.entry.disabled = name == _NONE
-        self.bugs.layout.display = None if of_bugs else "none"
-        if of_bugs:
-            causes = [f"{bug}: {BUGS[bug].said}" for bug in self.bugs.value]
-            said = "; ".join(causes) or "none, and bugs of the catalogue; several at once with + between them"
+        self.names.layout.display = None if known else "none"
+        if self.names.options != tuple(known):
+            self.names.options = tuple(known)
+        if known:
+            chosen = [f"{one}: {known[one].said}" for one in self.names.value]
+            said = "; ".join(chosen) or "none, and some of these; several at once with + between them"
         else:
             said = "" if name == _NONE else "; ".join([f"{help_of(name)}; {allowed(name)}", *self._remarks()])
         self.about.value = small(said)

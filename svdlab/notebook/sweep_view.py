@@ -22,7 +22,7 @@ from svdlab.parity.compare import THRESHOLD
 from svdlab.svd.video import Clip, data_url
 from svdlab.sweep.compare import compare_sweeps
 from svdlab.sweep.folder import Sweep
-from svdlab.sweep.plan import RULES
+from svdlab.sweep.plan import NAMED
 from svdlab.tables import Cell, Column, Table
 
 CELL = 128  # pixels, the height of a clip in the grid; higher ones are reduced to it
@@ -77,7 +77,7 @@ class View:
 
 def axis_name(axis: str) -> str:
     """An axis's name with its unit."""
-    unit, name = "" if axis == RULES else unit_of(axis), axis.replace("_", " ")
+    unit, name = "" if axis in NAMED else unit_of(axis), axis.replace("_", " ")
     return f"{name} ({unit})" if unit and unit not in name else name
 
 
@@ -381,7 +381,7 @@ def point_html(sweep: Sweep, identity: str) -> str:
     """A point: where it stands, its clip, what was measured, its settings; the error of one that failed. HTML."""
     point, heading = sweep.plan.points[identity], f"<p class='place'>{escape(place_of(sweep, identity))}</p>"
     settings = {name: text_of(v) for name, v in point.settings.model_dump().items() if v is not None}
-    of_it = pairs_html({**settings, RULES: text_of(point.value(RULES))})
+    of_it = pairs_html({**settings, **{axis: point.value(axis) for axis in NAMED}})
     if not sweep.finished(identity):
         error = sweep.error(identity)
         said = f"<p><b>{escape(error['type'])}</b>: {escape(error['message'])}</p>"

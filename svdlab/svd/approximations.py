@@ -42,12 +42,12 @@ class Approximation:
     """One of them.
 
     Attributes:
-        summary: what it leaves out, one line.
+        said: what it leaves out, one line.
         source: the paper.
         change: of the pipeline.
     """
 
-    summary: str
+    said: str
     source: str
     change: Change
 

@@ -15,7 +15,7 @@ from svdlab.errors import SvdlabError
 from svdlab.reading import Document, parse_as, read_as
 from svdlab.sweep.code import Code
 
-FORMAT = 3
+FORMAT = 4
 Identity = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Value = int | float | str | bool | None
@@ -42,6 +42,7 @@ class PlannedPoint(Document):
     point: Identity
     settings: dict[str, Any]
     rules: list[str]
+    approximation: list[str]
 
 
 class PlanFile(Document):
@@ -92,6 +93,7 @@ class Metrics(Document):
     point: Identity
     settings: dict[str, Any]
     rules: list[str]
+    approximation: list[str]
     model: Model
     image: Digest
     svdlab: str

@@ -30,8 +30,8 @@ from svdlab.files import atomic_path, write_json
 from svdlab.reading import checked_as, parse, read_as, read_text
 from svdlab.svd.settings import GenerationSettings
 from svdlab.sweep.code import Code
-from svdlab.sweep.documents import FORMAT, FailureFile, Metrics, PlanFile, sha256
-from svdlab.sweep.plan import RULES, Point, bugs_text, neighbours
+from svdlab.sweep.documents import FORMAT, FailureFile, Metrics, PlanFile, PlannedPoint, sha256
+from svdlab.sweep.plan import NAMED, Point, neighbours
 from svdlab.sweep.point import CLIP, FRAMES, METRICS, THUMBNAIL, Outcome, Source, SweepHalted, image_digest, save_point
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Sweep:
             image = (path.parent / IMAGE).read_bytes()
         except OSError as error:
             raise SvdlabError(f"{path.parent / IMAGE}: cannot be read ({error.strerror})") from None
-        points = {p.point: Point(_settings(path, i, p.settings), tuple(p.rules)) for i, p in enumerate(plan.points)}
+        points = {p.point: _point(path, i, p) for i, p in enumerate(plan.points)}
         axes = {name: [tuple(v) if isinstance(v, list) else v for v in values] for name, values in plan.axes.items()}
         _check_axes(path, axes, points.values())
         source = Source(
@@ -148,7 +148,7 @@ class Sweep:
             "environment": {"python": platform.python_version(), "torch": torch.__version__},
             "axes": self.plan.axes,
             "points": [
-                {"point": identity, "settings": point.settings.model_dump(mode="json"), "rules": point.bugs}
+                {"point": identity, "settings": point.settings.model_dump(mode="json"), **point.named()}
                 for identity, point in self.plan.points.items()
             ],
         }
@@ -296,7 +296,7 @@ class Sweep:
         return Clip.from_video(path).to_numpy()
 
     def at(self, **where: Any) -> str:
-        """The identity of the first point at these values of the axes; bugs as text, such as ``rules="none"``.
+        """The identity of the first point at these values of the axes; names as text, such as ``rules="none"``.
 
         Raises:
             SvdlabError: there is none.
@@ -372,11 +372,11 @@ class Sweep:
                     write_json(self._point(identity) / METRICS, known[identity])
 
     def table(self) -> pd.DataFrame:
-        """One row for each point that is finished or failed, in the plan's order: settings, rules and metrics.
+        """One row for each point that is finished or failed, in the plan's order: settings, names and metrics.
 
-        Columns: ``point``, ``status``, every setting (the axes first), ``rules``, ``motion`` (grey levels of 255 a
-        frame), ``motion_per_frame``, ``difference_AXIS`` (mean absolute difference to the neighbours on that axis, grey
-        levels), ``divergence_*``, ``seconds``, ``peak_memory_mib``, ``threads``, ``device``, ``host``,
+        Columns: ``point``, ``status``, every setting (the axes first), ``rules``, ``approximation``, ``motion`` (grey
+        levels of 255 a frame), ``motion_per_frame``, ``difference_AXIS`` (mean absolute difference to the neighbours on
+        that axis, grey levels), ``divergence_*``, ``seconds``, ``peak_memory_mib``, ``threads``, ``device``, ``host``,
         ``frames_sha256``, ``error``, ``folder``.
         """
         return self._table(self._finished_metrics())
@@ -399,7 +399,7 @@ class Sweep:
         return table.astype({name: "Int64" for name in (*_WHOLE, "threads") if name in table})
 
     def _row(self, identity: str, point: Point, metrics: dict[str, Any], error: str) -> dict[str, Any]:
-        settings = {**point.settings.model_dump(), RULES: bugs_text(point.bugs)}
+        settings = {**point.settings.model_dump(), **{axis: point.value(axis) for axis in NAMED}}
         if settings["sigmas"] is not None:
             settings["sigmas"] = list(settings["sigmas"])
         axes = list(self.plan.axes)
@@ -461,17 +461,18 @@ def _difference(path: Path, source: Source) -> str:
     return f"were made {' and '.join(reasons)}" if reasons else "have settings that are no longer asked for"
 
 
-def _settings(path: Path, number: int, values: dict[str, Any]) -> GenerationSettings:
+def _point(path: Path, number: int, planned: PlannedPoint) -> Point:
     with about(f"{path}: points.{number}"):
-        return GenerationSettings.from_json(json.dumps(values))
+        settings = GenerationSettings.from_json(json.dumps(planned.settings))
+    return Point(settings, tuple(planned.rules), tuple(planned.approximation))
 
 
 def _check_axes(path: Path, axes: Mapping[str, Sequence[Any]], points: Iterable[Point]) -> None:
     """Raises: SvdlabError where an axis is none, or does not have the value of a point."""
-    allowed = {*GenerationSettings.model_fields, RULES}
+    allowed = {*GenerationSettings.model_fields, *NAMED}
     for axis, values in axes.items():
         if axis not in allowed:
-            raise SvdlabError(f"{path}: axes: got {short(axis)}, allowed: a setting, or {RULES}")
+            raise SvdlabError(f"{path}: axes: got {short(axis)}, allowed: a setting, or {', '.join(NAMED)}")
         known = set(values)
         if missing := [point.value(axis) for point in points if point.value(axis) not in known]:
             raise SvdlabError(f"{path}: axes.{axis}: {short(missing[0])}, which a point has, is missing")

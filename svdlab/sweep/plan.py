@@ -14,11 +14,15 @@ from typing import Any
 from svdlab.errors import SvdlabError, short
 from svdlab.parity.bugs import BUGS, check_bugs
 from svdlab.reading import parse
+from svdlab.svd.approximations import APPROXIMATIONS
 from svdlab.svd.settings import GenerationSettings
 
-# The axis of injected bugs, as grids, tables and files call it.
-RULES = "rules"
-_NO_BUG = "none"
+# The axes that are no setting, as grids, tables and files call them: injected bugs, and what is left out for speed.
+RULES, APPROXIMATION = "rules", "approximation"
+# The names that each of them takes.
+NAMED: Mapping[str, Mapping[str, Any]] = {RULES: BUGS, APPROXIMATION: APPROXIMATIONS}
+_KINDS = {RULES: "bugs", APPROXIMATION: "approximations"}
+_NO_NAME = "none"
 # 5-9, and 7:28:7 or 1:3:0.5; an exponent's sign is none of a range.
 _SPAN = re.compile(r"(\d{1,19})-(\d{1,19})")
 _STEPPED = re.compile(r"[\d.]{1,40}(:[\d.]{0,40})+")
@@ -34,19 +38,25 @@ class Point:
     Attributes:
         settings: all of them.
         bugs: of the catalogue, those that are injected, by name; without any it is what diffusers does.
+        approximations: of ``approximations.APPROXIMATIONS``, by name.
     """
 
     settings: GenerationSettings
     bugs: tuple[str, ...] = ()
+    approximations: tuple[str, ...] = ()
+
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """The names on each axis of ``NAMED``."""
+        return {RULES: self.bugs, APPROXIMATION: self.approximations}
 
     def value(self, axis: str) -> Any:
-        """Where the point stands on an axis: a setting's value, or the bugs as text."""
-        return bugs_text(self.bugs) if axis == RULES else getattr(self.settings, axis)
+        """Where the point stands on an axis: a setting's value, or names as text."""
+        return names_text(self.named()[axis]) if axis in NAMED else getattr(self.settings, axis)
 
 
-def bugs_text(bugs: Sequence[str]) -> str:
-    """Bugs as they are written in a grid and in the table: "none", or names with a plus between them."""
-    return "+".join(bugs) or _NO_BUG
+def names_text(names: Sequence[str]) -> str:
+    """Bugs or approximations as a grid and the table have them: "none", or names with a plus between them."""
+    return "+".join(names) or _NO_NAME
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
@@ -77,7 +87,7 @@ def parse_values(name: str, text: str) -> list[Any]:
         except SvdlabError:
             raise SvdlabError(f"{shown}: got {short(text.strip())}, allowed: a JSON list, or VALUE,VALUE,...") from None
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts if name == RULES else [value for part in parts for value in _values(shown, part)]
+    return parts if name in NAMED else [value for part in parts for value in _values(shown, part)]
 
 
 def _values(name: str, text: str) -> list[Any]:
@@ -142,22 +152,24 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
-    """A point for each change of the settings; ``rules`` may be changed, too.
+    """A point for each change of the settings; ``rules`` and ``approximation`` may be changed, too.
 
     Raises:
-        SvdlabError: a field that is not known, a value that is not allowed, bugs that are not in the catalogue, a
-            change that is there twice, none at all.
+        SvdlabError: a field that is not known, a value that is not allowed, bugs that are not in the catalogue,
+            approximations that there are not, a change that is there twice, none at all.
     """
     if not changes:
         raise SvdlabError("points: got none, allowed: one or more")
     points: dict[Point, None] = {}
     for change in changes:
-        if unknown := [name for name in change if name not in (*GenerationSettings.model_fields, RULES)]:
-            allowed = ", ".join([*GenerationSettings.model_fields, RULES])
+        if unknown := [name for name in change if name not in (*GenerationSettings.model_fields, *NAMED)]:
+            allowed = ", ".join([*GenerationSettings.model_fields, *NAMED])
             raise SvdlabError(f"{short(unknown[0])[1:-1]}: no such setting, allowed: {allowed}")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in change.items()}
-        bugs = _bugs(values.pop(RULES, ()))
-        point = Point(settings.replace(**values), bugs)
+        bugs, approximations = (_names(axis, values.pop(axis, ())) for axis in NAMED)
+        check_bugs(*bugs)
+        approximations = tuple(name for name in APPROXIMATIONS if name in approximations)  # their order is none
+        point = Point(settings.replace(**values), bugs, approximations)
         if point.settings.num_videos_per_prompt != 1:
             raise SvdlabError(
                 f"num_videos_per_prompt: got {point.settings.num_videos_per_prompt}, allowed in a sweep: 1 (take seed "
@@ -172,15 +184,14 @@ def make_points(settings: GenerationSettings, changes: Changes) -> list[Point]:
     return sorted(points, key=lambda p: order[p.settings.dtype])
 
 
-def _bugs(value: Any) -> tuple[str, ...]:
-    names = value.split("+") if isinstance(value, str) else value
+def _names(axis: str, value: Any) -> tuple[str, ...]:
+    names, kind, known = value.split("+") if isinstance(value, str) else value, _KINDS[axis], NAMED[axis]
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
-        raise SvdlabError(f"rules: got {short(value)}, allowed: none, or names of bugs with + between them")
-    names = tuple(name for name in names if name != _NO_BUG)
-    if unknown := [name for name in names if name not in BUGS]:
-        like = difflib.get_close_matches(unknown[0], BUGS, n=3) or list(BUGS)[:3]
-        raise SvdlabError(f"rules: got {short(unknown[0])}, allowed: none, or bugs' names, such as {', '.join(like)}")
-    check_bugs(*names)
+        raise SvdlabError(f"{axis}: got {short(value)}, allowed: none, or names of {kind} with + between them")
+    names = tuple(name for name in names if name != _NO_NAME)
+    if unknown := [name for name in names if name not in known]:
+        like = ", ".join(difflib.get_close_matches(unknown[0], known, n=3) or list(known)[:3])
+        raise SvdlabError(f"{axis}: got {short(unknown[0])}, allowed: none, or {kind}' names, such as {like}")
     return names
 
 

@@ -72,7 +72,7 @@ class Source:
         everything = {
             "format": FORMAT,
             "settings": point.settings.model_dump(mode="json"),
-            "rules": point.bugs,
+            **point.named(),
             "model": self.model.fingerprint,
             "image": self.image_digest,
             "svdlab": self.code.identity,
@@ -248,9 +248,10 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
     import torch
 
     from svdlab.parity.lab import motion_per_frame
+    from svdlab.svd.approximations import approximated
     from svdlab.svd.video import Clip
 
-    settings, pipe = point.settings, lab.pipe.with_bugs(*point.bugs)
+    settings, pipe = point.settings, approximated(lab.pipe.with_bugs(*point.bugs), *point.approximations)
     steps = settings.num_steps
 
     def after_step(_: Any, i: int, timestep: Any, tensors: Any) -> None:
@@ -275,7 +276,7 @@ def make_point(lab: Lab, source: Source, point: Point, on_step: OnStep | None) -
             "format": FORMAT,
             "point": source.identity(point),
             "settings": settings.model_dump(mode="json"),
-            "rules": list(point.bugs),
+            **point.named(),
             "model": asdict(source.model),
             "image": source.image_digest,
             "svdlab": str(source.code),
