@@ -3,15 +3,19 @@
 Run ``svdlab bench --json bench.json`` on a quiet machine, then ``python docs/make_performance.py bench.json``; further
 files replace the cases that they hold, too. It writes ``docs/performance.png`` and what stands between the markers of
 ``docs/performance.md``; without a file, what ``svdlab memory`` says and no more. ``--gpu gpu.json`` puts in what
-``docs/measure_gpu.py`` measured.
+``docs/measure_gpu.py`` measured, ``--frontier frontier.json`` what ``svdlab frontier`` did, ``--cpu one.json --cpu
+two.json`` the ratios of ``svdlab bench`` on one kind of CPU after another, and beside other work.
 """
 
 import argparse
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from svdlab.bench.frontier import Row, frontier_table
 from svdlab.bench.tables import case_table, growth_table
 from svdlab.notebook.figures import plot_bench
 from svdlab.svd.architectures import ARCHITECTURES
@@ -57,12 +61,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", nargs="*", type=Path, help="JSON of svdlab bench")
     parser.add_argument("--gpu", type=Path, help="JSON of docs/measure_gpu.py")
+    parser.add_argument("--frontier", type=Path, help="JSON of svdlab frontier")
+    parser.add_argument("--cpu", action="append", type=Path, help="JSON of svdlab bench, repeatable")
     given = parser.parse_args()
     PAGE.write_text(put(PAGE.read_text(), "memory", memory_tables()))
     if given.bench:
         put_timings(*(json.loads(path.read_text()) for path in given.bench))
     if given.gpu:
         PAGE.write_text(put(PAGE.read_text(), "gpu", gpu_tables(json.loads(given.gpu.read_text()))))
+    if given.frontier:
+        PAGE.write_text(put(PAGE.read_text(), "frontier", frontier_text(json.loads(given.frontier.read_text()))))
+    if given.cpu:
+        PAGE.write_text(put(PAGE.read_text(), "cpus", cpu_table(json.loads(path.read_text()) for path in given.cpu)))
+
+
+def frontier_text(found: dict[str, Any]) -> str:
+    """What ``svdlab frontier`` measured: the machine, and its table."""
+    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    rows = [
+        Row(**{**row, "psnr": math.inf if row["psnr"] is None else row["psnr"]})  # JSON has no infinity
+        for row in found["rows"]
+    ]
+    return f"Measured on: {about}; {found['images']} first frames.\n\n{frontier_table(rows).to_markdown()}"
+
+
+def cpu_table(files: Iterable[dict[str, Any]]) -> str:
+    """A row for every case of every file: how many times as long diffusers takes there."""
+    rows = []
+    for found in files:
+        machine = found["machine"]
+        where = [machine["model"], machine["instruction_set"], str(machine["threads"]), str(found.get("beside") or "")]
+        for case in found["cases"]:
+            low, high = case["ratio_range"]
+            seconds = [f"{case[f'{name}_s']:.3g}" for name in ("svdlab", "diffusers")]
+            rows.append([*where, case["name"], case["dtype"], *seconds, f"{case['ratio']:.2f} ({low:.2f}-{high:.2f})"])
+    numbers = (Column(name, "right") for name in ("svdlab s", "diffusers s", "ratio"))
+    return Table(("CPU", "instructions", "threads", "beside", "case", "dtype", *numbers), rows).to_markdown()
 
 
 def gpu_tables(found: dict[str, Any]) -> str:

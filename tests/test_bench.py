@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,8 @@ def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None
     assert written["matrix_peak_gflops"]["float32"] > 0 and written["quick"]
     assert f"instruction_set {written['machine']['instruction_set']}" in result.output
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    table = runpy.run_path(str(Path(__file__).parent.parent / "docs/make_performance.py"))["cpu_table"]([written])
+    assert table.count(written["machine"]["instruction_set"]) == 5 and f"{written['cases'][0]['ratio']:.2f}" in table
 
 
 def test_a_case_has_a_process_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def test_the_frontier(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.seconds > 0 and row.from_converged > 0 and row.motion_error is None for row in rows)
     written = to_json(rows, "cpu", 2)
     assert written["rows"][0]["psnr"] is None and written["rows"][1]["psnr"] == others[0].psnr
-    assert "2 steps" in frontier_table(rows).to_markdown()
+    page = runpy.run_path(str(Path(__file__).parent.parent / "docs/make_performance.py"))["frontier_text"](written)
+    assert page.endswith(frontier_table(rows).to_markdown()) and "2 first frames" in page and "2 steps" in page
     assert "Noise ratio" in plot_frontier(rows).alt
 
 

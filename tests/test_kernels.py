@@ -21,11 +21,13 @@ from svdlab import GenerationSettings, SVDPipeline
 from svdlab.errors import SvdlabError
 from svdlab.samples import sample_photo
 from svdlab.svd import kernels
+from svdlab.svd.approximations import approximated
 from svdlab.svd.kernels import norm, packed, registry, upsample
 from svdlab.svd.kernels.attention import scaled_dot_product_attention
 from svdlab.svd.kernels.registry import FAST, FLOATS, KERNELS, OFF, Kernel, noise_ratio, plain, use_kernels, verdict
 from svdlab.svd.layers import GEGLU, Conv2d, FrameGroupNorm, Upsample
 from svdlab.svd.modules import own_modules
+from svdlab.svd.stages import Change
 
 
 def ratio(candidate: Tensor, reference: Tensor, truth: Tensor) -> float:
@@ -209,17 +211,23 @@ def test_one_generation_compares_its_weights_once(tiny: Path, monkeypatch: pytes
     comparisons(pipe)  # with the kernels' trials
     alone = comparisons(pipe)
     assert comparisons(pipe) == alone, "and each generation anew"
+    assert comparisons(approximated(pipe, "guidance_interval", "deep_features")) <= alone
+
+    def twice(pipe: SVDPipeline, stage: Any, *args: Any) -> Tensor:
+        return stage(*args)
+
     # Who could edit weights between two steps: a callback, a probe, a stage or a hook of somebody else's, a subclass.
     staged = pipe.with_stage(euler_step=pipe.euler_step)
     hooked = pipe.with_own_modules()
     hooked.unet.conv_in.register_forward_hook(lambda *args: None)
+    wrapped = approximated(pipe, "guidance_interval").with_changes(Change(wrap={"predict_noise": twice}))
     derived = copy.copy(pipe)
     derived.__class__ = type("Derived", (SVDPipeline,), {})
     assert (
         min(
             comparisons(pipe, callback=lambda *args: None),
             comparisons(pipe, probe=lambda *args: None),
-            *(comparisons(other) for other in (staged, hooked, derived)),
+            *(comparisons(other) for other in (staged, wrapped, hooked, derived)),
         )
         > 2 * alone
     )

@@ -289,6 +289,28 @@ def test_an_earlier_sweep_is_loaded(panel: SweepPanel, explorer: SweepExplorer, 
     assert "no sweep" in panel.status.value
 
 
+def test_what_is_shown_is_exported(panel: SweepPanel, explorer: SweepExplorer, tmp_path: Path) -> None:
+    panel.export.click()
+    assert "file: there is no sweep yet, allowed: Run or Load first" in panel.status.value
+    other = run_sweep(
+        tmp_path / "six", grid({"seed": [3, 4, 5], "fps": [7, 9]}), SMALL, model=explorer.options["model"]
+    )
+    panel.open(str(other.folder))
+    panel.held["seed"].value = 4
+    panel.export.click()
+    assert f"written to {other.folder / 'board.html'}" in panel.status.value
+    assert (
+        films((other.folder / "board.html").read_text()) == films(panel.board.html)
+        and len(films(panel.board.html)) == 2
+    )
+    panel.file.value = str(tmp_path / "two.gif")
+    panel.export.click()
+    assert Image.open(tmp_path / "two.gif").n_frames == SMALL.num_frames
+    panel.file.value = "board.png"
+    panel.export.click()
+    assert "allowed: .html, .gif" in panel.status.value
+
+
 def test_an_error_is_shown_whole(panel: SweepPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdlab.notebook.sweep_board.run_sweep", None)
     panel.compute()

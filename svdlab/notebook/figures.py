@@ -117,11 +117,15 @@ def plot_frontier(rows: Sequence[Row]) -> Plot:
     plot = new_plot(8.0, 4.4, f"Noise ratio against speed: {', '.join(row.name for row in rows)}.")
     ax = plot.subplots()
     ax.axhspan(0.1, THRESHOLD, color=FLOOR, alpha=0.12, lw=0, label=f"parity: up to {THRESHOLD:g}")
-    for row in rows:
+    for i, row in enumerate(sorted(rows, key=lambda row: row.speedup)):
         colour = SVDLAB if row.noise_ratio <= THRESHOLD else FIX_OFF
         reach = np.abs(np.array([row.speedup_range]).T - row.speedup)
         ax.errorbar(row.speedup, row.noise_ratio, xerr=reach, fmt="o", color=colour, ms=5, capsize=2, lw=1)
-        ax.annotate(row.name, (row.speedup, row.noise_ratio), (4, 4), textcoords="offset points", fontsize=7)
+        # Neighbours have their names on four sides, so that these do not lie on each other.
+        side, above = ("left", "right")[i // 2 % 2], i % 2
+        offset, va = (4 if side == "left" else -4, 4 if above else -4), "bottom" if above else "top"
+        at = row.speedup, row.noise_ratio
+        ax.annotate(row.name, at, offset, textcoords="offset points", fontsize=7, ha=side, va=va)
     ax.set_yscale("log")
     ax.set_ylim(bottom=0.1)
     label_axes(ax, "times as fast as the exact clip", "noise ratio of the frames")

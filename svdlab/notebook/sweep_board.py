@@ -16,6 +16,7 @@ import traitlets
 from svdlab.errors import SvdlabError
 from svdlab.notebook.controls import help_of, is_live, small
 from svdlab.notebook.panel import Panel
+from svdlab.notebook.sweep_export import export_sweep
 from svdlab.notebook.sweep_view import SCRIPT, Board, View, comparison_html, text_of, values_text
 from svdlab.svd.checkpoint import EMBEDDED
 from svdlab.svd.settings import GenerationSettings, allowed
@@ -207,10 +208,22 @@ class SweepPanel(Panel):
             icon="columns",
             tooltip="show the same points of the sweep in this folder beside these",
         )
+        self.file = ipywidgets.Text(
+            description="file",
+            placeholder="board.html or board.gif, into the folder",
+            style={"description_width": "6em"},
+            layout={"width": "40em", "max_width": "100%"},
+        )
+        self.export = ipywidgets.Button(
+            description="Export",
+            icon="download",
+            tooltip="write the board as it is shown: one page that needs nothing else (.html), or an animation (.gif)",
+        )
         self.controls = ipywidgets.HBox(layout={"flex_flow": "row wrap"})
         self.run.on_click(lambda button: self.compute())
         self.load.on_click(lambda button: self.open(self.folder.value))
         self.compare.on_click(lambda button: self.compare_with(self.other.value))
+        self.export.on_click(lambda button: self.export_to(self.file.value))
 
     def show(self) -> ipywidgets.Widget:
         """All of it as one widget; a small checkpoint starts at once."""
@@ -226,6 +239,7 @@ class SweepPanel(Panel):
                 self.kept,
                 self.controls,
                 self.board,
+                ipywidgets.HBox([self.file, self.export], layout=wrapped),
                 ipywidgets.HBox([self.other, self.compare], layout=wrapped),
                 self.comparison,
             ]
@@ -283,6 +297,19 @@ class SweepPanel(Panel):
             self.comparison.html = comparison_html(self.sweep, Sweep.open(folder))
         except SvdlabError as error:
             self.say_error(error)
+
+    def export_to(self, file: str) -> None:
+        """Write the board over the axes and values that are shown; a name without a folder goes into the sweep's."""
+        try:
+            if self.sweep is None:
+                raise SvdlabError("file: there is no sweep yet, allowed: Run or Load first")
+            path = export_sweep(
+                self.sweep, self.sweep.folder / Path(file.strip() or "board.html").expanduser(), self.view()
+            )
+        except SvdlabError as error:
+            self.say_error(error)
+            return
+        self.say(f"written to {path.absolute()}")
 
     def _compute(self, stop: threading.Event) -> str:
         """In the worker's thread: draw each clip as it comes."""

@@ -374,8 +374,11 @@ class SVDPipeline(DiffusersInterface):
 
     def _runs_own_code(self) -> bool:
         """Whether between two steps nothing runs that a caller wrote, and that could edit a weight."""
+        wrappers = (getattr(wrapper, "__module__", "") for _, wrapper in self._wrapped)
+        assigned = (vars(self).keys() & {*STAGE}) - {name for name, _ in self._wrapped}
         hooks = (hook for m in self.unet.modules() for hook in (m._forward_hooks, m._forward_pre_hooks))
-        return type(self) is SVDPipeline and not vars(self).keys() & {*STAGE} and not any(hooks)
+        others = type(self) is not SVDPipeline or self.replaced or assigned or any(hooks)
+        return not others and all(module == "svdlab.svd.approximations" for module in wrappers)
 
     @contextmanager
     def _room_for_decode(self, settings: GenerationSettings) -> Iterator[None]:
