@@ -93,10 +93,23 @@ def cpu_table(files: Iterable[dict[str, Any]]) -> str:
         where = [machine["model"], machine["instruction_set"], str(machine["threads"]), str(found.get("beside") or "")]
         for case in found["cases"]:
             low, high = case["ratio_range"]
+            size = f"{case['num_frames']} x {case['width']}x{case['height']}"
             seconds = [f"{case[f'{name}_s']:.3g}" for name in ("svdlab", "diffusers")]
-            rows.append([*where, case["name"], case["dtype"], *seconds, f"{case['ratio']:.2f} ({low:.2f}-{high:.2f})"])
+            rows.append(
+                [
+                    *where,
+                    case["name"],
+                    case["dtype"],
+                    size,
+                    str(case.get("num_inference_steps", "")),
+                    *seconds,
+                    f"{case['ratio']:.2f} ({low:.2f}-{high:.2f})",
+                ]
+            )
     numbers = (Column(name, "right") for name in ("svdlab s", "diffusers s", "ratio"))
-    return Table(("CPU", "instructions", "threads", "beside", "case", "dtype", *numbers), rows).to_markdown()
+    return Table(
+        ("CPU", "instructions", "threads", "beside", "case", "dtype", "size", "steps", *numbers), rows
+    ).to_markdown()
 
 
 def gpu_tables(found: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from svdlab.sweep import Sweep, compare_sweeps, grid, parse_axis, resume_sweep, 
 from svdlab.sweep import point as point_module
 from svdlab.sweep import run as run_module
 from svdlab.sweep.code import CLIP_CODE, Code, code_version, file_digests
+from svdlab.sweep.documents import FORMAT
 from svdlab.sweep.plan import make_points, remarks
 from svdlab.sweep.point import SweepHalted
 from svdlab.sweep.run import Progress
@@ -607,7 +608,7 @@ def test_another_model_under_the_same_name_is_noticed(tmp_path: Path) -> None:
     third = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE)
     assert third.unplanned_points()["have settings that are no longer asked for"] == 1
     metrics = second.folder / "points" / next(iter(second.plan.points)) / "metrics.json"
-    metrics.write_text(metrics.read_text().replace('"format": 3', '"format": 2'))
+    metrics.write_text(metrics.read_text().replace(f'"format": {FORMAT}', '"format": 2'))
     turned = run_sweep(tmp_path / "out", grid({"fps": [8]}), SMALL, model=str(model), image=PICTURE.rotate(180))
     assert turned.unplanned_points() == {
         f"were made with another model ({model}) and from another image": 1,
@@ -689,8 +690,8 @@ def test_a_damaged_sweep_is_named(four: Sweep, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"")
     for text, message in (
         ("{", "sweep.json: not JSON"),
-        ('{"format": 3}', "sweep.json: svdlab is missing"),
-        ('{"format": 9}', "format 9, allowed: 3"),
+        (json.dumps({"format": FORMAT}), "sweep.json: svdlab is missing"),
+        ('{"format": 9}', f"format 9, allowed: {FORMAT}"),
     ):
         (tmp_path / "sweep.json").write_text(text)
         with pytest.raises(SvdlabError, match=message):
