@@ -102,11 +102,12 @@ def cpu_table(files: Iterable[dict[str, Any]]) -> str:
                     case["dtype"],
                     size,
                     str(case.get("num_inference_steps", "")),
+                    f"{found['matrix_peak_gflops'][case['dtype']]:.0f}",
                     *seconds,
                     f"{case['ratio']:.2f} ({low:.2f}-{high:.2f})",
                 ]
             )
-    numbers = (Column(name, "right") for name in ("svdlab s", "diffusers s", "ratio"))
+    numbers = (Column(name, "right") for name in ("peak GEMM, GFLOP/s", "svdlab s", "diffusers s", "ratio"))
     return Table(
         ("CPU", "instructions", "threads", "beside", "case", "dtype", "size", "steps", *numbers), rows
     ).to_markdown()
