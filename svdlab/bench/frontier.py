@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from svdlab.bench.timing import Calls, alternate, machine
+from svdlab.bench.timing import Calls, in_turns, machine
 from svdlab.errors import SvdlabError
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.reference import capture_diffusers, cast_diffusers, dpm_solver, load_diffusers
@@ -139,7 +139,7 @@ def frontier(
         calls[variant.name] = make_call(by_dtype[ours.dtype], start, variant)
     solve = make_call(pipe, start.replace(num_inference_steps=CONVERGED_STEPS), EXACT)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
-    with tqdm(total=images * (len(calls) + 1) + (pairs + 1) * len(calls), unit="clip", disable=not progress) as bar:
+    with tqdm(total=images * (len(calls) + 1) + pairs * len(calls), unit="clip", disable=not progress) as bar:
         for index in range(images):
             image, seeded = sample_image(index), start.replace(seed=index)
             inputs = pipe.prepare(image, seeded, torch.Generator().manual_seed(index))
@@ -159,8 +159,8 @@ def frontier(
                 )
                 bar.update()
         timed: Calls = {name: functools.partial(call, inputs) for name, call in calls.items()}
-        timings = alternate(timed, pairs, device, bar.update)
-    return [_row(name, found[name], timings[name].seconds, timings[EXACT.name].seconds) for name in calls]
+        seconds = in_turns(timed, pairs, bar.update)
+    return [_row(name, found[name], seconds[name], seconds[EXACT.name]) for name in calls]
 
 
 def make_call(pipe: SVDPipeline, settings: GenerationSettings, variant: Variant) -> Call:

@@ -90,7 +90,7 @@ class CaseResult:
 
 
 def alternate(calls: Calls, pairs: int, device: str, on_run: Callable[[], Any] = lambda: None) -> dict[str, Timing]:
-    """Time implementations in turns: whatever else the machine does falls on all of them alike.
+    """Time implementations in turns, and measure the memory of each.
 
     Args:
         calls: what to run, by implementation.
@@ -99,18 +99,30 @@ def alternate(calls: Calls, pairs: int, device: str, on_run: Callable[[], Any] =
         on_run: called after every run.
     """
     peaks: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         if name in (COMPILED, SVDLAB_COMPILED):
             call()  # what the compiler itself takes is not the network's
         peaks[name] = measured_peak(call, device)
         on_run()
+    seconds = in_turns(calls, pairs, on_run)
+    return {name: Timing(seconds[name], peaks[name]) for name in calls}
+
+
+def in_turns(calls: Calls, pairs: int, on_run: Callable[[], Any] = lambda: None) -> dict[str, tuple[float, ...]]:
+    """Seconds of what has run before, in turns: whatever else the machine does falls on all of them alike.
+
+    Args:
+        calls: what to run, by name.
+        pairs: how often each.
+        on_run: called after every run.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(pairs):
         # The second place may be the better one: each gets it in turn.
         for name in list(calls) if i % 2 == 0 else reversed(list(calls)):
             seconds[name].append(timeit.Timer(calls[name], timer=benchmark.timer).timeit(1))
             on_run()
-    return {name: Timing(tuple(seconds[name]), peaks[name]) for name in calls}
+    return {name: tuple(found) for name, found in seconds.items()}
 
 
 def gemm_throughput(dtype: torch.dtype, device: str, quick: bool = False) -> float:
