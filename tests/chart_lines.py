@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+
+def unpacked(text: str) -> Any:
+    """What ``scripts.packed`` made, as a page reads it."""
+    return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
 def drawn(spec: Mapping[str, Any], title: str | None = None) -> dict[str, dict[Any, float]]:
@@ -20,7 +28,7 @@ def drawn(spec: Mapping[str, Any], title: str | None = None) -> dict[str, dict[A
         if layer["mark"]["type"] != "line":
             continue
         field = layer["encoding"]["x"]["field"]
-        for row in layer["data"]["values"]:
+        for row in spec["datasets"][layer["data"]["name"]]:
             lines.setdefault(row["line"], {})[row[field]] = row["shown"]
     return lines
 

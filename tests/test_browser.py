@@ -21,7 +21,7 @@ from jupyter_page import COMPUTE_MS, Notebook, chromium, jupyter_lab
 from svdlab.notebook.sweep_export import export_sweep
 from svdlab.notebook.tables import ratio_text
 from svdlab.parity.compare import Comparison
-from svdlab.parity.lab import Lab
+from svdlab.parity.lab import Choice, Lab
 from svdlab.parity.trace import Trace
 from svdlab.report.run import run_report
 from svdlab.svd.images import to_levels
@@ -204,6 +204,14 @@ Inspector(compare(reference, candidate), ["latents.000", "latents.001"])"""
 CHART = "from svdlab.notebook import plot_curves\nplot_curves([1, 2], {'one': [1, 2], 'two': [2, 1]}, ('x', 'y'))"
 
 
+EXPLORES = """from svdlab.notebook import Explorer
+from svdlab.parity.lab import Choice, Lab
+lab = Lab(model)
+settings = lab.settings(num_frames=3, num_inference_steps=2, height=32, width=32)
+Explorer(lab, settings, ["guidance_per_step", "guidance_constant"], ["max_guidance_scale"],
+         [{"max_guidance_scale": scale} for scale in (2.0, 3.0, 6.0)])"""
+
+
 def accessible(page: Any) -> None:
     """axe-core finds nothing serious, in either colour scheme."""
     for scheme in ("light", "dark"):
@@ -213,12 +221,12 @@ def accessible(page: Any) -> None:
         assert not serious, scheme
 
 
-def drawn(page: Any) -> list[np.ndarray]:
+def drawn(page: Any, within: str = "") -> list[np.ndarray]:
     """The pixels of every canvas, (H, W, 3)."""
     read = (
         "all => all.map(c => [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]])"
     )
-    found = page.locator(".svdlab-player canvas").evaluate_all(read)
+    found = page.locator(f"{within} .svdlab-player canvas").evaluate_all(read)
     return [np.array(data, np.uint8).reshape(height, width, 4)[..., :3] for height, width, data in found]
 
 
@@ -275,6 +283,65 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     accessible(page)
     context.close()
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+
+
+def test_the_sliders_of_a_fix_move_offline(browser: Any, tmp_path: Path, tiny: Path) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("# A fix"),
+        nbformat.v4.new_code_cell(f"model = {str(tiny)!r}", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(EXPLORES),
+    ]
+    made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(made, tmp_path / "one.ipynb")
+    (result,) = run_report([tmp_path / "one.ipynb"], tmp_path / "out")
+    assert not result.error
+    context = browser.new_context(offline=True)
+    asked: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.set_default_timeout(COMPUTE_MS)
+    page.goto((tmp_path / "out/one.html").as_uri())
+    grid, lab = page.locator(".svdlab-fix-grid"), Lab(str(tiny))
+    start = lab.settings(num_frames=3, num_inference_steps=2, height=32, width=32)
+    grid.get_by_role("button", name="Pause").press("Enter")
+    grid.get_by_label("frame", exact=True).press("End")
+
+    def check(which: Choice, bug: str, scale: float) -> None:
+        """Every part of the figure is of one case, at the frame at which the clips stand."""
+        page.get_by_text(f"Shown: fix {which}, {bug}, max guidance scale {scale:g}", exact=True).wait_for()
+        case = lab.case(start.replace(max_guidance_scale=scale), bug)
+        assert grid.locator("h3").inner_text().startswith(f"{bug}: ")
+        assert grid.locator(".number output").inner_text() == ratio_text(case.comparison(which))
+        page.locator(".svdlab-fix-grid .title", has_text=f"svdlab, fix {which}").wait_for()
+        page.get_by_text("frame 3 of 3").last.wait_for()
+        frames = case.comparison(which).traces["candidate"]["frames"][0]
+        assert np.array_equal(drawn(page, ".svdlab-fix-grid")[1], to_levels(frames)[2])
+        first = case.off["guidance_scale"].divergence
+        page.locator(".svdlab-fix-grid .svdlab-chart svg").wait_for()
+        page.get_by_role("img", name=f"fix off ({bug}): {case.off.summary()}").wait_for()
+        point = grid.locator(".svdlab-chart .mark-symbol path[fill='#D55E00']")
+        point.nth([p.name for p in case.off.probes].index("guidance_scale")).hover()
+        hovered = page.locator("#vg-tooltip-element")
+        hovered.get_by_text(f"fix off ({bug})").wait_for()
+        values = dict(
+            zip(hovered.locator("td.key").all_inner_texts(), hovered.locator("td.value").all_inner_texts(), strict=True)
+        )
+        assert values["probe"] == "guidance_scale" and float(values["distance"]) == pytest.approx(first, rel=1e-2)
+        page.mouse.move(0, 0)
+
+    check("off", "guidance_per_step", 3)
+    slider = grid.get_by_label("max guidance scale")
+    assert slider.get_attribute("aria-valuetext") == "3"
+    slider.press("ArrowRight")
+    check("off", "guidance_per_step", 6)
+    grid.get_by_role("radio", name="fix off").press("ArrowRight")
+    check("on", "guidance_per_step", 6)
+    grid.get_by_label("the bug").select_option("guidance_constant")
+    slider.press("Home")
+    check("on", "guidance_constant", 2)
+    accessible(page)
+    context.close()
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
 
 
 def test_a_sweep(browser: Any, server: str, tmp_path: Path) -> None:

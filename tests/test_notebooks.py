@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+from page_text import asked_in_vain, visible
 
 from svdlab.notebook.tables import NOTEBOOK_OF
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.demo import SIX
+from svdlab.report.pages import LIVE
 from svdlab.report.run import run_report
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -35,6 +37,37 @@ def test_a_notebook_is_clean(path: Path) -> None:
         assert len(source.splitlines()) <= 25, "a code cell fits on a screen"
 
 
+# What a page has of what a notebook shows.
+SHOWN = {"Explorer": "svdlab-fix-grid", "Inspector": "svdlab-inspector", "Player": "svdlab-player"}
+SHOWN |= dict.fromkeys(["SweepExplorer", "show_sweep"], "svdlab-board")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_page_asks_for_nothing_that_takes_a_kernel(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    calls = {getattr(node.func, "id", "") for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    controls = " ".join(name for made, name in SHOWN.items() if made in calls)
+    for cell in cells:
+        if cell["cell_type"] == "markdown" and LIVE not in cell["metadata"].get("tags", []):
+            assert not asked_in_vain("".join(cell["source"]), controls)
+
+
+def test_a_sentence_about_an_absent_control_is_found() -> None:
+    for said in (
+        "Move the slider.",
+        "Press the first button",
+        "Read it, and press Diagnose.",
+        "A click on a clip marks it.",
+        "With `case.on` in the place of `case.off` it is right.",
+        "1. Upload its file, or type where it is",
+        "It is done by the cell above: edit it and run it again.",
+    ):
+        assert asked_in_vain(said, "")
+    assert not asked_in_vain("The slider moves along.", '<figure class="svdlab-fix-grid">')
+    assert not asked_in_vain("They change the clip; a port may choose the wrong one, and its type is the same.", "")
+
+
 def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path) -> None:
     (path,) = (p for p in NOTEBOOKS if p.stem == "01_fps_conditioning")
     small = {"model": str(tiny), "num_frames": 2, "height": 32, "width": 32, "num_inference_steps": 1, "fps_grid": [3]}
@@ -43,8 +76,10 @@ def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path)
     assert result.verdicts[0]["numbers"]["settings_seen"] == 2, "the start and the grid"
     page = (tmp_path / result.page).read_text()
     players = re.findall(r'<figure [^>]*class="svdlab-player"', page)
-    assert "At other settings" in page and len(players) == 4, "at the top, fix off, fix on, your code"
+    assert "At every setting" in page and len(players) == 3, "at the top, with the slider, your code"
+    assert len(re.findall(r'<figure [^>]*class="svdlab-fix-grid"', page)) == 1
     assert "widget-view" not in page, "there is no kernel behind the page"
+    assert "time_ids is one small function" in visible(page) and not asked_in_vain(visible(page), page)
 
 
 @pytest.mark.parametrize(

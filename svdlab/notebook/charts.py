@@ -8,8 +8,8 @@ tell apart; dashes and shapes differ as well.
 from __future__ import annotations
 
 import functools
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +19,7 @@ import altair as alt
 
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, FLOOR, SVDLAB
+from svdlab.notebook.scripts import joined, packed
 from svdlab.svd.video import data_url
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ _OFF = (FIX_OFF, "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES: tuple[Sequence[int], ...] = ([], [6, 3], [2, 2], [8, 2, 2, 2])
 # What the drawing's letters are measured by, and fonts of the same measure.
 _FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
+# Of a page: its letters are small as they are, so that on a narrow screen it is scrolled, not made smaller.
+STYLE = """
+@media screen and (max-width: 40rem) {
+  .svdlab-chart { overflow-x: auto; }
+  .svdlab-chart :is(svg, img) { max-width: none !important; }
+}
+"""
 _SHAPES = ("square", "diamond", "triangle-up", "cross")
 
 
@@ -53,16 +61,20 @@ class Chart:
         """The drawing, without a browser."""
         import vl_convert
 
-        return vl_convert.vegalite_to_svg(self.spec)
+        svg = vl_convert.vegalite_to_svg(self.spec)
+        # A page carries many of them: what goes without saying goes, and what is there only to be pointed at.
+        svg = svg.replace(f' font-family="{_FONT}"', "").replace(' opacity="1"', "")
+        svg = svg.replace("<svg ", f'<svg font-family="{_FONT}" ', 1)
+        svg = re.sub(r'<path[^>]* opacity="0"[^>]*/?>(</path>)?', "", svg)
+        return re.sub(r"(?<=[ ,(\"A-Z-])\d+\.\d{3,}(?=[ ,)\"A-Z])", lambda number: f"{float(number[0]):.2f}", svg)
 
     def _repr_html_(self) -> str:
         """The drawing, and beside it the specification for a page that has the script."""
         src = data_url("image/svg+xml", self.to_svg().encode())
-        spec = json.dumps(self.spec, allow_nan=False).replace("<", "\\u003c")
         return (
             f'<figure class="svdlab-chart" style="margin:0"><img style="max-width:100%;background:#fff" '
             f'alt="{escape(self.alt)}" src="{src}">'
-            f'<script type="application/json">{spec}</script></figure>'
+            f'<script type="text/plain">{packed(self.spec)}</script></figure>'
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -76,17 +88,26 @@ def page_script() -> str:
     import vl_convert
 
     return vl_convert.javascript_bundle(
-        """
+        joined("unpacked.js")
+        + """
         for (const figure of document.querySelectorAll("figure.svdlab-chart")) {
-          const [image, data] = figure.children, drawn = document.createElement("div");
-          const named = document.createElement("div");
+          const [image, data] = figure.children, named = document.createElement("div");
+          let asked = 0, last;
           named.setAttribute("role", "img");
-          named.setAttribute("aria-label", image.alt);
-          drawn.setAttribute("aria-hidden", "true");  // Vega calls every mark a picture, and gives none a name
-          named.append(drawn);
-          vegaEmbed(drawn, JSON.parse(data.textContent), {ast: true, actions: false, renderer: "svg"}).then(() => {
+          figure.tabIndex = 0;  // where it is wider than the page, keys scroll it
+          async function draw({ spec, alt }) {
+            const drawn = document.createElement("div"), mine = ++asked;
+            drawn.setAttribute("aria-hidden", "true");  // Vega calls every mark a picture, and gives none a name
+            const made = await vegaEmbed(drawn, spec, {ast: true, actions: false, renderer: "svg"});
+            if (mine !== asked) return made.finalize();  // another one was asked for meanwhile
+            last?.finalize();
+            last = made;
+            named.setAttribute("aria-label", alt);
+            named.replaceChildren(drawn);
             image.replaceWith(named);
-          });
+          }
+          unpacked(data.textContent).then((spec) => draw({spec, alt: image.alt}));
+          figure.addEventListener("svdlab-show", ({ detail }) => draw(detail));
         }
         """
     ).replace("</script", "<\\/script")
@@ -319,7 +340,7 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Chart:
     )
     y = alt.Y("ratio:Q", title="largest noise ratio of all tensors", scale=_log(low, high), axis=_decades(low, high))
     points = (
-        alt.Chart(alt.Data(values=data))
+        alt.Chart(alt.InlineData(values=data))
         .mark_point(filled=True, size=70, opacity=0.9)
         .encode(
             x=x,
@@ -330,20 +351,20 @@ def plot_catalogue(rows: Sequence[CatalogueRow]) -> Chart:
         )
     )
     where = {"left": left, "bar": MSE_BAR, "low": THRESHOLD, "high": high}
-    corner = alt.Chart(alt.Data(values=[where])).mark_rect(color=FIX_OFF, opacity=0.08)
+    corner = alt.Chart(alt.InlineData(values=[where])).mark_rect(color=FIX_OFF, opacity=0.08)
     corner = corner.encode(x=alt.X("left:Q"), x2="bar:Q", y=alt.Y("low:Q"), y2="high:Q")
-    bar = alt.Chart(alt.Data(values=[where])).mark_rule(color=DIFFUSERS, strokeDash=[4, 3], strokeWidth=1.5)
+    bar = alt.Chart(alt.InlineData(values=[where])).mark_rule(color=DIFFUSERS, strokeDash=[4, 3], strokeWidth=1.5)
     texts = [
         (MSE_BAR, high, "the usual test: MSE < 1e-3 passes", DIFFUSERS, "right", -6, 12),
         (left, THRESHOLD, f"parity: noise ratio at most {THRESHOLD:g}", "#00664f", "left", 6, 12),
     ]
     notes = [
-        alt.Chart(alt.Data(values=[{"at": at, "ratio": r}]))
+        alt.Chart(alt.InlineData(values=[{"at": at, "ratio": r}]))
         .mark_text(text=text, color=colour, align=align, dx=dx, dy=dy, fontSize=12)
         .encode(x=alt.X("at:Q"), y=alt.Y("ratio:Q"))
         for at, r, text, colour, align, dx, dy in texts
     ]
-    line = alt.Chart(alt.Data(values=[where])).mark_rule(color=SVDLAB, strokeDash=[4, 3], strokeWidth=1.5)
+    line = alt.Chart(alt.InlineData(values=[where])).mark_rule(color=SVDLAB, strokeDash=[4, 3], strokeWidth=1.5)
     layers = (corner, bar.encode(x="bar:Q"), line.encode(y="low:Q"), *notes, points)
     names = [row.bug for row in rows if row.passes_mse_bar and row.ratio > THRESHOLD]
     text = f"Noise ratio against mean squared error, one point per bug. {finding(rows)} Missed: {', '.join(names)}."
@@ -482,13 +503,12 @@ def _line_chart(
         if name in there or name == "shown"
     ]
     layers: list[Any] = []
+    lines = {name: alt.Chart(alt.InlineData(values=[row for row in rows if row["line"] == name])) for name in names}
     if band and domain:
-        tolerance = [{**row, "bottom": domain[0]} for row in rows if row["line"] == names[0]]
-        area = alt.Chart(alt.Data(values=tolerance)).mark_area(color=FLOOR, opacity=0.12)
-        layers.append(area.encode(x=x, y=y, y2="bottom:Q"))
+        area = lines[names[0]].mark_area(color=FLOOR, opacity=0.12)
+        layers.append(area.encode(x=x, y=y, y2=alt.Y2Datum(domain[0])))
     for name, look in looks.items():
-        line = alt.Chart(alt.Data(values=[row for row in rows if row["line"] == name]))
-        given = line.encode(x=x, y=y, color=colour, tooltip=fields)
+        given = lines[name].encode(x=x, y=y, color=colour, tooltip=fields)
         layers.append(given.mark_line(strokeWidth=look.width, strokeDash=list(look.dash) or [1, 0]))
         if look.shape:
             layers.append(given.mark_point(shape=look.shape, size=25 + 10 * look.width, filled=True, opacity=1))
@@ -500,7 +520,7 @@ def _line_chart(
 
 def _band(low: float, high: float, text: str) -> alt.LayerChart:
     """A shaded range of the vertical axis with its name."""
-    at = alt.Chart(alt.Data(values=[{"low": low, "high": high}]))
+    at = alt.Chart(alt.InlineData(values=[{"low": low, "high": high}]))
     area = at.mark_rect(color=FLOOR, opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q")
     name = at.mark_text(text=text, align="left", dx=4, dy=8, x=0, fontSize=11, color="#444").encode(y=alt.Y("high:Q"))
     return alt.layer(area, name)
@@ -545,7 +565,7 @@ def _made(chart: Any, text: str) -> Chart:
         "grid": False,
     }
     made = chart.configure(**plain).configure_axis(**grey).configure_title(anchor="start", fontSize=12)
-    with alt.data_transformers.enable(consolidate_datasets=False):
+    with alt.data_transformers.enable(consolidate_datasets=True):  # a line and its points share their rows
         spec = made.to_dict()
     spec["$schema"] = "https://vega.github.io/schema/vega-lite/v5.json"
     spec.pop("usermeta", None)

@@ -1,7 +1,7 @@
 """A panel over one fix: controls made from ``GenerationSettings``, computed by one thread, drawn headless, too.
 
-With somebody there to move them, the sliders recompute. In a page made by papermill the same cell draws its defaults
-and a grid of slider values, so that the page says what the widget would.
+With somebody there to move them, the sliders recompute. In a page made by papermill the same cell computes a grid of
+slider values before, so that the page shows what the widget would.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from svdlab.errors import SvdlabError
 from svdlab.notebook.charts import plot_fix, plot_grid
 from svdlab.notebook.controls import NARROW, alert, control, help_of, is_live, set_stale, small, stale_style, unit_of
+from svdlab.notebook.fix_grid import FixGrid
 from svdlab.notebook.panel import Panel
 from svdlab.notebook.players import CHOICES, Player, case_clips, difference
 from svdlab.notebook.snippet import Snippet, case_code
@@ -46,7 +47,7 @@ class Explorer:
         settings: where the sliders start.
         bugs: those that can be injected, names of ``bugs.BUGS``.
         sliders: which settings have a control.
-        grid: changes of the settings that a page shows instead of sliders.
+        grid: changes of the settings between which a page's slider moves, all of the same settings.
         live: recompute at every move, or wait for the Run button; default: by the checkpoint's size.
         stages: functions of the reader's for stages' places, by their names in ``svd.stages.STAGES``: a third choice
             beside the fix on and off.
@@ -113,33 +114,35 @@ class Explorer:
         return case
 
     def page(self) -> str:
-        """What a page without sliders shows: the start with the fix off, on and the reader's, then the grid. HTML."""
-        parts = []
-        for bug in self.bugs:
-            case = self._case(self.start, bug, self.stages)
-            parts.append(f"<h3>{escape(bug)}: {escape(BUGS[bug].cause)}</h3>")
-            parts += [plot_fix(case)._repr_html_(), *_choice(case, "off")]
-        for which in case.choices[1:]:
-            parts += _choice(case, which)
-        if self.changes:
-            parts.append(self._grid())
-        return "".join(parts)
-
-    def _grid(self) -> str:
-        rows = [[self._case(self.start.replace(**change), bug) for bug in self.bugs] for change in self.changes]
-        labels = [" to ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in c.values()) for c in self.changes]
-        names = list(self.changes[0])
-        axis = " to ".join(name.replace("_", " ") for name in names)
-        if len(names) == 1 and (unit := unit_of(names[0])):
-            axis = f"{axis} ({unit})"
+        """What a page without a kernel shows: the fix off and on over the grid, own functions at the start. HTML."""
+        changes, start = self._positions()
+        labels = [" to ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in c.values()) for c in changes]
+        names = list(changes[0])
+        axis, unit = " to ".join(name.replace("_", " ") for name in names), unit_of(names[0]) if len(names) == 1 else ""
+        figure, rows, own = FixGrid(axis, labels, start, self.bugs, unit), [list[Case]() for _ in changes], ""
+        for i in sorted(range(len(changes)), key=lambda i: abs(i - start)):
+            for bug in self.bugs:
+                mine = self.stages if (i, bug) == (start, self.bugs[0]) else None
+                case = self._case(self.start.replace(**changes[i]), bug, mine)
+                figure.add(case, i)
+                rows[i].append(self.computed[case.settings, bug, None])
+                if case.own is not None:
+                    clips = Player(case_clips(case, "own"), case.settings.fps, blink=True).to_html()
+                    own = f"<h3>Your code at {escape(axis)} {escape(labels[i])}</h3>{number_html(case, 'own')}{clips}"
+        axis = f"{axis} ({unit})" if unit else axis
         off = {bug: [row[i].off for row in rows] for i, bug in enumerate(self.bugs)}
         plot = plot_grid(labels, [row[0].on for row in rows], off, axis)
         table = grid_table(axis, labels, rows)
-        return f"<h3>At other settings</h3>{plot._repr_html_()}{table.to_html()}"
+        grid = f"<h3>At every setting</h3>{plot._repr_html_()}{table.to_html()}" if self.changes else ""
+        return f"{figure.to_html()}{own}{grid}"
 
-
-def _choice(case: Case, which: Choice) -> list[str]:
-    return [number_html(case, which), Player(case_clips(case, which), case.settings.fps, blink=True).to_html()]
+    def _positions(self) -> tuple[list[Mapping[str, Any]], int]:
+        """The grid, with the start among it, and where that is."""
+        changes = list(self.changes or [{self.sliders[0]: getattr(self.start, self.sliders[0])}])
+        start = {name: getattr(self.start, name) for name in changes[0]}
+        if start not in changes:
+            changes = sorted([*changes, start], key=lambda change: tuple(change.values()))
+        return changes, changes.index(start)
 
 
 @dataclass(frozen=True)

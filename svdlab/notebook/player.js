@@ -92,7 +92,9 @@ for (const figure of document.querySelectorAll("figure.svdlab-player[data-player
   const clips = [...figure.querySelectorAll("img")].map((image) => ({ title: image.alt, src: image.src }));
   const content = { ...JSON.parse(figure.dataset.player), clips };
   figure.removeAttribute("data-player"); // it lives
-  new Player(figure).show(content);
+  const player = new Player(figure);
+  player.show(content);
+  figure.addEventListener("svdlab-show", ({ detail }) => player.show(detail)); // from a figure around it
 }
 
 export default { render };

@@ -110,12 +110,14 @@ def _content(clips: Mapping[str, Clip | Tensor], fps: int, columns: int | None, 
 def _sprite(clip: Clip) -> tuple[str, str]:
     """A clip's frames below each other as a data URL, and what a codec costs where they are too large without loss."""
     levels = clip.frames.reshape(-1, *clip.shape[2:])
-    data, note = _encoded(levels, "PNG"), ""
+    # WebP without loss is a fifth smaller than PNG and as fast, but has no taller pictures.
+    kind, options = ("WEBP", {"lossless": True, "method": 2, "quality": 50}) if len(levels) < 2**14 else ("PNG", {})
+    data, note = _encoded(levels, kind, **options), ""
     if len(data) > LOSSLESS_BYTES:
         data = _encoded(levels, "JPEG", quality=90, subsampling=0)
         with Image.open(io.BytesIO(data)) as image:
             note = codec_cost(levels, np.asarray(image))
-    return data_url("image/jpeg" if note else "image/png", data), note
+    return data_url(f"image/{'jpeg' if note else kind.lower()}", data), note
 
 
 def _encoded(levels: np.ndarray, kind: str, **options: Any) -> bytes:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 
 def joined(*names: str) -> str:
     """Files of this folder, one after the other: a module of a widget imports nothing."""
     return "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
+
+
+def packed(data: Any) -> str:
+    """JSON for a page to carry, in gzip in base64, since it repeats itself; ``unpacked.js`` reads it."""
+    return base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode()
 
 
 def policy(*scripts: str) -> str:

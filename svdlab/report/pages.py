@@ -39,15 +39,16 @@ class Script:
 
 def scripts_for(content: str) -> list[Script]:
     """The scripts that a page with this content needs."""
-    from svdlab.notebook import charts, inspector, players, sweep_view
+    from svdlab.notebook import charts, fix_grid, inspector, players, sweep_view
 
     known = [
+        Script("svdlab-fix-grid", fix_grid.SCRIPT, fix_grid.STYLE),  # before those that take its parts over
         Script("svdlab-player", players.SCRIPT, players.STYLE),
         Script("svdlab-inspector", inspector.SCRIPT, inspector.STYLE),
         Script("svdlab-board", sweep_view.SCRIPT),
     ]
     if "svdlab-chart" in content:  # made when it is needed: it takes seconds
-        known.append(Script("svdlab-chart", charts.page_script()))
+        known.append(Script("svdlab-chart", charts.page_script(), charts.STYLE))
     return [script for script in known if script.marker in content]
 
 
@@ -83,6 +84,7 @@ def notebook_page(executed: Path, result: NotebookResult, pages: Sequence[tuple[
     resources = {"metadata": {"name": result.title}, "around": around, "scripts": scripts_for(outputs)}
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     head, main, body = page.partition("<main>")  # the scripts in the head are to stay what their hashes say
+    head = re.sub(r"--jp-icon-[\w-]+:\s*url\([^)]*\);", "", head)  # of JupyterLab's buttons: 150 kB, and none is here
     return f"{head}{main}{scrollable(body)}"
 
 
