@@ -16,6 +16,7 @@ from svdlab.parity.demo import SIX
 from svdlab.report.pages import LIVE
 from svdlab.report.run import run_report
 
+PAGE_BYTES = 3 * 2**20
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -75,6 +76,7 @@ def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path)
     assert result.status == "passed", result.error
     assert result.verdicts[0]["numbers"]["settings_seen"] == 2, "the start and the grid"
     page = (tmp_path / result.page).read_text()
+    assert len(page) < PAGE_BYTES
     players = re.findall(r'<figure [^>]*class="svdlab-player"', page)
     assert "At every setting" in page and len(players) == 3, "at the top, with the slider, your code"
     assert len(re.findall(r'<figure [^>]*class="svdlab-fix-grid"', page)) == 1

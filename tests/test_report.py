@@ -34,12 +34,12 @@ from svdlab.reading import parse_as
 from svdlab.report import record
 from svdlab.report import run as run_module
 from svdlab.report.exporter import mathml
-from svdlab.report.pages import LIVE, index_page
+from svdlab.report.pages import LIVE, index_page, scrollable
 from svdlab.report.provenance import made_with
 from svdlab.report.results import NotebookResult, RecordedVerdict, changes, moved
 from svdlab.report.run import run_report
 from svdlab.report.verdict import VERDICT, fix_cells
-from svdlab.tables import CSS
+from svdlab.tables import CSS, Column, Table
 
 PAGE_BYTES = 3 * 2**20
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
@@ -386,6 +386,13 @@ def test_the_index_begins_with_what_the_usual_test_misses() -> None:
     assert 'href="07.html"' in page
     without = index_page([NotebookResult("x", "passed", 1.0, [verdict("v", True)])], about())
     assert "it is not in this report" in without and "svdlab-chart" not in without
+
+
+def test_a_table_scrolls_and_its_names_may_break() -> None:
+    table = Table(["name", Column("number", "right")], [("noise_pred.000 in a/file.py", "1.5e-07")]).to_html()
+    page = scrollable(table)
+    assert "noise_<wbr>pred.000 in a/<wbr>file.<wbr>py" in page and ">1.5e-07<" in page
+    assert rows(page) == rows(table) and page.startswith('<div class="scroll" tabindex="0"')
 
 
 def test_what_needs_a_kernel_is_not_on_a_page(tmp_path: Path) -> None:

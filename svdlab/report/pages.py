@@ -132,9 +132,14 @@ def plot_html(bugs: Sequence[CatalogueRow]) -> str:
 
 
 def scrollable(html: str) -> str:
-    """HTML whose wide tables scroll, by the keyboard too, in place of the page."""
+    """HTML whose wide tables scroll, by the keyboard too, in place of the page, and whose long names may break."""
+    html = re.sub(r"(<td(?![^>]*right)[^>]*>)([^<]+)(?=</td>)", lambda cell: cell[1] + _breakable(cell[2]), html)
     box = '<div class="scroll" tabindex="0" role="group" aria-label="table">'
     return re.sub(r"<table\b", f"{box}<table", html).replace("</table>", "</table></div>")
+
+
+def _breakable(text: str) -> str:
+    return re.sub(r"(?<=[a-z}])([._/:])(?=[a-z{])", r"\1<wbr>", text)
 
 
 def _table(table: Table) -> str:
