@@ -32,6 +32,12 @@ from svdlab.report.provenance import versions
 from svdlab.report.results import NotebookResult, RecordedVerdict
 from svdlab.report.verdict import VERDICT
 
+# glibc gives the memory of every large tensor back and asks for it again, page by page: here it keeps up to 1 GiB.
+_KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 _UNFINISHED = "not finished when this report was written"
 _END_S = 5  # for the output of a process that was killed
 _NOTEBOOK_BYTES = 2**30  # with its outputs, clips among them
@@ -72,7 +78,7 @@ def run_report(
     out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spinning OpenMP teams that share cores are tens of times slower: every process gets its own share.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     results = {path: NotebookResult(path.stem, "error", 0.0, [], _UNFINISHED, title=titles[path]) for path in notebooks}
     given, started = dict(parameters or {}), time.perf_counter()
     about = {"parameters": given, "made_with": dict(made_with or {}), "versions": versions()}
@@ -83,9 +89,11 @@ def run_report(
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(notebooks), desc="notebooks", unit="notebook") as bar,
     ):
+        # Side by side the last ones, which are about all fixes and take the longest, are not to be left to run alone.
+        order = notebooks if workers == 1 else [*reversed(notebooks)]
         futures = {
             pool.submit(_run_one, path, titles[path], out, pages, given, environment, timeout, running): path
-            for path in notebooks
+            for path in order
         }
         left = len(notebooks)
         try:
