@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -38,7 +39,7 @@ from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare
 from svdlab.parity.diagnose import catalogue, diagnose
 from svdlab.parity.modules import ModuleJudge
-from svdlab.parity.reference import capture_diffusers, cast_diffusers, load_diffusers
+from svdlab.parity.reference import capture_diffusers, load_diffusers
 from svdlab.parity.stages import StageJudge
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
@@ -61,6 +62,13 @@ FAINT = ("group_norm_eps:vae_temporal", "norm_statistics_in_half")
 HIDDEN = ("vae_not_upcast",)
 
 
+@functools.cache
+def loaded(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, SVDPipeline]:
+    """diffusers, also in float64, and svdlab; what is planted in the first is taken out again."""
+    wide = load_diffusers(folder, torch.float64, weights_dtype=dtype)
+    return load_diffusers(folder, dtype), wide, SVDPipeline.from_pretrained(folder, dtype=dtype)
+
+
 class Bench:
     """One checkpoint in both implementations, and one generation's reference and truth."""
 
@@ -73,11 +81,9 @@ class Bench:
         optional: bool = False,
     ) -> None:
         self.asked: dict[str, Any] = {"taps": taps, "optional": optional}
-        self.diffusers = load_diffusers(folder, settings.torch_dtype)
+        self.diffusers, wide, self.pipe = loaded(folder, settings.torch_dtype)
         self.reference = capture_diffusers(self.diffusers, photo, settings, **self.asked)
-        wide = cast_diffusers(load_diffusers(folder, settings.torch_dtype), torch.float64)
         self.truth = capture_diffusers(wide, replay=self.reference, **self.asked)
-        self.pipe = SVDPipeline.from_pretrained(folder, dtype=settings.torch_dtype)
 
     def candidate(self, *names: str) -> Trace:
         with planted(self.diffusers, *names):
@@ -93,9 +99,16 @@ def bench(tiny: Path, photo: Any) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def bench_of(photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bench]:
+def short(tiny: Path, photo: Any) -> Bench:
+    """A bench of one step, and of small frames: a stage is judged at each step alone."""
+    return Bench(tiny, photo, SETTINGS.replace(height=32, width=32, num_inference_steps=1))
+
+
+@pytest.fixture(scope="module")
+def bench_of(tiny: Path, photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bench]:
     """The bench on which a plant shows: its checkpoint and settings, and values enough for a random draw."""
     benches: dict[str, Bench] = {}
+    folders = {"{}": tiny}
 
     def of(name: str, tapped: bool = False) -> Bench:
         plant = ALL[name]
@@ -107,8 +120,10 @@ def bench_of(photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         taps = taps if tapped and network else ()
         key = json.dumps([dict(plant.unet), settings.model_dump(mode="json"), taps, plant.optional])
         if key not in benches:
-            folder = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), unet=plant.unet)
-            benches[key] = Bench(folder, photo, settings, taps, plant.optional)
+            weights = json.dumps(dict(plant.unet))
+            if weights not in folders:
+                folders[weights] = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), unet=plant.unet)
+            benches[key] = Bench(folders[weights], photo, settings, taps, plant.optional)
         return benches[key]
 
     return of
@@ -272,14 +287,9 @@ CLEAN: list[dict[str, Any]] = [
 def test_no_false_alarm_in_twenty_clean_runs(tiny: Path, photo: Any) -> None:
     dtypes = itertools.cycle(["float32", "bfloat16", "float16"])
     runs = list(zip(range(20), itertools.cycle(CLEAN), dtypes))  # noqa: B905 - two of them never end
-    benches: dict[str, tuple[Any, Any, SVDPipeline]] = {}
     for seed, change, dtype in runs:
         settings = SETTINGS.replace(**{"height": 32, "width": 32, **change}, seed=seed, dtype=dtype)
-        if dtype not in benches:
-            plain = load_diffusers(tiny, settings.torch_dtype)
-            wide = load_diffusers(tiny, torch.float64, weights_dtype=settings.torch_dtype)
-            benches[dtype] = plain, wide, SVDPipeline.from_pretrained(tiny, dtype=settings.torch_dtype)
-        plain, wide, pipe = benches[dtype]
+        plain, wide, pipe = loaded(tiny, settings.torch_dtype)
         reference = capture_diffusers(plain, photo, settings)
         truth = capture_diffusers(wide, replay=reference)
         found = diagnose(reference, capture(pipe, photo, settings), truth, pipe=pipe)
@@ -394,12 +404,11 @@ def test_without_a_truth(bench: Bench) -> None:
     assert [e.bugs for e in found.explanations] == [("prediction_epsilon",)]
 
 
-def test_a_replay_without_guidance_does_not_match_a_guided_candidate(tiny: Path, photo: Any) -> None:
+def test_a_replay_without_guidance_does_not_match_a_guided_candidate(short: Bench) -> None:
     """One step of a ramp over steps is its start, 1: the replay has half the batch. Only the model's input tells."""
-    one = Bench(tiny, photo, SETTINGS.replace(num_inference_steps=1, height=32, width=32))
-    whole = one.candidate("uncond_latents_kept")
+    whole = short.candidate("uncond_latents_kept")
     few = {name: whole[name] for name in ("image_latents", "model_input.000", "noise_pred.000")}
-    found = one.diagnose(Trace(few, whole.settings, "port", dtype=whole.dtype))
+    found = short.diagnose(Trace(few, whole.settings, "port", dtype=whole.dtype))
     assert [e.bugs for e in found.explanations] == [("uncond_latents_kept",)], found.summary()
 
 

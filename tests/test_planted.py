@@ -35,13 +35,18 @@ ROUNDINGS = {
 ALL = PLANTS | UNKNOWN | RELATED
 
 
+@functools.cache
+def loaded(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, SVDPipeline]:
+    """diffusers, also in float64, and svdlab; what is planted in the first is taken out again."""
+    wide = load_diffusers(folder, torch.float64, weights_dtype=dtype)
+    return load_diffusers(folder, dtype), wide, SVDPipeline.from_pretrained(folder, dtype=dtype)
+
+
 class Bench:
     """One checkpoint in diffusers, also in float64, and in svdlab, and one generation's clean trace."""
 
     def __init__(self, folder: Path, photo: Any, settings: GenerationSettings, optional: bool) -> None:
-        self.plain = load_diffusers(folder, settings.torch_dtype)
-        self.wide = load_diffusers(folder, torch.float64, weights_dtype=settings.torch_dtype)
-        self.pipe = SVDPipeline.from_pretrained(folder, dtype=settings.torch_dtype)
+        self.plain, self.wide, self.pipe = loaded(folder, settings.torch_dtype)
         self.optional = optional
         self.clean = capture_diffusers(self.plain, photo, settings, optional=optional)
         self.correct = self.variant(Change())

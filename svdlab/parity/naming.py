@@ -14,7 +14,7 @@ from itertools import combinations, islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdlab.parity.bugs import BUGS, DEPARTURES, sample_posterior
 from svdlab.parity.compare import THRESHOLD
@@ -22,6 +22,7 @@ from svdlab.parity.modules import ModuleJudge
 from svdlab.parity.stages import Chain, StageJudge, Unit, distance, stages_changed
 from svdlab.svd.modules import own_modules, state_of
 from svdlab.svd.stages import Change
+from svdlab.svd.vae import VAE
 
 # A set that leaves less than this many floors, and a distance below this share, may be right with the rounding that the
 # bugs themselves amplify: a float64 replay decides.
@@ -102,9 +103,7 @@ class Namer:
         # Bugs with a random draw of the port's own that the values neither contradict nor prove.
         self.untold: set[str] = set()
         self._concrete: dict[frozenset[int], list[Change] | None] = {}
-        self._changed = {
-            id(variant): _stages_changed(variant, judge.pipe.vae) for bug in BUGS.values() for variant in bug.variants
-        }
+        self._changed = _all_stages_changed(judge.pipe.vae)
 
     def name(self, unit: Unit, base: Bugs = (), needed: Bugs = ()) -> list[Found]:
         """The smallest sets of bugs that make a unit right.
@@ -380,15 +379,28 @@ class Namer:
         return self.distinct(more)
 
 
-def _stages_changed(change: Change, vae: nn.Module) -> frozenset[str]:
+# By a VAE's configuration, and of it by the identity of a variant, which is there as long as the process.
+_changed_in: dict[str, dict[int, frozenset[str]]] = {}
+
+
+def _all_stages_changed(vae: VAE) -> dict[int, frozenset[str]]:
+    """``_stages_changed`` of every variant of the catalogue, by its identity; looked at once for an architecture."""
+    key = vae.config.model_dump_json()
+    if key not in _changed_in:
+        before = {name: state_of(module) for name, module in vae.named_modules()}
+        variants = [variant for bug in BUGS.values() for variant in bug.variants]
+        _changed_in[key] = {id(variant): _stages_changed(variant, vae, before) for variant in variants}
+    return _changed_in[key]
+
+
+def _stages_changed(change: Change, vae: VAE, before: Mapping[str, object]) -> frozenset[str]:
     """``stages_changed``, with the halves of the VAE told apart by looking at what an edit does to them."""
     stages = stages_changed(change)
     if "vae" not in change.edit:
         return stages
     edited = own_modules(vae)
     change.edit["vae"](edited)
-    before = dict(vae.named_modules())
-    changed = {name for name, module in edited.named_modules() if state_of(module) != state_of(before[name])}
+    changed = {name for name, module in edited.named_modules() if state_of(module) != before[name]}
     wrapped = frozenset(change.wrap)
     halves = {"decode" if name.startswith("decoder") else "image_latents" for name in changed if name}
     return stages - ({"decode", "image_latents"} - halves - wrapped) if halves else stages

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError
 from svdlab.parity.bugs import BUGS
@@ -26,6 +26,7 @@ from svdlab.parity.probes import INPUTS, execution_key, probe_of
 from svdlab.parity.recorder import Nudge
 from svdlab.parity.replay import is_8bit, source_images
 from svdlab.parity.trace import DTYPES, Trace
+from svdlab.svd.modules import cast_copy
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.sampler import EulerScheduler
 from svdlab.svd.schedulers import RULES, label
@@ -365,7 +366,12 @@ class StageJudge:
         self.reference, self.candidate, self.pipe, self.tick = reference, candidate, pipe, tick
         self.candidate_truth = candidate_truth
         self.settings = pipe.resolve(reference.settings.replace(dtype=reference.dtype))
-        self.exact_pipe = SVDPipeline(**copy.deepcopy(pipe.components), compat=pipe.compat).to(torch.float64)
+        # Weights that are cast are copies; deep copies of the modules would cost more than a stage.
+        components = {
+            name: cast_copy(component, torch.float64) if isinstance(component, nn.Module) else copy.deepcopy(component)
+            for name, component in pipe.components.items()
+        }
+        self.exact_pipe = SVDPipeline(**components, compat=pipe.compat)
         probes = [name for name in candidate if name in reference and _is_judged(name)]
         draws = [name for name in INPUTS if name in reference and name not in probes]
         if "input.source" in reference and not is_8bit(reference["input.source"]):
