@@ -65,7 +65,7 @@ def test_every_chart_has_axes_with_names_and_a_text(case: Case) -> None:
         assert unpacked(spec) == chart.spec
         assert "http" not in json.dumps(chart.spec).replace(chart.spec["$schema"], "")
     ramps = plots.plot_ramps({"a": torch.ones(2, 3), "b": torch.zeros(2, 3)})
-    assert re.search(r'<img [^>]*alt="[^"]{20,}" src="data:image/png;base64,iVBOR', ramps._repr_html_())
+    assert re.search(r'<img [^>]*alt="[^"]{20,}" src="data:image/webp;base64,UklGR', ramps._repr_html_())
     assert ramps.axes[0].get_ylabel() and ramps.axes[0].get_xlabel()
 
 

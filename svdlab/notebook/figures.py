@@ -38,9 +38,9 @@ class Plot(Figure):
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=_DPI)
+        self.savefig(buffer, format="webp", dpi=_DPI, pil_kwargs={"lossless": True})
         width = round(self.get_figwidth() * 100)
-        src = data_url("image/png", buffer.getvalue())
+        src = data_url("image/webp", buffer.getvalue())
         return f'<img style="width:{width}px;max-width:100%" alt="{escape(self.alt)}" src="{src}">'
 
 

@@ -40,7 +40,7 @@ class FixGrid:
         start: int,
         bugs: Sequence[str],
         unit: str = "",
-        max_bytes: int = 10**6,
+        max_bytes: int = 2**20,
     ):
         self.axis, self.labels, self.start, self.bugs, self.unit = axis, list(labels), start, tuple(bugs), unit
         self._cases: dict[tuple[str, int], dict[str, Any]] = {}
