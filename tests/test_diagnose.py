@@ -252,9 +252,9 @@ def test_stacks_in_different_stages(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_stacks_inside_one_stage(bench: Bench) -> None:
+def test_stacks_inside_one_stage(short: Bench) -> None:
     """Two or three inside one network, without taps."""
-    results = [_named(bench, stack) for stack in _stacks(3, range(2, 4), "predict_noise")]
+    results = [_named(short, stack) for stack in _stacks(3, range(2, 4), "predict_noise")]
     assert all(named for named, _ in results), "\n".join(text for named, text in results if not named)
 
 
@@ -372,7 +372,7 @@ def test_another_library_s_resize_is_described(bench: Bench) -> None:
 def test_another_checkpoint(tmp_path: Path, photo: Any) -> None:
     """Other weights, another VAE, other settings: stacks again."""
     vae = dict(block_out_channels=(64, 32), down_block_types=("DownEncoderBlock2D",) * 2)
-    settings = SETTINGS.replace(height=32, width=32, fps=12, max_guidance_scale=4.0)
+    settings = SETTINGS.replace(height=16, width=16, fps=12, max_guidance_scale=4.0)
     other = Bench(write_random_checkpoint(tmp_path, seed=21, vae=vae), photo, settings)
     results = [_named(other, stack) for stack in _stacks(2, range(4, 9), seed=7)]
     assert all(named for named, _ in results), "\n".join(text for named, text in results if not named)
