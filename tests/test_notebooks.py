@@ -12,7 +12,7 @@ from page_text import asked_in_vain, visible
 
 from svdlab.notebook.tables import NOTEBOOK_OF
 from svdlab.parity.bugs import BUGS
-from svdlab.parity.demo import SIX
+from svdlab.parity.demo import SETTINGS, SIX
 from svdlab.report.pages import LIVE
 from svdlab.report.run import run_report
 
@@ -67,6 +67,17 @@ def test_a_sentence_about_an_absent_control_is_found() -> None:
         assert asked_in_vain(said, "")
     assert not asked_in_vain("The slider moves along.", '<figure class="svdlab-fix-grid">')
     assert not asked_in_vain("They change the clip; a port may choose the wrong one, and its type is the same.", "")
+
+
+def test_the_report_s_finding_is_the_readme_s() -> None:
+    """Both count the bugs that the usual threshold misses: at the settings of docs/catalogue.md."""
+    (path,) = (p for p in NOTEBOOKS if p.stem == "07_full_parity")
+    cells = json.loads(path.read_text())["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    given: dict[str, object] = {}
+    exec(source, given)
+    found = [given[f"catalogue_{name}"] for name in ("frames", "steps", "seed")]
+    assert found == [SETTINGS.num_frames, SETTINGS.num_inference_steps, SETTINGS.seed]
 
 
 def test_a_notebook_with_sliders_speaks_without_them(tiny: Path, tmp_path: Path) -> None:
