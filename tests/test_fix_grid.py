@@ -28,6 +28,15 @@ def explorer(tiny: Path) -> Explorer:
     return Explorer(lab, settings, BUGS, sliders, [dict(zip(sliders, pair, strict=True)) for pair in ((2, 5), (1, 3))])
 
 
+def test_a_start_that_is_no_number_stands_behind_the_numbers(explorer: Explorer) -> None:
+    for start, grid in ((None, (1, 2)), ("auto", (2, 1))):
+        settings = explorer.start.replace(decode_chunk_size=start, decode="exact")
+        changes = [{"decode_chunk_size": value} for value in grid]
+        other = Explorer(explorer.lab, settings, BUGS[:1], ["decode_chunk_size"], changes)
+        found, at = other._positions()
+        assert [change["decode_chunk_size"] for change in found] == [1, 2, start] and at == 2
+
+
 def carried(page: str) -> dict[str, Any]:
     """What the last script of the figure holds, its pictures put in."""
     figure = page.partition("</figure><h3>")[0]

@@ -141,8 +141,13 @@ class Explorer:
         changes = list(self.changes or [{self.sliders[0]: getattr(self.start, self.sliders[0])}])
         start = {name: getattr(self.start, name) for name in changes[0]}
         if start not in changes:
-            changes = sorted([*changes, start], key=lambda change: tuple(change.values()))
+            changes = sorted([*changes, start], key=lambda change: [_rank(value) for value in change.values()])
         return changes, changes.index(start)
+
+
+def _rank(value: Any) -> tuple[bool, float, str]:
+    """Where a value goes among others: numbers as they rise, and behind them what is none, such as "auto"."""
+    return (False, value, "") if isinstance(value, (int, float)) else (True, 0.0, str(value))
 
 
 @dataclass(frozen=True)
