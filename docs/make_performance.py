@@ -75,14 +75,19 @@ def main() -> None:
         PAGE.write_text(put(PAGE.read_text(), "cpus", cpu_table(json.loads(path.read_text()) for path in given.cpu)))
 
 
+def machine_text(found: dict[str, Any]) -> str:
+    """What a measurement ran on."""
+    return ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+
+
 def frontier_text(found: dict[str, Any]) -> str:
     """What ``svdlab frontier`` measured: the machine, and its table."""
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     rows = [
         Row(**{**row, "psnr": math.inf if row["psnr"] is None else row["psnr"]})  # JSON has no infinity
         for row in found["rows"]
     ]
-    return f"Measured on: {about}; {found['images']} first frames.\n\n{frontier_table(rows).to_markdown()}"
+    table = frontier_table(rows).to_markdown()
+    return f"Measured on: {machine_text(found)}; {found['images']} first frames.\n\n{table}"
 
 
 def cpu_table(files: Iterable[dict[str, Any]]) -> str:
@@ -91,32 +96,18 @@ def cpu_table(files: Iterable[dict[str, Any]]) -> str:
     for found in files:
         machine = found["machine"]
         where = [machine["model"], machine["instruction_set"], str(machine["threads"]), str(found.get("beside") or "")]
-        for case in found["cases"]:
-            low, high = case["ratio_range"]
-            size = f"{case['num_frames']} x {case['width']}x{case['height']}"
-            seconds = [f"{case[f'{name}_s']:.3g}" for name in ("svdlab", "diffusers")]
-            rows.append(
-                [
-                    *where,
-                    case["name"],
-                    case["dtype"],
-                    size,
-                    str(case.get("num_inference_steps", "")),
-                    f"{found['matrix_peak_gflops'][case['dtype']]:.0f}",
-                    *seconds,
-                    f"{case['ratio']:.2f} ({low:.2f}-{high:.2f})",
-                ]
-            )
-    numbers = (Column(name, "right") for name in ("peak GEMM, GFLOP/s", "svdlab s", "diffusers s", "ratio"))
+        for case, row in zip(found["cases"], case_table(found).rows, strict=True):
+            rows.append([*where, f"{found['matrix_peak_gflops'][case['dtype']]:.0f}", *row[:6]])
+    numbers = (Column(name, "right") for name in ("svdlab s", "diffusers s", "ratio"))
+    peak = Column("peak GEMM, GFLOP/s", "right")
     return Table(
-        ("CPU", "instructions", "threads", "beside", "case", "dtype", "size", "steps", *numbers), rows
+        ("CPU", "instructions", "threads", "beside", peak, "case", "dtype", "size", *numbers), rows
     ).to_markdown()
 
 
 def gpu_tables(found: dict[str, Any]) -> str:
     """What ``docs/measure_gpu.py`` found: the machine, then a table for each part that did not fail."""
     parts = found["parts"]
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     tables = []
     if "parity" in parts:
         rows = [[row["dtype"], row["verdict"], f"{row['ratio']:.2f}", row["at"]] for row in parts["parity"]]
@@ -138,16 +129,15 @@ def gpu_tables(found: dict[str, Any]) -> str:
         rows = [[row["name"], str(row["kernels"])] for row in parts["kernels"]]
         tables.append(Table(("one denoising step", Column("kernels launched", "right")), rows))
     failed = f"Failed: {', '.join(found['errors'])}.\n\n" if found["errors"] else ""
-    return f"Measured on: {about}.\n\n{failed}" + "\n".join(table.to_markdown() for table in tables)
+    return f"Measured on: {machine_text(found)}.\n\n{failed}" + "\n".join(table.to_markdown() for table in tables)
 
 
 def put_timings(found: dict[str, Any], *more: dict[str, Any]) -> None:
     """What ``svdlab bench`` says, where later files replace the cases of the first one."""
     newer = {(case["name"], case["dtype"]): case for other in more for case in other["cases"]}
     found["cases"] = [newer.get((case["name"], case["dtype"]), case) for case in found["cases"]]
-    machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     peaks = ", ".join(f"{peak:.0f} GFLOP/s in {dtype}" for dtype, peak in found["matrix_peak_gflops"].items())
-    text = put(PAGE.read_text(), "machine", f"Measured on: {machine}. Peak GEMM throughput: {peaks}.\n")
+    text = put(PAGE.read_text(), "machine", f"Measured on: {machine_text(found)}. Peak GEMM throughput: {peaks}.\n")
     figure = f"![Ratios, share of peak GEMM throughput, and growth]({PAGE.with_suffix('.png').name})"
     text = put(text, "cases", f"{case_table(found).to_markdown()}\n{figure}\n")
     PAGE.write_text(put(text, "growth", growth_table(found).to_markdown() if found["growth"] else "Not measured.\n"))

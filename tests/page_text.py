@@ -6,6 +6,8 @@ import html
 import re
 from collections.abc import Iterator
 
+# Of a page that opens at once.
+PAGE_BYTES = 3 * 2**20
 # Words that speak of a control, and what of a page brings one: nothing does where a kernel would have to answer.
 _CONTROLS = {
     r"\bsliders?\b": ("svdlab-fix-grid", "svdlab-board", "svdlab-inspector"),

@@ -23,6 +23,7 @@ from svdlab.notebook.tables import ratio_text
 from svdlab.parity.compare import Comparison
 from svdlab.parity.lab import Choice, Lab
 from svdlab.parity.trace import Trace
+from svdlab.report.results import NotebookResult
 from svdlab.report.run import run_report
 from svdlab.svd.images import to_levels
 from svdlab.svd.settings import GenerationSettings
@@ -230,6 +231,24 @@ def drawn(page: Any, within: str = "") -> list[np.ndarray]:
     return [np.array(data, np.uint8).reshape(height, width, 4)[..., :3] for height, width, data in found]
 
 
+def reported(folder: Path, cells: list[Any]) -> NotebookResult:
+    """The report, in ``out``, of a notebook ``one`` with these cells."""
+    made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(made, folder / "one.ipynb")
+    (result,) = run_report([folder / "one.ipynb"], folder / "out")
+    return result
+
+
+def offline(browser: Any, path: Path) -> tuple[Any, list[str]]:
+    """A file in a page without a network, and what the page asks for from then on."""
+    context, asked = browser.new_context(offline=True), list[str]()
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.set_default_timeout(COMPUTE_MS)
+    page.goto(path.as_uri())
+    return page, asked
+
+
 def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     cells = [
         nbformat.v4.new_markdown_cell("# A page\n\n$$x = \\frac{1}{2}$$"),
@@ -239,16 +258,8 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
         nbformat.v4.new_code_cell(CHART),
         nbformat.v4.new_code_cell("from svdlab.report import record\nrecord('so', True, ratio=1.0)"),
     ]
-    made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
-    nbformat.write(made, tmp_path / "one.ipynb")
-    (result,) = run_report([tmp_path / "one.ipynb"], tmp_path / "out")
-    assert result.status == "passed", result.error
-    context = browser.new_context(offline=True)
-    asked: list[str] = []
-    context.on("request", lambda request: asked.append(request.url))
-    page = context.new_page()
-    page.set_default_timeout(COMPUTE_MS)
-    page.goto((tmp_path / "out/index.html").as_uri())
+    assert reported(tmp_path, cells).status == "passed"
+    page, asked = offline(browser, tmp_path / "out/index.html")
     page.get_by_role("link", name="A page").first.click()
     page.locator("math mfrac").wait_for()
     page.locator(".svdlab-chart svg").wait_for()
@@ -281,7 +292,7 @@ def test_a_report_opens_offline(browser: Any, tmp_path: Path) -> None:
     page.get_by_role("link", name="All verdicts").first.click()
     page.get_by_text("1 of 1 notebooks passed").wait_for()
     accessible(page)
-    context.close()
+    page.context.close()
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
@@ -291,16 +302,8 @@ def test_the_sliders_of_a_fix_move_offline(browser: Any, tmp_path: Path, tiny: P
         nbformat.v4.new_code_cell(f"model = {str(tiny)!r}", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(EXPLORES),
     ]
-    made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
-    nbformat.write(made, tmp_path / "one.ipynb")
-    (result,) = run_report([tmp_path / "one.ipynb"], tmp_path / "out")
-    assert not result.error
-    context = browser.new_context(offline=True)
-    asked: list[str] = []
-    context.on("request", lambda request: asked.append(request.url))
-    page = context.new_page()
-    page.set_default_timeout(COMPUTE_MS)
-    page.goto((tmp_path / "out/one.html").as_uri())
+    assert not reported(tmp_path, cells).error
+    page, asked = offline(browser, tmp_path / "out/one.html")
     grid, lab = page.locator(".svdlab-fix-grid"), Lab(str(tiny))
     start = lab.settings(num_frames=3, num_inference_steps=2, height=32, width=32)
     grid.get_by_role("button", name="Pause").press("Enter")
@@ -340,7 +343,7 @@ def test_the_sliders_of_a_fix_move_offline(browser: Any, tmp_path: Path, tiny: P
     slider.press("Home")
     check("on", "guidance_constant", 2)
     accessible(page)
-    context.close()
+    page.context.close()
     assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import json
@@ -17,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from both import loaded
 from planted import (
     DEPARTURES,
     PLANTS,
@@ -39,7 +39,7 @@ from svdlab.parity.candidate import capture
 from svdlab.parity.compare import compare
 from svdlab.parity.diagnose import catalogue, diagnose
 from svdlab.parity.modules import ModuleJudge
-from svdlab.parity.reference import capture_diffusers, load_diffusers
+from svdlab.parity.reference import capture_diffusers
 from svdlab.parity.stages import StageJudge
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
@@ -60,13 +60,6 @@ HARMLESS = (
 FAINT = ("group_norm_eps:vae_temporal", "norm_statistics_in_half")
 # Within what rounding to the dtype of the trace does, in every module.
 HIDDEN = ("vae_not_upcast",)
-
-
-@functools.cache
-def loaded(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, SVDPipeline]:
-    """diffusers, also in float64, and svdlab; what is planted in the first is taken out again."""
-    wide = load_diffusers(folder, torch.float64, weights_dtype=dtype)
-    return load_diffusers(folder, dtype), wide, SVDPipeline.from_pretrained(folder, dtype=dtype)
 
 
 class Bench:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from page_text import asked_in_vain, visible
+from page_text import PAGE_BYTES, asked_in_vain, visible
 
 from svdlab.notebook.tables import NOTEBOOK_OF
 from svdlab.parity.bugs import BUGS
@@ -16,7 +16,6 @@ from svdlab.parity.demo import SETTINGS, SIX
 from svdlab.report.pages import LIVE
 from svdlab.report.run import run_report
 
-PAGE_BYTES = 3 * 2**20
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 

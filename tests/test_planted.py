@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from both import loaded
 from planted import PLANTS, RELATED, UNKNOWN, Planted, planted
 
 from svdlab.parity.bugs import BUGS
 from svdlab.parity.candidate import capture
-from svdlab.parity.reference import capture_diffusers, load_diffusers
+from svdlab.parity.reference import capture_diffusers
 from svdlab.parity.trace import Trace
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import write_random_checkpoint
@@ -33,13 +34,6 @@ ROUNDINGS = {
     "norm_statistics_in_half": "unet.down_blocks.0.resnets.0.spatial_res_block.norm1",
 }
 ALL = PLANTS | UNKNOWN | RELATED
-
-
-@functools.cache
-def loaded(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, SVDPipeline]:
-    """diffusers, also in float64, and svdlab; what is planted in the first is taken out again."""
-    wide = load_diffusers(folder, torch.float64, weights_dtype=dtype)
-    return load_diffusers(folder, dtype), wide, SVDPipeline.from_pretrained(folder, dtype=dtype)
 
 
 class Bench:

@@ -24,6 +24,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import run as svdlab
 from html_tables import rows
+from page_text import PAGE_BYTES
 
 from svdlab.cli.report import report
 from svdlab.errors import SvdlabError
@@ -41,7 +42,6 @@ from svdlab.report.run import run_report
 from svdlab.report.verdict import VERDICT, fix_cells
 from svdlab.tables import CSS, Column, Table
 
-PAGE_BYTES = 3 * 2**20
 PASSES = "from svdlab.report import record\nrecord('one is <1>', True, ratio=1.5, n=depth)"
 
 
