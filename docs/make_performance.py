@@ -4,7 +4,8 @@ Run ``svdlab bench --json bench.json`` on a quiet machine, then ``python docs/ma
 files replace the cases that they hold, too. It writes ``docs/performance.png`` and what stands between the markers of
 ``docs/performance.md``; without a file, what ``svdlab memory`` says and no more. ``--gpu gpu.json`` puts in what
 ``docs/measure_gpu.py`` measured, ``--frontier frontier.json`` what ``svdlab frontier`` did, ``--cpu one.json --cpu
-two.json`` the ratios of ``svdlab bench`` on one kind of CPU after another, and beside other work.
+two.json`` the ratios of ``svdlab bench`` on one kind of CPU after another, and beside other work, ``--profile
+profile.json`` where ``svdlab bench --profile`` saw the time go.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from svdlab.bench.frontier import Row, frontier_table
-from svdlab.bench.tables import case_table, growth_table
+from svdlab.bench.tables import case_table, growth_table, profile_table
+from svdlab.bench.timing import DIFFUSERS, SVDLAB
 from svdlab.notebook.figures import plot_bench
 from svdlab.svd.architectures import ARCHITECTURES
 from svdlab.svd.memory import Simulation
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("bench", nargs="*", type=Path, help="JSON of svdlab bench")
     parser.add_argument("--gpu", type=Path, help="JSON of docs/measure_gpu.py")
     parser.add_argument("--frontier", type=Path, help="JSON of svdlab frontier")
+    parser.add_argument("--profile", type=Path, help="JSON of svdlab bench --profile")
     parser.add_argument("--cpu", action="append", type=Path, help="JSON of svdlab bench, repeatable")
     given = parser.parse_args()
     PAGE.write_text(put(PAGE.read_text(), "memory", memory_tables()))
@@ -71,6 +74,8 @@ def main() -> None:
         PAGE.write_text(put(PAGE.read_text(), "gpu", gpu_tables(json.loads(given.gpu.read_text()))))
     if given.frontier:
         PAGE.write_text(put(PAGE.read_text(), "frontier", frontier_text(json.loads(given.frontier.read_text()))))
+    if given.profile:
+        PAGE.write_text(put(PAGE.read_text(), "profile", profile_text(json.loads(given.profile.read_text()))))
     if given.cpu:
         PAGE.write_text(put(PAGE.read_text(), "cpus", cpu_table(json.loads(path.read_text()) for path in given.cpu)))
 
@@ -88,6 +93,21 @@ def frontier_text(found: dict[str, Any]) -> str:
     ]
     table = frontier_table(rows).to_markdown()
     return f"Measured on: {machine_text(found)}; {found['images']} first frames.\n\n{table}"
+
+
+def profile_text(found: dict[str, Any]) -> str:
+    """Where the time goes, and what would be left of the ratio if all but products and convolutions took none."""
+    lines = []
+    for case in found["cases"]:
+        sums = {name: sum(kinds.values()) for name, kinds in case["profile_s"].items()}
+        own = case["profile_s"][SVDLAB]
+        bound = sums[DIFFUSERS] / (own["convolutions"] + own["linear layers"])
+        lines.append(
+            f"{case['name']}, {case['dtype']}: {sums[DIFFUSERS] / sums[SVDLAB]:.2f} times as fast by these sums; "
+            f"{bound:.2f} if nothing but convolutions and linear layers took time in svdlab."
+        )
+    table = profile_table(found).to_markdown()
+    return f"Measured on: {machine_text(found)}. Milliseconds of one run:\n\n{table}\n" + "\n".join(lines) + "\n"
 
 
 def cpu_table(files: Iterable[dict[str, Any]]) -> str:

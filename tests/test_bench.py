@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from svdlab.bench.cases import Bench, Plan, compiled_vae
+from svdlab.bench.profile import KINDS, OTHER, kind_of, seconds_by_kind
 from svdlab.bench.timing import (
     COMPILED,
     DIFFUSERS,
@@ -134,6 +135,29 @@ def test_compiled_is_timed_beside_the_others(monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
+def test_a_profile_tells_kinds_of_operation_apart() -> None:
+    kinds = {
+        "aten::addmm": "linear layers",
+        "mkldnn::_linear_pointwise": "linear layers",
+        "mkldnn::_convolution_pointwise": "convolutions",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten::native_group_norm": "norms",
+        "aten::copy_": "copies",
+        "aten::silu_": "elementwise",
+        "aten::empty": OTHER,
+        "sm80_xmma_fprop_implicit_gemm_f16_cudnn_conv": "convolutions",
+        "ampere_fp16_s16816gemm_fp16_128x64": "linear layers",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel>": "elementwise",
+        "Memcpy DtoD": "copies",
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds
+    a, images, kernel = torch.randn(512, 512), torch.randn(4, 32, 64, 64), torch.randn(32, 32, 3, 3)
+    for call, kind in ((lambda: a @ a, "linear layers"), (lambda: torch.conv2d(images, kernel), "convolutions")):
+        call()
+        found = seconds_by_kind(call, "cpu")
+        assert list(found) == [*KINDS, OTHER] and max(found, key=lambda k: found[k]) == kind
+
+
 def test_flops_are_those_of_the_products() -> None:
     settings = made().settings("clip", "float32")
     tower, tokens, width = TINY.image_encoder, 50, TINY.image_encoder.hidden_size
@@ -163,7 +187,7 @@ def run(*arguments: str) -> Any:
 
 def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
-    options = ["--quick", "--dtype", "float32", "--pairs", "1", "--num-inference-steps", "1"]
+    options = ["--quick", "--profile", "--dtype", "float32", "--pairs", "1", "--num-inference-steps", "1"]
     result = run(*options, *files)
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "b.json").read_text())
@@ -177,7 +201,11 @@ def test_quick_runs_every_case_and_writes_what_it_prints(tmp_path: Path) -> None
     assert written["matrix_peak_gflops"]["float32"] > 0 and written["quick"]
     assert f"instruction_set {written['machine']['instruction_set']}" in result.output
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    table = runpy.run_path(str(Path(__file__).parent.parent / "docs/make_performance.py"))["cpu_table"]([written])
+    for case in written["cases"]:
+        assert set(case["profile_s"]) == {SVDLAB, DIFFUSERS} and case["profile_s"][SVDLAB]["linear layers"] > 0
+    page = runpy.run_path(str(Path(__file__).parent.parent / "docs/make_performance.py"))
+    table = page["cpu_table"]([written])
+    assert page["profile_text"](written).count("if nothing but convolutions and linear layers took time") == 5
     assert table.count(written["machine"]["instruction_set"]) == 5 and f"{written['cases'][0]['ratio']:.2f}" in table
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svdlab.bench import CASES
+from svdlab.bench.profile import seconds_by_kind
 from svdlab.bench.timing import (
     COMPILED,
     DIFFUSERS,
@@ -94,6 +95,7 @@ class Bench:
         device: where.
         pairs: how often each implementation is timed.
         compile: whether to time both under torch.compile, too.
+        profile: whether to run each once more, and tell where the time goes.
         given: settings that override a case's own.
         progress: whether to show a bar.
     """
@@ -106,11 +108,13 @@ class Bench:
         *,
         pairs: int,
         compile: bool,
+        profile: bool = False,
         given: Mapping[str, Any],
         progress: bool = True,
     ):
         self.plan, self.configs, self.model, self.device = plan, plan.configs, model, device
-        self.pairs, self.compile, self.given, self.progress = pairs, compile, dict(given), progress
+        self.pairs, self.compile, self.profile = pairs, compile, profile
+        self.given, self.progress = dict(given), progress
         self._kept: tuple[tuple[str, str], tuple[Any, Any]] | None = None
 
     def run_all(
@@ -161,7 +165,11 @@ class Bench:
             size["num_frames"] = settings.num_videos_per_prompt
         if "generation" in case:
             size["num_inference_steps"] = settings.num_inference_steps
-        return CaseResult(case, dtype, size, flops, self._time(case, dtype, calls))
+        timings, kinds = self._time(case, dtype, calls), {}
+        if self.profile:
+            with torch.no_grad():
+                kinds = {name: seconds_by_kind(call, self.device) for name, call in calls.items()}
+        return CaseResult(case, dtype, size, flops, timings, kinds)
 
     def work(self, case: str, dtype: str, **changes: Any) -> tuple[GenerationSettings, int, Calls]:
         """What is timed in a case other than "growth": its settings, svdlab's FLOP, every implementation's call.

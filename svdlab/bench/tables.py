@@ -31,6 +31,18 @@ def case_table(found: Mapping[str, Any], title: str = "") -> Table:
     return Table(_columns(("case", "dtype", "size"), numbers), rows, title)
 
 
+def profile_table(found: Mapping[str, Any], title: str = "") -> Table:
+    """One row per profiled case and implementation: milliseconds by kind of operation, and their sum."""
+    profiled = [case for case in found["cases"] if "profile_s" in case]
+    kinds = list(profiled[0]["profile_s"][SVDLAB]) if profiled else []
+    rows = []
+    for case in profiled:
+        for name, seconds in case["profile_s"].items():
+            cells = (f"{1e3 * value:.3g}" for value in (*seconds.values(), sum(seconds.values())))
+            rows.append([case["name"], case["dtype"], name.replace("_", " "), *cells])
+    return Table(_columns(("case", "dtype", "of"), (*kinds, "sum, ms")), rows, title)
+
+
 def growth_table(found: Mapping[str, Any], title: str = "") -> Table:
     """One row per axis: the exponents with which the seconds of a UNet step, and its FLOP, grow."""
     rows = []
@@ -41,13 +53,14 @@ def growth_table(found: Mapping[str, Any], title: str = "") -> Table:
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    """The cases, then the growth, as far as they were measured; the machine is in the title."""
+    """The cases, then the growth and the profiles, as far as they were measured; the machine is in the title."""
     machine = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
     peaks = ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in found["matrix_peak_gflops"].items())
     beside = f"beside {found['beside']} busy processes\n" if found.get("beside") else ""
     cases = case_table(found, f"{machine}\n{beside}peak GEMM throughput, GFLOP/s: {peaks}")
     growth = growth_table(found, "cost of a UNet step: exponents of a power law")
-    return [table for table in (cases, growth) if table.rows]
+    profiles = profile_table(found, "milliseconds of one run by kind of operation, under the profiler")
+    return [table for table in (cases, growth, profiles) if table.rows]
 
 
 def _columns(texts: Sequence[str], numbers: Sequence[str]) -> list[Column]:

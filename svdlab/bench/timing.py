@@ -11,7 +11,7 @@ import timeit
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +55,7 @@ class CaseResult:
         size: height, width, frames, and steps of a generation.
         flops: of the plain network.
         timings: by implementation; the runs of one index followed each other.
+        kinds: seconds by kind of operation, by implementation; empty if no profile was asked for.
     """
 
     name: str
@@ -62,6 +63,7 @@ class CaseResult:
     size: dict[str, int]
     flops: int
     timings: dict[str, Timing]
+    kinds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ratios(self, other: str) -> list[float]:
         """How many times as long as svdlab another implementation took, pair by pair."""
@@ -86,6 +88,8 @@ class CaseResult:
             result[f"{prefix}ratio"] = statistics.median(ratios)
             result[f"{prefix}ratio_range"] = [min(ratios), max(ratios)]
         result |= {"pairs": len(self.timings[SVDLAB].seconds), "tflop": self.flops / 1e12}
+        if self.kinds:
+            result["profile_s"] = self.kinds
         return {**result, "floor_s": self.flops / peak_flops}
 
 

@@ -28,6 +28,7 @@ from svdlab.svd.settings import GenerationSettings
     metavar="N",
     help="Beside N busy processes: what is left of the ratio on a machine that does other work, too.",
 )
+@click.option("--profile", is_flag=True, help="Run each case once more and tell which operations take its time.")
 @click.option("--quick", is_flag=True, help="Tiny networks and sizes: tries the command in a minute, measures nothing.")
 @PLOT
 @MODEL
@@ -39,6 +40,7 @@ def bench(
     pairs: int | None,
     compile: bool,
     beside: int | None,
+    profile: bool,
     quick: bool,
     plot_path: str | None,
     model: str,
@@ -68,7 +70,8 @@ def bench(
     if kind not in ("cpu", "cuda"):
         raise SvdlabError(f"--device: got {device!r}, allowed here: cpu, cuda")
     plan = Plan.quick() if quick else Plan.for_device(kind)
-    runner = Bench(plan, model, device, pairs=pairs or plan.pairs, compile=compile, given=given)
+    times = pairs or plan.pairs
+    runner = Bench(plan, model, device, pairs=times, compile=compile, profile=profile, given=given)
     dtypes = [given["dtype"]] if "dtype" in given else ["float16"] if kind == "cuda" else ["float32", "bfloat16"]
     found = {"quick": quick, **runner.run_all(cases or plan.cases, dtypes, quick, beside or 0)}
     console = Console()
