@@ -107,7 +107,9 @@ def profile_text(found: dict[str, Any]) -> str:
             f"{bound:.2f} if nothing but convolutions and linear layers took time in svdlab."
         )
     table = profile_table(found).to_markdown()
-    return f"Measured on: {machine_text(found)}. Milliseconds of one run:\n\n{table}\n" + "\n".join(lines) + "\n"
+    return (
+        f"Measured on: {machine_text(found)}. Milliseconds, medians of the runs:\n\n{table}\n" + "\n".join(lines) + "\n"
+    )
 
 
 def cpu_table(files: Iterable[dict[str, Any]]) -> str:

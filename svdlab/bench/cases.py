@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svdlab.bench import CASES
-from svdlab.bench.profile import seconds_by_kind
+from svdlab.bench.profile import profiles
 from svdlab.bench.timing import (
     COMPILED,
     DIFFUSERS,
@@ -95,7 +95,7 @@ class Bench:
         device: where.
         pairs: how often each implementation is timed.
         compile: whether to time both under torch.compile, too.
-        profile: whether to run each once more, and tell where the time goes.
+        profile: whether to run each as often once more, and tell where the time goes.
         given: settings that override a case's own.
         progress: whether to show a bar.
     """
@@ -168,7 +168,7 @@ class Bench:
         timings, kinds = self._time(case, dtype, calls), {}
         if self.profile:
             with torch.no_grad():
-                kinds = {name: seconds_by_kind(call, self.device) for name, call in calls.items()}
+                kinds = profiles(calls, self.pairs, self.device)
         return CaseResult(case, dtype, size, flops, timings, kinds)
 
     def work(self, case: str, dtype: str, **changes: Any) -> tuple[GenerationSettings, int, Calls]:

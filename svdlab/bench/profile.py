@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,20 @@ KINDS: Mapping[str, re.Pattern[str]] = MappingProxyType(
     }
 )
 OTHER = "other"
+
+
+def profiles(calls: Mapping[str, Callable[[], Any]], runs: int, device: str) -> dict[str, dict[str, float]]:
+    """Median seconds by kind of operation of each call, by its name; the calls run in turns.
+
+    Args:
+        calls: what has run before, by name.
+        runs: how often each.
+        device: where.
+    """
+    found = [{name: seconds_by_kind(call, device) for name, call in calls.items()} for _ in range(runs)]
+    return {
+        name: {kind: statistics.median(run[name][kind] for run in found) for kind in found[0][name]} for name in calls
+    }
 
 
 def seconds_by_kind(call: Callable[[], Any], device: str) -> dict[str, float]:

@@ -59,7 +59,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     beside = f"beside {found['beside']} busy processes\n" if found.get("beside") else ""
     cases = case_table(found, f"{machine}\n{beside}peak GEMM throughput, GFLOP/s: {peaks}")
     growth = growth_table(found, "cost of a UNet step: exponents of a power law")
-    profiles = profile_table(found, "milliseconds of one run by kind of operation, under the profiler")
+    profiles = profile_table(found, "milliseconds by kind of operation, under the profiler; medians")
     return [table for table in (cases, growth, profiles) if table.rows]
 
 

@@ -55,7 +55,7 @@ class CaseResult:
         size: height, width, frames, and steps of a generation.
         flops: of the plain network.
         timings: by implementation; the runs of one index followed each other.
-        kinds: seconds by kind of operation, by implementation; empty if no profile was asked for.
+        kinds: median seconds by kind of operation, by implementation; empty if no profile was asked for.
     """
 
     name: str
