@@ -122,16 +122,15 @@ class Notebook:
 
     def pictures(self) -> tuple[str, str]:
         """The plot and the clips."""
-        plot = self.page.locator(".svdlab-panel-plot img").get_attribute("src")
+        plot = self.page.locator(".svdlab-panel-plot svg").inner_html()
         read = "all => all.map(c => c.toDataURL()).join()"
         return plot, self.page.locator(".svdlab-panel .svdlab-player canvas").evaluate_all(read)
 
-    def opacities(self) -> tuple[float, float]:
-        """How opaque the browser draws the plot and the clips."""
-        panel = self.page.locator(".svdlab-panel")
-        clips = panel.locator(".widget-vbox", has=self.page.locator(".svdlab-player")).last
-        read = "element => Number(getComputedStyle(element).opacity)"
-        return panel.locator(".svdlab-panel-plot").evaluate(read), clips.evaluate(read)
+    def opacities(self) -> tuple[float, ...]:
+        """How opaque the browser draws the plot, the clips and the code."""
+        inner = (".svdlab-chart-widget", ".svdlab-player", "text=Copy code")
+        boxes = (self.page.locator(".svdlab-panel .widget-vbox", has=self.page.locator(one)).last for one in inner)
+        return tuple(box.evaluate("element => Number(getComputedStyle(element).opacity)") for box in boxes)
 
     def wait_shown(self, *words: str) -> None:
         """Until all of a case is there whose settings, or whose bug, are those words, and nothing is computed."""

@@ -109,13 +109,13 @@ def test_the_frame_rate(browser: Any, server: str, lab: Lab) -> None:
     # As many steps as there are take long enough to be stopped in the middle.
     notebook.press("num inference steps", "End")
     notebook.wait_for("diffusers, step")
-    assert notebook.opacities() == (0.4, 0.4), "what is shown is of the case before"
+    assert notebook.opacities() == (0.4, 0.4, 0.4), "what is shown is of the case before"
     page.get_by_role("button", name="Stop").press("Enter")
     notebook.wait_for("stopped")
-    assert notebook.opacities() == (0.4, 0.4), "and still is"
+    assert notebook.opacities() == (0.4, 0.4, 0.4), "and still is"
     page.get_by_role("button", name="Back to what is shown").press("Enter")
     notebook.wait_shown("num inference steps 4", "fps 9", "your code")
-    assert notebook.opacities() == (1.0, 1.0)
+    assert notebook.opacities() == (1.0, 1.0, 1.0)
     notebook.choose("fix off")
     notebook.wait_shown("fps 9", "fix off")
     assert notebook.number() == said(moved.off), "a stopped run leaves nothing behind"
@@ -160,6 +160,40 @@ class Inspected:
         _, reference, candidate, difference = self.root.locator(".readout output").all_inner_texts()
         assert np.float32(reference) == r and np.float32(candidate) == c
         assert float(difference) == np.float64(c) - np.float64(r)
+
+
+def test_a_click_in_the_plot_opens_the_inspector(browser: Any, server: str, lab: Lab) -> None:
+    notebook = Notebook(browser, server, "01_fps_conditioning")
+    notebook.wait_shown("fps 7")
+    page, start = notebook.page, lab.settings(num_inference_steps=4)
+    points = page.locator(".svdlab-panel-plot .mark-symbol path[fill='#CC79A7']")  # your code's, above the others
+
+    def check(probe: str, which: Choice, settings: GenerationSettings) -> None:
+        """It names the probe, and says of every place what the tensors of the case have there."""
+        case = lab.case(settings, "fps_not_decremented")
+        shown = Inspected(page, case.comparison(which).traces)
+        shown.wait_for(probe)
+        page.wait_for_function("() => !document.querySelector('.svdlab-panel .svdlab-stale')")
+        shown.root.locator("figcaption", has_text=f"svdlab, fix {which}").wait_for()
+        shown.check(probe)
+        if shown.root.locator("canvas").count():
+            shown.root.locator("canvas").nth(1).hover(position={"x": 3, "y": 3})
+            assert shown.index()[-2:] == [0, 0]
+            shown.check(probe)
+
+    probes = [p.name for p in lab.case(start, "fps_not_decremented").on.probes]
+    for probe in ("latents.001", "image_embeddings", "noise_pred.000"):
+        points.nth(probes.index(probe)).click()
+        page.mouse.move(0, 0)  # so that no text is above the next one
+        check(probe, "off", start)
+    assert page.locator(".svdlab-inspector").count() == 1
+    notebook.choose("fix on")
+    check("noise_pred.000", "on", start)
+    notebook.press("fps", "ArrowRight", times=2)
+    notebook.wait_shown("fps 9", "fix on")
+    check("noise_pred.000", "on", start.replace(fps=9))
+    page.locator(".svdlab-panel").get_by_role("button", name="Close").press("Enter")
+    page.locator(".svdlab-inspector").wait_for(state="detached")
 
 
 def test_a_reader_brings_a_file(browser: Any, server: str, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -119,6 +119,20 @@ def test_a_hand_asks_and_is_answered(comparison: Comparison) -> None:
     assert inspector.view == {"error": "index: got [0, 1, 9], allowed for frames: below [1, 3, 3]"}
 
 
+def test_another_comparison_takes_its_place(reference: Trace, comparison: Comparison) -> None:
+    inspector = Inspector(comparison)
+    inspector.show("frames", [0, 1, 2])
+    other = compare(reference, changed(reference, "frames", (0, 1, 2, 5, 6), 0.5))
+    inspector.compare(other, "another")
+    assert inspector.look["names"]["candidate"] == "another" and inspector.rows != Inspector(comparison).rows
+    assert inspector.view["probe"] == "frames" and inspector.view["index"] == [0, 1, 2]
+    assert torch.equal(plane(inspector.view, "candidate"), other.traces["candidate"]["frames"][0, 1, 2])
+    few = {name: reference[name] for name in ("input.source", "latents.000", "latents.001")}
+    one, two = (Trace(few, SETTINGS, name) for name in ("one", "two"))
+    inspector.compare(compare(one, changed(two, "latents.001", (0,), 1.0)))
+    assert inspector.view["probe"] == "latents.001", "which has no frames"
+
+
 def test_bad_input_is_refused(comparison: Comparison) -> None:
     inspector = Inspector(comparison)
     for call, said in (

@@ -149,11 +149,45 @@ def test_the_panel_begins_with_the_bug_and_its_number_is_what_the_package_comput
 def shown(panel: ExplorerPanel) -> tuple[object, ...]:
     """The number, the plot and the clips."""
     (player,) = panel.clips.children
-    return panel.number.value, panel.plot.value, player.content["clips"]
+    return panel.number.value, panel.plot.content, player.content["clips"]
 
 
 def titles(panel: ExplorerPanel) -> list[str]:
     return [clip["title"] for clip in panel.clips.children[0].content["clips"]]
+
+
+def test_a_click_in_the_plot_shows_that_tensor_of_what_is_shown(panel: ExplorerPanel) -> None:
+    sent = panel.plot._handle_custom_msg
+    sent({"probe": "frames"}, [])
+    assert panel.inspector is None, "nothing is there yet"
+    panel.show()
+    panel.worker.join()
+    sent({"probe": "latents.001"}, [])
+    inspector = panel.inspector
+    assert inspector in panel.inspected.children
+
+    def check(probe: str, name: str) -> None:
+        assert inspector.view["probe"] == panel.plot.chosen == probe and inspector.look["names"]["candidate"] == name
+        traces = panel.case.comparison(panel.which.value).traces
+        for role in ("reference", "candidate"):
+            shown = torch.frombuffer(bytearray(inspector.view[role]), dtype=torch.float32)
+            assert torch.equal(shown, traces[role][probe][tuple(inspector.view["index"])].flatten())
+
+    check("latents.001", "svdlab, fix off")
+    inspector.asked = {"probe": "noise_pred.000", "index": [0, 1, 2], "against": "reference", "turn": 1}
+    before = inspector.view["candidate"]
+    panel.which.value = "on"
+    check("noise_pred.000", "svdlab, fix on")
+    assert inspector.view["index"] == [0, 1, 2] and inspector.view["candidate"] != before, "the same place"
+    before = inspector.view["reference"]
+    panel.controls["fps"].value = 9
+    panel.worker.join()
+    check("noise_pred.000", "svdlab, fix on")
+    assert inspector.view["index"] == [0, 1, 2] and inspector.view["reference"] != before
+    assert panel.inspector is inspector, "in place"
+    panel.reset.click()
+    panel.worker.join()
+    assert panel.inspector is None and not panel.inspected.children and not panel.plot.chosen
 
 
 def test_a_pinned_clip_is_compared_with_what_comes(panel: ExplorerPanel) -> None:
@@ -244,7 +278,10 @@ def test_what_was_computed_is_kept(panel: ExplorerPanel, monkeypatch: pytest.Mon
 
 def stale(panel: ExplorerPanel) -> bool:
     """Whether what is shown is dimmed, all of it or nothing; ``test_browser`` asks the browser."""
-    (dimmed,) = {"svdlab-stale" in w._dom_classes for w in (panel.number, panel.plot, panel.clips, panel.snippet)}
+    (dimmed,) = {
+        "svdlab-stale" in w._dom_classes
+        for w in (panel.number, panel.drawn, panel.clips, panel.copied, panel.inspected)
+    }
     assert dimmed or panel.back.layout.display == "none"
     return dimmed
 
@@ -266,7 +303,7 @@ def test_stop_leaves_at_once_and_breaks_nothing(panel: ExplorerPanel) -> None:
     assert stale(panel), "from the first move on"
     panel.worker.join()
     assert "stopped" in said[-1] and not any("step 2" in s for s in said if "float64" in s)
-    assert "not known yet" in panel.number.value and "no noise floor yet" in panel.plot.value
+    assert "not known yet" in panel.number.value and "no noise floor yet" in panel.plot.content["alt"]
     assert not stale(panel) and "fps 11," in panel.caption.value, "all of one case, the one that was asked for"
     assert not nn.modules.module._global_forward_pre_hooks
     stop_at = "diffusers, step 1"

@@ -1,7 +1,7 @@
 """Charts whose values show under the pointer: Vega-Lite, made by Altair, in one visual language.
 
-JupyterLab draws a specification itself, a report's page with the script that it carries. Where neither can (in a
-widget, with scripts off) it is a drawing made beforehand. Colours are Okabe and Ito's, which colour-blind readers can
+JupyterLab draws a specification itself, a report's page and a widget with the script that they carry. With scripts off
+a page has a drawing made beforehand. Colours are Okabe and Ito's, which colour-blind readers can
 tell apart; dashes and shapes differ as well.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
+import anywidget
+import traitlets
 
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, FLOOR, SVDLAB
@@ -85,32 +87,40 @@ class Chart:
 @functools.cache
 def page_script() -> str:
     """What brings the charts of a page to life: Vega, which needs no network and evaluates no text as code."""
+    return _with_vega("unpacked.js", "chart.js", "chart_page.js").replace("</script", "<\\/script")
+
+
+@functools.cache
+def _with_vega(*names: str) -> str:
     import vl_convert
 
-    return vl_convert.javascript_bundle(
-        joined("unpacked.js")
-        + """
-        for (const figure of document.querySelectorAll("figure.svdlab-chart")) {
-          const [image, data] = figure.children, named = document.createElement("div");
-          let asked = 0, last;
-          named.setAttribute("role", "img");
-          figure.tabIndex = 0;  // where it is wider than the page, keys scroll it
-          async function draw({ spec, alt }) {
-            const drawn = document.createElement("div"), mine = ++asked;
-            drawn.setAttribute("aria-hidden", "true");  // Vega calls every mark a picture, and gives none a name
-            const made = await vegaEmbed(drawn, spec, {ast: true, actions: false, renderer: "svg"});
-            if (mine !== asked) return made.finalize();  // another one was asked for meanwhile
-            last?.finalize();
-            last = made;
-            named.setAttribute("aria-label", alt);
-            named.replaceChildren(drawn);
-            image.replaceWith(named);
-          }
-          unpacked(data.textContent).then((spec) => draw({spec, alt: image.alt}));
-          figure.addEventListener("svdlab-show", ({ detail }) => draw(detail));
-        }
-        """
-    ).replace("</script", "<\\/script")
+    return str(vl_convert.javascript_bundle(joined(*names)))
+
+
+class ChartWidget(anywidget.AnyWidget):
+    """A chart over the probes in a notebook, drawn by the browser; a click on a probe is heard.
+
+    Attributes:
+        content: the chart's specification and its text; empty at first.
+        chosen: the probe that is marked, where the specification has the parameter ``chosen``.
+    """
+
+    _esm = traitlets.Unicode().tag(sync=True)
+    _css = joined("chart_widget.css")
+    content = traitlets.Dict().tag(sync=True)
+    chosen = traitlets.Unicode().tag(sync=True)
+
+    @traitlets.default("_esm")
+    def _bundled(self) -> str:
+        return _with_vega("chart.js", "chart_widget.js")
+
+    def show(self, chart: Chart) -> None:
+        """Put a chart in the place of the one that is shown."""
+        self.content = {"spec": chart.spec, "alt": chart.alt}
+
+    def on_click(self, answer: Callable[[str], object]) -> None:
+        """Call ``answer`` with the name of every probe that is clicked."""
+        self.on_msg(lambda widget, message, buffers: answer(message["probe"]))
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,8 @@ def plot_fix(case: Case, steps: bool = True) -> Chart:
 
     Args:
         case: of ``Lab.case``.
-        steps: whether to show, on the right, the latents along the denoising steps as well.
+        steps: whether to show, on the right, the latents along the denoising steps as well. Without them there is a
+            parameter ``chosen``, the name of a probe to mark.
     """
     on, own, measured = case.on, {} if case.own is None else {"your code": case.own}, case.measured
     candidates = {f"svdlab {on.dtype}, fix on": on, f"fix off ({case.bug})": case.off, **own}
@@ -164,7 +175,10 @@ def plot_fix(case: Case, steps: bool = True) -> Chart:
     text = f"Distance from diffusers float64. {found}." if measured else f"{title}."
     left = _probe_chart(probes, candidates, 620, domain, title, measured)
     if not steps:
-        return _made(left, text)
+        rows = alt.Chart(alt.InlineData(values=[{"probe": p.name} for p in probes]))
+        marked = rows.mark_rule(color=DIFFUSERS, strokeWidth=1).encode(x=alt.X("probe:N", sort=None))
+        marked = marked.transform_filter("datum.probe === chosen")
+        return _made((left + marked).add_params(alt.param(name="chosen", value="")), text)
     latents = [p for p in on.probes if p.name.startswith("latents.") and p.name != "latents.init"]
     right = _line_chart(
         _rows(latents, candidates, domain, measured),

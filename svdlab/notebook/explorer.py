@@ -16,9 +16,10 @@ import ipywidgets
 from torch import Tensor
 
 from svdlab.errors import SvdlabError
-from svdlab.notebook.charts import plot_fix, plot_grid
+from svdlab.notebook.charts import ChartWidget, plot_fix, plot_grid
 from svdlab.notebook.controls import NARROW, alert, control, help_of, is_live, set_stale, small, stale_style, unit_of
 from svdlab.notebook.fix_grid import FixGrid
+from svdlab.notebook.inspector import Inspector
 from svdlab.notebook.panel import Panel
 from svdlab.notebook.players import CHOICES, Player, case_clips, difference
 from svdlab.notebook.snippet import Snippet, case_code
@@ -31,11 +32,12 @@ from svdlab.svd.settings import GenerationSettings
 # A checkpoint of more weights answers in minutes: its sliders wait for the Run button.
 _LIVE_PARAMETERS = 10**8
 _PANEL, _PLOT = "svdlab-panel", "svdlab-panel-plot"
+_POINTING = "Click a tensor in the plot to look into it, below."
 # A drawing has the colours of paper; on a dark theme its lightness is turned over, and its hues stay.
 _STYLE = f"""
 .{_PANEL} .widget-html-content {{ line-height: 1.45; }}
 .{_PANEL} .widget-html-content p {{ margin: 4px 0 8px; }}
-[data-jp-theme-light="false"] .{_PLOT} img {{ filter: invert(1) hue-rotate(180deg); }}
+[data-jp-theme-light="false"] .{_PLOT} svg {{ filter: invert(1) hue-rotate(180deg); }}
 """
 
 
@@ -198,8 +200,13 @@ class ExplorerPanel(Panel):
         self.reset = _button("Reset", "undo", "all controls as they were at first")
         self.pin = _button("Pin as A", "thumb-tack", "keep this clip, and compare with it what comes")
         self.back = _button("Back to what is shown", "arrow-left", "the controls as they were for what is shown")
-        self.number, self.pinned_number, self.caption, self.plot, self.refused = (ipywidgets.HTML() for _ in range(5))
-        self.clips, self.snippet = ipywidgets.VBox(), Snippet()
+        self.number, self.pinned_number, self.caption, self.refused = (ipywidgets.HTML() for _ in range(4))
+        self.clips, self.plot, self.snippet = ipywidgets.VBox(), ChartWidget(), Snippet()
+        # In boxes that can be dimmed: an anywidget takes no class once it is drawn.
+        self.drawn, self.copied = ipywidgets.VBox([self.plot]), ipywidgets.VBox([self.snippet])
+        self.inspector: Inspector | None = None
+        self.inspected = ipywidgets.VBox(layout={"flex": "1 1 100%", "min_width": "0"})
+        self.close = _button("Close", "times", "no tensor")
         self.back.layout.display = "none"
         for widget in (*self.controls.values(), self.bug, self.seed):
             widget.observe(self._moved, "value")
@@ -210,6 +217,8 @@ class ExplorerPanel(Panel):
         self.reset.on_click(lambda button: self._reset())
         self.back.on_click(lambda button: self._go_back())
         self.pin.on_click(lambda button: self._pin())
+        self.close.on_click(lambda button: self._close_inspector())
+        self.plot.on_click(self.inspect)
 
     def _control(self, name: str) -> ipywidgets.ValueWidget:
         start = self.explorer.start
@@ -231,14 +240,15 @@ class ExplorerPanel(Panel):
             self.refused,
             ipywidgets.HBox([self.run, self.stop, self.progress]),
             self.status,
-            self.snippet,
+            self.copied,
         ]
-        right = [ipywidgets.HBox([self.caption, self.back]), self.clips, self.plot]
-        self.plot.add_class(_PLOT)
+        right = [ipywidgets.HBox([self.caption, self.back]), self.clips, self.drawn, ipywidgets.HTML(small(_POINTING))]
+        self.drawn.add_class(_PLOT)
         self.compute()
         columns = [
             ipywidgets.VBox(left, layout={"flex": "0 1 330px"}),
             ipywidgets.VBox(right, layout={"flex": "1 1 480px", "min_width": "0"}),
+            self.inspected,
         ]
         style = ipywidgets.HTML(f"<style>{_STYLE}</style>", layout={"display": "none"})
         layout = {"flex_flow": "row wrap", "align_items": "flex-start"}
@@ -310,6 +320,7 @@ class ExplorerPanel(Panel):
 
     def _reset(self) -> None:
         self.which.value, self.refused.value = "off", ""
+        self._close_inspector()
         if self._pinned:
             self._pin()
         self._put(self.explorer.start, self.explorer.bugs[0], None)
@@ -336,7 +347,7 @@ class ExplorerPanel(Panel):
             stale = self._shown is not None and self._shown != self._asked()
         except SvdlabError:
             stale = self._shown is not None
-        for widget in (self.number, self.clips, self.plot, self.snippet):
+        for widget in (self.number, self.clips, self.drawn, self.copied, self.inspected):
             set_stale(widget, stale)
         self.back.layout.display = "" if stale and ended else "none"
 
@@ -367,7 +378,7 @@ class ExplorerPanel(Panel):
             self.case, self._shown = case, asked
             if case.measured:
                 self.explorer.remember(case, asked.image)
-            self.plot.value = plot_fix(case, steps=False)._repr_html_()
+            self.plot.show(plot_fix(case, steps=False))
             self._draw_choice()
             self._mark()
 
@@ -383,11 +394,46 @@ class ExplorerPanel(Panel):
                 shown.lab, self.case.settings, shown.bug, which, self.explorer.stages, shown.image
             )
             self._show_clips(self.case, which)
+            self._show_tensors(self.case, which)
 
     def _named(self, asked: _Asked) -> list[str]:
         """What was asked for, as a reader finds it in the controls."""
         settings = (f"{name.replace('_', ' ')} {getattr(asked.settings, name)}" for name in (*self.controls, "seed"))
         return [asked.bug, *settings, *([asked.image] if asked.image else [])]
+
+    def inspect(self, probe: str) -> None:
+        """Show a tensor of the case under the plot, as the plot asks when it is clicked.
+
+        Args:
+            probe: one of the plot's.
+
+        Raises:
+            SvdlabError: no such tensor.
+        """
+        with self._drawing:
+            if self.case is None:
+                return
+            if self.inspector is None:
+                which = self.which.value
+                self.inspector = Inspector(self.case.comparison(which), name=f"svdlab, {CHOICES[which]}")
+                self.inspector.observe(lambda change: self._mark_probe(change["new"]), "view")
+                self.inspected.children = [self.inspector, self.close]
+            self.inspector.show(probe)
+
+    def _show_tensors(self, case: Case, which: Choice) -> None:
+        """In the inspector that is there, the same tensor of this case."""
+        if self.inspector is not None:
+            self.inspector.compare(case.comparison(which), f"svdlab, {CHOICES[which]}")
+
+    def _mark_probe(self, view: Mapping[str, Any]) -> None:
+        self.plot.chosen = view.get("probe", self.plot.chosen)
+
+    def _close_inspector(self) -> None:
+        with self._drawing:
+            if self.inspector is not None:
+                self.inspected.children, self.plot.chosen = (), ""
+                self.inspector.close()
+                self.inspector = None
 
     def _show_clips(self, case: Case, which: Choice) -> None:
         """In the player that is there, so that it goes on at its frame."""

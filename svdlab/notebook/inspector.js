@@ -71,21 +71,28 @@ function slider(name, value, max, said, change) {
 
 let inspectors = 0;
 
-// Fills an element, and gives the function that shows an answer of "ask".
-function inspector(root, { rows, look }, ask) {
+// Fills an element, and gives two functions: one takes the list of a comparison's tensors and how they look, the other
+// shows an answer of "ask".
+function inspector(root, ask) {
   const id = `svdlab-inspector-${inspectors++}`;
-  let view, cursor = [0, 0], gain = 0, family, controlled, update;
+  let rows, look, options, view, cursor = [0, 0], gain = 0, family, scaled, controlled, update;
   const send = (changes) => ask({ probe: view.probe, index: view.index, against: view.against, ...changes });
   const few = () => view.flat && view.columns <= look.few; // numbers that are a table
   const along = (axis, i) => send({ index: view.index.map((old, a) => (a === axis ? i : old)) });
 
-  const options = new Map(rows.map((row) => [row.name, make("div", {
-    role: "option", id: `${id}-${row.name}`, className: row.wrong ? "wrong" : "", "aria-disabled": String(row.absent),
-    onclick: () => row.absent || send({ probe: row.name, index: null }),
-  }, make("span", {}, row.name), make("i", { style: `--part:${row.part}` }), make("span", {}, row.ratio), make("span", {}, row.divergence))]));
   const filter = make("input", { type: "search", placeholder: "filter", "aria-label": "filter tensors by name" });
-  filter.addEventListener("input", () => options.forEach((option, name) => (option.hidden = !name.includes(filter.value))));
-  const list = make("div", { role: "listbox", tabIndex: 0, "aria-label": "tensors, in order of execution" }, ...options.values());
+  const filtered = () => options.forEach((option, name) => (option.hidden = !name.includes(filter.value)));
+  filter.addEventListener("input", filtered);
+  const list = make("div", { role: "listbox", tabIndex: 0, "aria-label": "tensors, in order of execution" });
+  function fill(now) {
+    ({ rows, look } = now);
+    options = new Map(rows.map((row) => [row.name, make("div", {
+      role: "option", id: `${id}-${row.name}`, className: row.wrong ? "wrong" : "", "aria-disabled": String(row.absent),
+      onclick: () => row.absent || send({ probe: row.name, index: null }),
+    }, make("span", {}, row.name), make("i", { style: `--part:${row.part}` }), make("span", {}, row.ratio), make("span", {}, row.divergence))]));
+    list.replaceChildren(...options.values());
+    filtered();
+  }
   list.addEventListener("keydown", (event) => {
     const names = rows.filter(({ name, absent }) => !absent && !options.get(name).hidden).map(({ name }) => name);
     const at = names.indexOf(view.probe);
@@ -117,7 +124,7 @@ function inspector(root, { rows, look }, ask) {
       Object.assign(mark.style, { width: `${100 / view.columns}%`, height: `${100 / view.rows}%` });
     }
     const said = {
-      index: `[${[...view.index, ...cursor.slice(view.flat ? 1 : 0)].join(", ")}]`,
+      index: `[${[...view.index, ...cursor.slice(view.index.length + 2 - view.shape.length)].join(", ")}]`,
       [look.names[view.against]]: exact(view.reference[at], single),
       [look.names.candidate]: exact(view.candidate[at], single),
       difference: String(view.candidate[at] - view.reference[at]),
@@ -134,10 +141,11 @@ function inspector(root, { rows, look }, ask) {
   // Sliders stay in place, so that one can be dragged, until a tensor of another kind is shown.
   function drawControls() {
     const same = rows.filter(({ name, absent }) => !absent && name.replace(/\d{3,}$/, "") === family).map(({ name }) => name);
-    const wanted = JSON.stringify([same, view.axes, view.against]);
+    const scale = JSON.stringify([family, view.axes, view.against]);
+    const wanted = JSON.stringify([scale, same, look.against.map((role) => look.names[role])]);
+    if (scaled !== scale) [scaled, gain] = [scale, view.gain];
     if (controlled !== wanted) {
       controlled = wanted;
-      gain = view.gain;
       const made = view.axes.map(([name, size], axis) => [slider(name, 0, size - 1, (i) => `${i} of 0 to ${size - 1}`, (i) => along(axis, i)), size]);
       const step = slider("denoising step", 0, same.length - 1, (i) => same[i].slice(family.length), (i) => send({ probe: same[i] }));
       const brighter = slider("gain of the difference", gain, look.max_gain, times, (i) => {
@@ -213,7 +221,7 @@ function inspector(root, { rows, look }, ask) {
       chart("differences (log count)", -view.difference, view.difference, log(difference, look.colours.difference)), ...shares);
   }
 
-  return (answer) => {
+  const show = (answer) => {
     if (answer.error) return title.replaceChildren(make("b", { role: "alert" }, answer.error));
     view = answer;
     family = view.probe.replace(/\d{3,}$/, "");
@@ -228,6 +236,7 @@ function inspector(root, { rows, look }, ask) {
     drawPanes();
     drawWhere();
   };
+  return { fill, show };
 }
 
 const values = (dtype, buffer) => (dtype === "float32" ? new Float32Array(buffer) : new Float64Array(buffer));
@@ -235,19 +244,26 @@ const bytes = ({ buffer, byteOffset, byteLength }) => buffer.slice(byteOffset, b
 
 function render({ model, el }) {
   el.classList.add("svdlab-inspector");
-  const look = { ...model.get("look") };
-  for (const name of ["diverging", "sequential"]) look[name] = new Uint8Array(bytes(look[name]));
-  const show = inspector(el, { rows: model.get("rows"), look }, (asked) => {
-    model.set("asked", asked);
+  let rows, colours;
+  const { fill, show } = inspector(el, (asked) => {
+    model.set("asked", { ...asked, turn: (model.get("asked").turn ?? 0) + 1 }); // a question that was asked before is one, too
     model.save_changes();
   });
   const answered = () => {
+    if (rows !== model.get("rows") || colours !== model.get("look")) {
+      [rows, colours] = [model.get("rows"), model.get("look")];
+      const look = { ...colours };
+      for (const name of ["diverging", "sequential"]) look[name] = new Uint8Array(bytes(look[name]));
+      fill({ rows, look });
+    }
     const view = { ...model.get("view") };
     for (const name of view.error ? [] : ["reference", "candidate"]) view[name] = values(view.dtype, bytes(view[name]));
     show(view);
   };
-  model.on("change:view", answered);
+  const heard = ["change:rows", "change:look", "change:view"];
+  for (const change of heard) model.on(change, answered);
   answered();
+  return () => heard.forEach((change) => model.off(change, answered));
 }
 
 for (const root of document.querySelectorAll("figure.svdlab-inspector[data-inspector]")) {
@@ -264,7 +280,8 @@ for (const root of document.querySelectorAll("figure.svdlab-inspector[data-inspe
     const plane = (role) => tensor[role].subarray(start, start + size);
     show({ ...tensor, index: at, cell: index ? null : tensor.cell, reference: plane("reference"), candidate: plane("candidate") });
   };
-  const show = inspector(root, { rows, look }, answer);
+  const { fill, show } = inspector(root, answer);
+  fill({ rows, look });
   const carried = rows.filter(({ absent }) => !absent);
   answer({ probe: (carried.find(({ wrong }) => wrong) ?? carried[0]).name, index: null });
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class Inspector(anywidget.AnyWidget):
     Args:
         comparison: of ``parity.compare``, with its traces.
         carried: the probes and taps that a page without a kernel carries (see ``to_html``).
+        name: the candidate's; default: its implementation and dtype.
 
     Attributes:
         view: what is shown: the tensor's name, ``index`` (of all its axes but the plane's), the plane of the reference
@@ -62,15 +64,37 @@ class Inspector(anywidget.AnyWidget):
     asked = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, comparison: Comparison, carried: Sequence[str] | None = None):
+    def __init__(self, comparison: Comparison, carried: Sequence[str] | None = None, name: str | None = None):
+        super().__init__()
+        self._carried = carried
+        self._turn = threading.RLock()  # a panel compares in another thread than the one that answers
+        self._shown: tuple[str, list[int], Against] | None = None
+        self.compare(comparison, name)
+        self.observe(self._answer, "asked")
+
+    def compare(self, comparison: Comparison, name: str | None = None) -> None:
+        """Look into another comparison, at the same place of the same tensor if it has that.
+
+        Args:
+            comparison: of ``parity.compare``, with its traces.
+            name: the candidate's; default: its implementation and dtype.
+
+        Raises:
+            SvdlabError: a comparison that was kept without its traces.
+        """
         if not {"reference", "candidate"} <= set(comparison.traces):
             raise SvdlabError("comparison: it was kept without its traces, allowed: one of parity.compare")
-        self.comparison, self._carried = comparison, carried
-        self._tensors: dict[str, tuple[str, Tensor]] = {}
-        self._facts: tuple[tuple[str, Against], dict[str, Any]] | None = None
-        super().__init__(rows=_rows(comparison), look=_look(comparison))
-        self.show(comparison.first_divergence or comparison.worst.name)
-        self.observe(self._answer, "asked")
+        with self._turn, self.hold_sync():
+            self.comparison = comparison
+            self._tensors: dict[str, tuple[str, Tensor]] = {}
+            self._facts: tuple[tuple[str, Against], dict[str, Any]] | None = None
+            self.rows, self.look = _rows(comparison), _look(comparison, name)
+            if self._shown is not None:
+                try:
+                    return self.show(*self._shown)
+                except SvdlabError:  # it has no such tensor, index or truth
+                    pass
+            self.show(comparison.first_divergence or comparison.worst.name)
 
     def show(self, probe: str, index: Sequence[int] | None = None, against: Against = "reference") -> None:
         """Show one plane of a tensor.
@@ -83,6 +107,10 @@ class Inspector(anywidget.AnyWidget):
         Raises:
             SvdlabError: no such tensor or trace in the comparison, an index that the tensor does not have.
         """
+        with self._turn:
+            self._show(probe, index, against)
+
+    def _show(self, probe: str, index: Sequence[int] | None, against: Against) -> None:
         self._check(probe)
         if against not in self.comparison.traces or against == "candidate":
             raise SvdlabError(f"against: got {short(against)}, allowed: {' or '.join(self.look['against'])}")
@@ -99,6 +127,7 @@ class Inspector(anywidget.AnyWidget):
             "reference": _bytes(one, facts["dtype"]),
             "candidate": _bytes(other, facts["dtype"]),
         }
+        self._shown = probe, found, against
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return super()._repr_mimebundle_(**kwargs) if is_live() else {"text/html": self.to_html(self._carried)}
@@ -151,8 +180,8 @@ class Inspector(anywidget.AnyWidget):
             raise SvdlabError(f"probe: got {short(probe)}, allowed: one of the comparison's, such as {names[0]}")
 
     def _answer(self, change: Mapping[str, Any]) -> None:
-        try:
-            self.show(**change["new"])
+        try:  # "turn" tells a question from the same one before
+            self.show(**{name: value for name, value in change["new"].items() if name != "turn"})
         except SvdlabError as error:
             self.view = {"error": str(error)}
 
@@ -207,11 +236,13 @@ def _part(result: ProbeResult) -> float:
     return min(1.0, max(0.02, (math.log10(max(result.ratio, 0.1)) + 1) / 9))
 
 
-def _look(comparison: Comparison) -> dict[str, Any]:
+def _look(comparison: Comparison, name: str | None) -> dict[str, Any]:
     """Colours and names: those of ``figures``, and matplotlib's maps as 257 RGB colours."""
     traces = comparison.traces
     names = {role: f"{trace.implementation} {trace.dtype}" for role, trace in traces.items()}
-    if names["candidate"] in (names["reference"], names.get("truth")):
+    if name is not None:
+        names["candidate"] = name
+    elif names["candidate"] in (names["reference"], names.get("truth")):
         names["candidate"] = "candidate"
     colour = SVDLAB if comparison.verdict == "parity" else FIX_OFF
     return {
