@@ -86,7 +86,10 @@ class Table:
     def to_html(self) -> str:
         """For a page or a notebook; every text is escaped."""
         title, caption = (escape(text).replace("\n", "<br>") for text in (self.title, self.caption))
-        heads = "".join(f'<th scope="col"{_style(align)}>{escape(name)}</th>' for name, align in self._columns)
+        heads = "".join(
+            f'<th scope="col"{_style(align)}>{escape(name)}</th>' if name else "<td></td>"
+            for name, align in self._columns
+        )
         thead = f"<thead><tr>{heads}</tr></thead>" if self._has_heads else ""
         tbody = "".join(f"<tr>{''.join(self._html_cells(row))}</tr>" for row in self._rows())
         return (

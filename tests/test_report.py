@@ -393,6 +393,7 @@ def test_a_table_scrolls_and_its_names_may_break() -> None:
     page = scrollable(table)
     assert "noise_<wbr>pred.000 in a/<wbr>file.<wbr>py" in page and ">1.5e-07<" in page
     assert rows(page) == rows(table) and page.startswith('<div class="scroll" tabindex="0"')
+    assert "<th></th>" not in scrollable("<table><tr><th></th><th>a</th></tr></table>"), "pandas' corner"
 
 
 def test_what_needs_a_kernel_is_not_on_a_page(tmp_path: Path) -> None:

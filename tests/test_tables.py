@@ -36,6 +36,8 @@ def test_html_of_a_cell_is_taken_as_it_is_and_a_row_head_is_a_head() -> None:
     html = Table(["", ""], [[Cell("k", "head"), Cell("link", html="<a href='x'>link</a>")]]).to_html()
     assert '<th scope="row" style="text-align:left">k</th>' in html and "<a href='x'>link</a>" in html
     assert "<thead>" not in html  # no column has a name
+    html = Table(["", "b"], [["1", "2"]]).to_html()
+    assert "<thead><tr><td></td><th" in html, "a head without a name is none"
 
 
 @pytest.mark.parametrize("style", ["good", "bad", "marked"])

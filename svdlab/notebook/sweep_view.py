@@ -189,16 +189,15 @@ def board_html(
     chosen = list(details)[len(details) // 2] if details else ""
     frames = max((shape[0] for shape in shapes), default=1)
     height, width = _reduced_size(*shapes[0][1:3]) if shapes else (CELL, CELL)
-    size = f"--zoom:{enlargement(height)};--h:{height};--w:{width}"
+    size, clock = f"--zoom:{enlargement(height)};--h:{height};--w:{width}", f"data-fps='{fps}' data-frames='{frames}'"
     grid = _grid(caption, corner, heads, [(head, [tile.html() for tile in tiles]) for head, tiles in rows])
     beside = "".join(f"<div data-detail='{key}'{' hidden' * (key != chosen)}>{d}</div>" for key, d in details.items())
     below = "".join(f"<div class='scroll'>{each.html(heads)}</div>" for each in maps)
     return (
         f"<style>{_STYLE}</style>"
-        f"<section class='svdlab-board' aria-label='sweep' style='{size}' data-fps='{fps}' data-frames='{frames}' "
-        f"data-chosen='{chosen}'>"
+        f"<section class='svdlab-board' role='group' aria-label='sweep' style='{size}' {clock} data-chosen='{chosen}'>"
         f"<div class='clock'></div><div class='parts'><div class='scroll films'>{grid}</div>"
-        f"<div class='right'><div class='beside' role='region' aria-label='chosen'>{beside}</div>"
+        f"<div class='right'><div class='beside' role='group' aria-label='chosen'>{beside}</div>"
         f"<div class='maps'>{below}</div></div></div>"
         f"{lines}</section>"
     )
@@ -206,15 +205,19 @@ def board_html(
 
 def _grid(title: str, about: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """A table with heads on both sides; cells are HTML."""
-    top = "".join(f"<th scope='col'>{_breakable(head)}</th>" for head in heads)
+    top = "".join(_head(head, "col") for head in heads)
     body = "".join(
-        f"<tr><th scope='row'>{_breakable(head)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for head, cells in rows
+        f"<tr>{_head(head, 'row')}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for head, cells in rows
     )
     return (
         f"<table><caption>{escape(title)}<small>{escape(about)}</small></caption>"
         f"<thead><tr><td></td>{top}</tr></thead><tbody>{body}</tbody></table>"
     )
+
+
+def _head(name: str, scope: str) -> str:
+    """A head, or an empty cell: where nothing goes down the rows have no names."""
+    return f"<th scope='{scope}'>{_breakable(name)}</th>" if name else "<td></td>"
 
 
 def _breakable(name: str) -> str:

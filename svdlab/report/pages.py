@@ -133,6 +133,7 @@ def plot_html(bugs: Sequence[CatalogueRow]) -> str:
 
 def scrollable(html: str) -> str:
     """HTML whose wide tables scroll, by the keyboard too, in place of the page, and whose long names may break."""
+    html = html.replace("<th></th>", "<td></td>")  # pandas' corner is no head
     html = re.sub(r"(<td(?![^>]*right)[^>]*>)([^<]+)(?=</td>)", lambda cell: cell[1] + _breakable(cell[2]), html)
     box = '<div class="scroll" tabindex="0" role="group" aria-label="table">'
     return re.sub(r"<table\b", f"{box}<table", html).replace("</table>", "</table></div>")
