@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 
 from svdlab import GenerationSettings, SVDPipeline
 from svdlab.bench import frontier as measuring
-from svdlab.bench.frontier import EXACT, Variant, frontier, frontier_table, psnr, ssim, to_json
+from svdlab.bench.frontier import EXACT, Variant, frontier, frontier_table, make_call, psnr, ssim, to_json
 from svdlab.cli.frontier import frontier as command
 from svdlab.errors import SvdlabError
 from svdlab.notebook.figures import plot_frontier
@@ -22,6 +22,7 @@ from svdlab.samples import sample_photo
 from svdlab.svd import approximations
 from svdlab.svd.approximations import APPROXIMATIONS, approximated, outermost_level
 from svdlab.svd.sampler import EulerScheduler
+from svdlab.training.data import sample_image
 
 SETTINGS = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=4)
 
@@ -128,7 +129,8 @@ def test_the_frontier(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Variant("bfloat16", {"dtype": "bfloat16"}),
     )
     given = SETTINGS.model_dump(include={"height", "width", "num_frames", "num_inference_steps"})
-    rows = frontier(str(tiny), images=2, pairs=2, settings=given, variants=variants, progress=False)
+    clips: dict[str, torch.Tensor] = {}
+    rows = frontier(str(tiny), images=2, pairs=2, settings=given, variants=variants, progress=False, clips=clips)
     exact, *others = rows
     assert [row.name for row in rows] == [variant.name for variant in variants]
     assert (exact.psnr, exact.speedup, exact.speedup_range) == (math.inf, 1, (1, 1)) and exact.noise_ratio <= 4
@@ -140,6 +142,29 @@ def test_the_frontier(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = runpy.run_path(str(Path(__file__).parent.parent / "docs/make_performance.py"))["frontier_text"](written)
     assert page.endswith(frontier_table(rows).to_markdown()) and "2 first frames" in page and "2 steps" in page
     assert "Noise ratio" in plot_frontier(rows).alt
+    pipe = SVDPipeline.from_pretrained(tiny, compat="diffusers")
+    settings = pipe.resolve(GenerationSettings(**given))
+    inputs = pipe.prepare(sample_image(0), settings, torch.Generator().manual_seed(0))
+    assert list(clips) == [row.name for row in rows], "of the first image"
+    assert torch.equal(clips["2 steps"], make_call(pipe, settings, variants[1])(inputs))
+
+
+def test_what_is_slow_is_not_run_again_to_be_timed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = list[str]()
+
+    def in_turns(calls: Any, pairs: int, *_: Any) -> dict[str, tuple[float, ...]]:
+        timed.extend(calls)
+        return {name: (1e-6,) * pairs for name in calls}
+
+    monkeypatch.setattr(measuring, "CONVERGED_STEPS", 2)
+    monkeypatch.setattr(measuring, "in_turns", in_turns)
+    given = SETTINGS.model_dump(include={"height", "width", "num_frames"}) | {"num_inference_steps": 1}
+    for limit, names in ((1e9, ["exact", "2 steps"]), (0, ["exact"])):
+        monkeypatch.setattr(measuring, "_SLOW", limit)
+        variants = (EXACT, Variant("2 steps", {"num_inference_steps": 2}))
+        _, row = frontier(str(tiny), images=1, pairs=2, settings=given, variants=variants, progress=False)
+        assert timed == names and (row.seconds > 1e-6) == (row.speedup < 1) == (limit == 0)
+        timed.clear()
 
 
 def test_what_is_not_exact_is_no_measure(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

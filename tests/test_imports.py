@@ -156,3 +156,11 @@ def test_colab_is_told_to_show_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     importlib.reload(svdlab.notebook)
     assert calls == ["enabled"]
+
+
+def test_charts_do_without_a_grammar_that_takes_a_second_to_make() -> None:
+    script = """
+import sys, svdlab.notebook.charts
+assert "jsonschema" in sys.modules and "rfc3987_syntax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -76,7 +76,7 @@ function render({ model, el }) {
   };
 }
 
-for (const root of document.querySelectorAll("section.svdlab-board:not([data-alive])")) {
+for (const root of document.querySelectorAll(".svdlab-board:not([data-alive])")) {
   root.dataset.alive = ""; // in a page without a kernel
   new Board(root);
 }

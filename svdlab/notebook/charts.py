@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import altair as alt
 import anywidget
 import traitlets
 
+from svdlab.lazy import left_out
 from svdlab.notebook.controls import is_live
 from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, FLOOR, SVDLAB
 from svdlab.notebook.scripts import joined, packed
 from svdlab.svd.video import data_url
+
+with left_out(
+    "rfc3987_syntax"
+):  # a grammar of addresses, which jsonschema makes for a second and altair never asks for
+    import altair as alt
 
 if TYPE_CHECKING:
     from svdlab.parity.compare import Comparison, ProbeResult

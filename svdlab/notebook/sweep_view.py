@@ -195,11 +195,11 @@ def board_html(
     below = "".join(f"<div class='scroll'>{each.html(heads)}</div>" for each in maps)
     return (
         f"<style>{_STYLE}</style>"
-        f"<section class='svdlab-board' role='group' aria-label='sweep' style='{size}' {clock} data-chosen='{chosen}'>"
+        f"<div class='svdlab-board' role='group' aria-label='sweep' style='{size}' {clock} data-chosen='{chosen}'>"
         f"<div class='clock'></div><div class='parts'><div class='scroll films'>{grid}</div>"
         f"<div class='right'><div class='beside' role='group' aria-label='chosen'>{beside}</div>"
         f"<div class='maps'>{below}</div></div></div>"
-        f"{lines}</section>"
+        f"{lines}</div>"
     )
 
 

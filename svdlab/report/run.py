@@ -199,7 +199,10 @@ def _write(
 
 # Runs in a process of its own: the parameters that the notebook has, printed, then the notebook.
 _PAPERMILL = """
-import json, sys, papermill
+import json, sys
+from svdlab.lazy import left_out
+with left_out("rfc3987_syntax"):  # see ``notebook.charts``
+    import papermill
 from svdlab.report.process import end_with_parent
 end_with_parent()
 source, executed, given, folder = sys.argv[1:]
