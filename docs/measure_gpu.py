@@ -33,6 +33,7 @@ from svdlab.svd.workloads import unet_inputs
 
 DTYPES = ("float32", "float16", "bfloat16")
 FRAMES = (14, 25)  # of svd and svd_xt
+SMALL = {"height": 32, "width": 32}
 Rows = list[dict[str, Any]]
 
 
@@ -60,7 +61,7 @@ class Measurement:
 
     def parity(self) -> Rows:
         """svdlab against diffusers on the embedded checkpoint, measured by float64."""
-        size = {"num_inference_steps": 1, "num_frames": 2} if self.quick else {"num_inference_steps": 25}
+        size = {**SMALL, "num_inference_steps": 1, "num_frames": 2} if self.quick else {"num_inference_steps": 25}
         rows = []
         for dtype in DTYPES:
             settings = GenerationSettings(dtype=dtype, **size)
@@ -88,7 +89,7 @@ class Measurement:
         runner = self._bench(compile)
         rows = []
         for number in (3,) if self.quick else frames:
-            runner.given = {"num_frames": number}
+            runner.given = {"num_frames": number, **(SMALL if self.quick else {})}
             settings = runner.settings("full-generation", "float16")
             row = runner.run("full-generation", "float16").to_dict(self._peak("float16"))
             simulation = simulate(runner.configs, settings, "cuda")
