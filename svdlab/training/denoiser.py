@@ -25,6 +25,10 @@ from svdlab.training.recipe import Recipe
 from svdlab.training.tower import clip_pixels
 
 
+# One clip in so many is encoded as it fades, too.
+_FADED = 3
+
+
 class Denoiser(nn.Module):
     """A training batch through the UNet: noisy latents and image latents concatenated along channels, and conditioning.
 
@@ -64,6 +68,7 @@ class Pool:
         image_embeddings: (N, 1, D).
         motion: (N, 2), fps - 1 and the motion bucket.
         weight: (N, F, 1, h, w), of each latent in the loss.
+        faded: (M, F, 4, h, w), what of the first M clips is learnt without their picture.
     """
 
     latents: Tensor
@@ -72,13 +77,23 @@ class Pool:
     image_embeddings: Tensor
     motion: Tensor
     weight: Tensor
+    faded: Tensor
 
 
 @torch.no_grad()
 def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: torch.device) -> tuple[Pool, float]:
-    """Draw and encode the clips; the pool and the VAE's scaling factor, 1 / standard deviation of its latents."""
+    """Draw and encode the clips; the pool and the VAE's scaling factor, 1 / standard deviation of its latents.
+
+    One clip in ``_FADED`` is encoded once more as it fades.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     rows: list[tuple[Tensor, ...]] = []
+    faded: list[Tensor] = []
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return vae.encode(images.to(device)).latent_dist.mean.float().cpu()
+
     for _ in tqdm(range(recipe.clips), desc="encode clips", unit="clip", mininterval=2):
         scene = Scene.from_seed(int(torch.randint(2**31, (1,), generator=generator)))
         fps, bucket = draw_motion(generator, recipe)
@@ -87,32 +102,41 @@ def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: tor
         mean, spread = recipe.noise_aug
         strengths = torch.randn(recipe.augmentations, generator=generator).mul(spread).add(mean).exp().clamp(max=1.0)
         noisy = [frames[:1] + float(s) * torch.randn(frames[:1].shape, generator=generator) for s in strengths]
-        latents = vae.encode(torch.cat([frames, *noisy]).to(device)).latent_dist.mean.cpu()
+        latents = encode(torch.cat([frames, *noisy]))
+        if len(faded) * _FADED < recipe.clips:
+            faded.append(encode(to_tensor(scene.clip(8, fps, bucket, recipe.fade))))
         pixels = clip_pixels(frames[:1], image_encoder.config.image_size)
         embedding = image_encoder(pixels.to(device)).image_embeds.cpu()
         body = torch.from_numpy(scene.coverage(path)[0]).float()[:, None]
         near = F.max_pool2d(body, kernel_size=8)
         motion = torch.tensor([float(fps - 1), float(bucket)])
         rows.append((latents[:8], latents[8:], strengths, embedding, motion, 1 + recipe.shape_weight * near))
-    pool = Pool(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    pool = Pool(*(torch.stack(column) for column in zip(*rows, strict=True)), torch.stack(faded))
     scaling_factor = round(1 / float(pool.latents.std()), 5)
-    return replace(pool, latents=pool.latents * scaling_factor), scaling_factor
+    scaled = {name: getattr(pool, name) * scaling_factor for name in ("latents", "faded")}
+    return replace(pool, **scaled), scaling_factor
 
 
 def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
-    """EDM's loss in v: with SVD's preconditioning the weight lambda(sigma) * c_out^2 is 1 at every sigma."""
+    """EDM's loss in v: with SVD's preconditioning the weight lambda(sigma) * c_out^2 is 1 at every sigma.
+
+    A clip without both conditions is one that fades: see ``training.data``.
+    """
     weight = pool.weight / pool.weight.mean()
 
     def of(call: Callable[..., Any], generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(pool.latents), (recipe.unet.batch,), generator=generator)
         column = torch.randint(pool.strengths.shape[1], rows.shape, generator=generator)
+        both, embedding, latents = np.cumsum([recipe.drop_both, recipe.drop_embedding, recipe.drop_latents])
+        chance = torch.rand(rows.shape, generator=generator)
+        alone = chance < both
+        rows = torch.where(alone, rows % len(pool.faded), rows)
         clean, num_frames = pool.latents[rows], pool.latents.shape[1]
+        clean[alone] = pool.faded[rows[alone]]
         sigmas = draw_sigmas(recipe, generator)
         sigma = sigmas.view(-1, 1, 1, 1, 1)
         noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
 
-        both, embedding, latents = np.cumsum([recipe.drop_both, recipe.drop_embedding, recipe.drop_latents])
-        chance = torch.rand(rows.shape, generator=generator)
         keep_embedding = (chance >= embedding).float().view(-1, 1, 1)
         keep_latents = ((chance >= latents) | ((chance >= both) & (chance < embedding))).float().view(-1, 1, 1, 1)
         image_latents = (pool.image_latents[rows, column] * keep_latents)[:, None].repeat(1, num_frames, 1, 1, 1)

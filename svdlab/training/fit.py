@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from svdlab.training.recipe import Schedule
 Loss = Callable[[Callable[..., Any], torch.Generator], Tensor]
 SAVE_EVERY = 100
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_DECAY = 0.01
+# A weight that has fewer rows or columns is no matrix to make orthogonal.
+_MATRIX = 32
 
 
 @dataclass
@@ -53,8 +56,7 @@ class Phase:
 def fit(phase: Phase, folder: Path, seed: int, device: torch.device) -> list[float]:
     """Train until the schedule's end, from the last saved step if there is one; leave the averaged weights.
 
-    Weights and moments stay in float32; a network that can do with less says so in its ``forward``. The autoencoder
-    cannot: in bfloat16 its loss fell several times more slowly, step for step.
+    Weights and moments stay in float32; a network that can do with less says so in its ``forward``.
 
     Args:
         phase: see there. Its network ends with the moving average of the weights.
@@ -70,10 +72,9 @@ def fit(phase: Phase, folder: Path, seed: int, device: torch.device) -> list[flo
     """
     network, schedule = phase.network.to(device).train(), phase.schedule
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema_decay))
-    options = dict(lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    optimizer = torch.optim.AdamW(network.parameters(), **options)  # type: ignore[arg-type]
+    optimizers = _optimizers(network)
     path = folder / f"{phase.name}.safetensors"
-    start = _restore(path, phase, averaged, optimizer) if path.exists() else 0
+    start = _restore(path, phase, averaged, optimizers) if path.exists() else 0
     losses: list[float] = []
 
     def call(*args: Tensor) -> Any:
@@ -81,27 +82,77 @@ def fit(phase: Phase, folder: Path, seed: int, device: torch.device) -> list[flo
 
     with tqdm(total=schedule.steps, initial=start, desc=phase.name, unit="step", mininterval=2) as bar:
         for step in range(start, schedule.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * _rate(step, schedule)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.learning_rate * _rate(step, schedule)
             # One generator a step: a resumed run continues with the draws that it would have made.
             entropy = np.random.SeedSequence([seed, zlib.crc32(phase.name.encode()), step])
             generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
             loss = phase.loss(call, generator)
-            optimizer.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise SvdlabError(f"{phase.name}: the loss of step {step} is {losses[-1]}; the last saved step is kept")
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             averaged.update_parameters(network)
             bar.set_postfix_str(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
             bar.update()
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == schedule.steps:
-                _save(path, phase, averaged, optimizer, step + 1)
+                _save(path, phase, averaged, optimizers, step + 1)
     network.load_state_dict(averaged.module.state_dict())
     network.eval()
     return losses
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the nearest orthogonal matrix to the momentum, as large as AdamW's: for matrices and kernels.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the step's size: Liu et al. 2025,
+    arXiv 2502.16982. ``torch.optim.Muon`` takes no kernels, and each matrix by itself.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        super().__init__(parameters, dict(lr=0.0))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every weight that has a gradient."""
+        for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike.setdefault(tuple(parameter.flatten(1).shape), []).append(parameter)
+            for (rows, columns), parameters in alike.items():
+                moments = [
+                    self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05) for p in parameters
+                ]
+                ahead = [p.grad.lerp(m, 0.95).flatten(1) for p, m in zip(parameters, moments, strict=True)]
+                rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                for parameter, update in zip(parameters, _orthogonal(torch.stack(ahead)), strict=True):
+                    parameter.mul_(1 - group["lr"] * _DECAY).sub_(update.view_as(parameter), alpha=rate)
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """The orthogonal factor of each matrix (N, R, C), about: five Newton-Schulz steps, in bfloat16."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide else x.mT).float()
+
+
+def _optimizers(network: nn.Module) -> tuple[Muon, torch.optim.Optimizer]:
+    """Muon for the matrices and kernels, AdamW for what is too small or has no columns."""
+    matrices, others = [], []
+    for parameter in network.parameters():
+        matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) >= _MATRIX
+        (matrices if matrix else others).append(parameter)
+    return Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=_DECAY, fused=True)
 
 
 def _rate(step: int, schedule: Schedule) -> float:
@@ -111,11 +162,13 @@ def _rate(step: int, schedule: Schedule) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _save(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(
+    path: Path, phase: Phase, averaged: AveragedModel, optimizers: Sequence[torch.optim.Optimizer], step: int
+) -> None:
     tensors = {f"weights.{k}": v for k, v in phase.network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in averaged.module.state_dict().items()}
     for name, parameter in phase.network.named_parameters():
-        state = optimizer.state[parameter]
+        state = _optimizer_of(parameter, optimizers).state[parameter]
         tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     progress = json.dumps({"step": step, "fingerprint": phase.fingerprint})
@@ -128,7 +181,11 @@ class _Progress(Document):
     fingerprint: str
 
 
-def _restore(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
+def _optimizer_of(parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    return next(o for o in optimizers if any(p is parameter for p in o.param_groups[0]["params"]))
+
+
+def _restore(path: Path, phase: Phase, averaged: AveragedModel, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     with open_safetensors(path) as file:
         progress = parse_as(_Progress, (file.metadata() or {}).get("progress", "{}"), f"{path}: progress")
         if progress.fingerprint != phase.fingerprint:
@@ -145,5 +202,6 @@ def _restore(path: Path, phase: Phase, averaged: AveragedModel, optimizer: torch
     for name, parameter in phase.network.named_parameters():
         moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS if f"{m}.{name}" in tensors}
         if moments:  # weights that never run (the collapsed cross-attention's queries) have none
-            optimizer.state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
+            state = _optimizer_of(parameter, optimizers).state
+            state[parameter] = {"step": torch.tensor(float(progress.step)), **moments}
     return progress.step

@@ -7,20 +7,22 @@ from typing import Any
 
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 
-# Every level has two channels per group-norm group or more: one alone would be an instance norm, without flat colour.
+# The published structure, narrow: two layers per block in the VAE, so that the decoder's attention runs, widths that are
+# a base times integers, and one attention head per 64 channels, so that a single file says it all. Every level has two
+# channels per group-norm group or more: one alone would be an instance norm, without flat colour.
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
-    block_out_channels=(64, 64, 96, 128),
-    layers_per_block=1,
+    block_out_channels=(64, 64, 64, 128),
+    layers_per_block=2,
     sample_size=64,
 )
 UNET = UNetConfig(
     sample_size=8,
-    block_out_channels=(64, 128),
-    down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    block_out_channels=(64, 64, 64),
+    down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
+    up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
     layers_per_block=1,
-    num_attention_heads=(2, 4),
+    num_attention_heads=(1, 1, 1),
     cross_attention_dim=32,
     addition_time_embed_dim=32,
     projection_class_embeddings_input_dim=96,
@@ -40,7 +42,7 @@ IMAGE_ENCODER = CLIPVisionConfig(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one network is optimised: AdamW, linear warm-up, cosine decay, exponential moving average of the weights."""
+    """How one network is optimised: linear warm-up, cosine decay, exponential moving average of the weights."""
 
     steps: int
     batch: int
@@ -62,6 +64,7 @@ class Recipe:
         sigma: mean and standard deviation of ln(sigma), as SVD trains image-to-video (arXiv 2311.15127, appendix D).
         sigma_uniform: share of sigmas drawn log-uniformly over the sampler's whole range instead.
         drop_both, drop_embedding, drop_latents: shares of clips trained without both conditions, or without one.
+        fade: what the shape has lost to the backdrop in the last frame of a clip that is learnt without both.
         fps, motion_bucket_id: ranges, both ends included; ``max_displacement`` in pixels per frame bounds their ratio.
         shape_weight: how much more a pixel or latent on the shape counts than one of the background.
         shade_weight: of the autoencoder's error in the mean over each latent's pixels.
@@ -69,19 +72,20 @@ class Recipe:
         seed: of all draws.
     """
 
-    image_encoder: Schedule = Schedule(steps=400, batch=32, learning_rate=1e-3)
-    vae_crops: Schedule = Schedule(steps=3000, batch=8, learning_rate=2e-3, ema_decay=0.99)
-    vae_images: Schedule = Schedule(steps=1500, batch=4, learning_rate=1.5e-3, ema_decay=0.99, warmup=50)
+    image_encoder: Schedule = Schedule(steps=600, batch=32, learning_rate=1e-3)
+    vae_crops: Schedule = Schedule(steps=4000, batch=16, learning_rate=5e-3, ema_decay=0.99)
+    vae_images: Schedule = Schedule(steps=500, batch=8, learning_rate=1.5e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
-    unet: Schedule = Schedule(steps=9000, batch=8, learning_rate=8e-4, warmup=300)
+    unet: Schedule = Schedule(steps=6000, batch=8, learning_rate=2e-3, warmup=300)
     clips: int = 5000
     augmentations: int = 1
     noise_aug: tuple[float, float] = (-3.0, 1.0)
     sigma: tuple[float, float] = (0.7, 1.6)
     sigma_uniform: float = 0.15
-    drop_both: float = 0.1
+    drop_both: float = 0.15
     drop_embedding: float = 0.05
     drop_latents: float = 0.05
+    fade: float = 0.25
     fps: tuple[int, int] = (4, 30)
     motion_bucket_id: tuple[int, int] = (1, 255)
     max_displacement: float = 4.2

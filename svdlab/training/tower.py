@@ -1,4 +1,4 @@
-"""The CLIP tower, taught to say what the first frame shows: shape, direction, colours, place."""
+"""The CLIP tower, taught to say what the first frame shows: shape, backdrop, direction, colours, place."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from svdlab.svd import CLIPVision
 from svdlab.svd.checkpoint import ImageNormalization
 from svdlab.svd.images import normalize_for_clip, resize_with_antialiasing
 from svdlab.training.autoencoder import to_tensor
-from svdlab.training.data import DIRECTIONS, SHAPES, SIZE, Scene
+from svdlab.training.data import BACKDROPS, DIRECTIONS, SHAPES, SIZE, Scene
 from svdlab.training.recipe import Recipe
 
 _NUMBERS = 3 + 6 + 2 + 1  # colour, two background colours, start, radius
+_ANSWERS = [len(SHAPES), len(BACKDROPS), len(DIRECTIONS), _NUMBERS]
 
 
 class Described(nn.Module):
-    """Pixels (B, 3, S, S) to logits of the shape and the direction, and the numbers that describe the scene."""
+    """Pixels (B, 3, S, S) to logits of shape, backdrop and direction, and the numbers that describe the scene."""
 
     def __init__(self, image_encoder: CLIPVision):
         super().__init__()
         self.image_encoder = image_encoder
-        self.head = nn.Linear(image_encoder.config.projection_dim, len(SHAPES) + len(DIRECTIONS) + _NUMBERS)
+        self.head = nn.Linear(image_encoder.config.projection_dim, sum(_ANSWERS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return self.head(self.image_encoder(pixels).image_embeds).split(
-            [len(SHAPES), len(DIRECTIONS), _NUMBERS], dim=-1
-        )
+        return self.head(self.image_encoder(pixels).image_embeds).split(_ANSWERS, dim=-1)
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
@@ -41,19 +40,25 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def loss(recipe: Recipe, size: int) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
-    """Cross-entropy of shape and direction, and the squared error of the numbers."""
+    """Cross-entropy of shape, backdrop and direction, and the squared error of the numbers."""
 
     def of(call: Callable[..., Any], generator: torch.Generator) -> Tensor:
         seeds = torch.randint(2**31, (recipe.image_encoder.batch,), generator=generator)
         scenes = [Scene.from_seed(int(seed)) for seed in seeds]
         frames = np.concatenate([scene.render(np.array([scene.start])) for scene in scenes])
-        shape, direction, numbers = call(clip_pixels(to_tensor(frames), size))
-        shapes = torch.tensor([SHAPES.index(s.shape) for s in scenes], device=shape.device)
-        directions = torch.tensor([list(DIRECTIONS).index(s.direction) for s in scenes], device=shape.device)
-        truth = torch.tensor([_numbers(s) for s in scenes], device=shape.device)
-        return F.cross_entropy(shape, shapes) + F.cross_entropy(direction, directions) + 4 * F.mse_loss(numbers, truth)
+        *logits, numbers = call(clip_pixels(to_tensor(frames), size))
+        truth = torch.tensor([_numbers(s) for s in scenes], device=numbers.device)
+        loss = 4 * F.mse_loss(numbers, truth)
+        for predicted, answers in zip(logits, zip(*map(_classes, scenes), strict=True), strict=True):
+            loss = loss + F.cross_entropy(predicted, torch.tensor(answers, device=predicted.device))
+        return loss
 
     return of
+
+
+def _classes(scene: Scene) -> tuple[int, int, int]:
+    directions = list(DIRECTIONS)
+    return SHAPES.index(scene.shape), BACKDROPS.index(scene.backdrop_kind), directions.index(scene.direction)
 
 
 def _numbers(scene: Scene) -> list[float]:
