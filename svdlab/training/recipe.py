@@ -8,8 +8,9 @@ from typing import Any
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 
 # The published structure, narrow: two layers per block in the VAE, so that the decoder's attention runs, widths that are
-# a base times integers, and one attention head per 64 channels, so that a single file says it all. Every level has two
-# channels per group-norm group or more: one alone would be an instance norm, without flat colour.
+# a base times integers, and attention heads as wide as the published ones (64 channels, 80 in the tower), so that a single
+# file says it all. Every level has two channels per group-norm group or more: one alone would be an instance norm,
+# without flat colour.
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
     block_out_channels=(64, 64, 64, 128),
@@ -29,11 +30,11 @@ UNET = UNetConfig(
     num_frames=8,
 )
 IMAGE_ENCODER = CLIPVisionConfig(
-    hidden_size=96,
-    intermediate_size=192,
+    hidden_size=80,
+    intermediate_size=160,
     projection_dim=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
+    num_hidden_layers=4,
+    num_attention_heads=1,
     image_size=224,
     patch_size=32,
     hidden_act="gelu",
@@ -73,8 +74,8 @@ class Recipe:
     """
 
     image_encoder: Schedule = Schedule(steps=600, batch=32, learning_rate=1e-3)
-    vae_crops: Schedule = Schedule(steps=4000, batch=16, learning_rate=5e-3, ema_decay=0.99)
-    vae_images: Schedule = Schedule(steps=500, batch=8, learning_rate=1.5e-3, ema_decay=0.99, warmup=50)
+    vae_crops: Schedule = Schedule(steps=4400, batch=12, learning_rate=2.5e-3, ema_decay=0.99)
+    vae_images: Schedule = Schedule(steps=1000, batch=6, learning_rate=1e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
     unet: Schedule = Schedule(steps=6000, batch=8, learning_rate=2e-3, warmup=300)
     clips: int = 5000

@@ -63,7 +63,7 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
 
 
 _VAE_FIELDS = ("shape_weight", "shade_weight", "kl_weight", "fps", "motion_bucket_id", "max_displacement")
-_POOL_FIELDS = ("image_encoder", "vae_crops", "vae_images", "vae_clips", "clips", "augmentations", "noise_aug")
+_POOL_FIELDS = ("image_encoder", "vae_crops", "vae_images", "vae_clips", "clips", "augmentations", "noise_aug", "fade")
 
 
 def _fingerprint(recipe: Recipe, fields: tuple[str, ...]) -> str:
