@@ -13,17 +13,17 @@ from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 # without flat colour.
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
-    block_out_channels=(64, 64, 64, 128),
+    block_out_channels=(64, 64, 64, 64),
     layers_per_block=2,
     sample_size=64,
 )
 UNET = UNetConfig(
     sample_size=8,
-    block_out_channels=(64, 64, 64),
+    block_out_channels=(64, 64, 128),
     down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
     up_block_types=("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
     layers_per_block=1,
-    num_attention_heads=(1, 1, 1),
+    num_attention_heads=(1, 1, 2),
     cross_attention_dim=32,
     addition_time_embed_dim=32,
     projection_class_embeddings_input_dim=96,
@@ -74,11 +74,11 @@ class Recipe:
     """
 
     image_encoder: Schedule = Schedule(steps=600, batch=32, learning_rate=1e-3)
-    vae_crops: Schedule = Schedule(steps=4400, batch=12, learning_rate=2.5e-3, ema_decay=0.99)
-    vae_images: Schedule = Schedule(steps=1000, batch=6, learning_rate=1e-3, ema_decay=0.99, warmup=50)
+    vae_crops: Schedule = Schedule(steps=3600, batch=12, learning_rate=2.5e-3, ema_decay=0.99)
+    vae_images: Schedule = Schedule(steps=900, batch=6, learning_rate=1e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
-    unet: Schedule = Schedule(steps=6000, batch=8, learning_rate=2e-3, warmup=300)
-    clips: int = 5000
+    unet: Schedule = Schedule(steps=5400, batch=8, learning_rate=2e-3, warmup=300)
+    clips: int = 4000
     augmentations: int = 1
     noise_aug: tuple[float, float] = (-3.0, 1.0)
     sigma: tuple[float, float] = (0.7, 1.6)
