@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from svdlab.parity.reference import load_diffusers
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_path
+from svdlab.svd.kernels.registry import plain
+from svdlab.svd.modules import cast_copy
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene
 from svdlab.training.recipe import IMAGE_ENCODER, UNET, VAE, Recipe
@@ -58,6 +62,42 @@ def test_its_card_has_the_recipe_of_this_version(pipe: SVDPipeline) -> None:
     assert recipe and json.loads(recipe[1]) == json.loads(json.dumps(Recipe().to_dict()))
     assert (pipe.unet.config, pipe.image_encoder.config) == (UNET, IMAGE_ENCODER)
     assert pipe.vae.config.block_out_channels == VAE.block_out_channels
+
+
+# What no weight there can change: the softmax over a single key is 1, whatever asks for it; and over several keys it
+# does not see what all of them have in common.
+WITHOUT_INFLUENCE = re.compile(
+    r"transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)\.|(mid_block\.attentions\.\d+\.to_k|self_attn\.k_proj)\.bias"
+)
+RUNS: dict[str, tuple[str, Callable[..., Tensor], tuple[int, ...]]] = {
+    "unet": (
+        "",
+        lambda unet, x: unet(x, 0.3, x[:, :1, 0, 0, :1].expand(1, 1, 32), torch.tensor([[6, 127, 0.02]]).to(x)).sample,
+        (1, 2, 8, 8, 8),
+    ),
+    "decoder": ("decoder", lambda vae, z: vae.decode(z, num_frames=2).sample, (2, 4, 2, 2)),
+    "encoder": ("(encoder|quant_conv)", lambda vae, x: torch.cat(vae.encode(x).latent_dist), (1, 3, 32, 32)),
+    "image_encoder": ("", lambda tower, x: tower(x).image_embeds, (1, 3, 224, 224)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_weight_has_an_influence(pipe: SVDPipeline, name: str) -> None:
+    """Each tensor changed by a tenth, one at a time, in float64: no part of the checkpoint is dead."""
+    prefix, run, shape = RUNS[name]
+    network = cast_copy(plain(getattr(pipe, name, pipe.vae)), torch.float64)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, dead = run(network, x), set()
+    tensors = {n: p for n, p in network.named_parameters() if re.match(prefix, n)}
+    for key, tensor in tensors.items():
+        kept = tensor.clone()
+        noise = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        tensor.add_(0.1 * (kept.square().mean().sqrt() + 0.01) * noise)
+        if float((run(network, x) - before).norm() / before.norm()) < 1e-9:
+            dead.add(key)
+        tensor.copy_(kept)
+    assert dead == set(filter(WITHOUT_INFLUENCE.search, tensors))
 
 
 def test_diffusers_makes_the_same_clip_of_it(pipe: SVDPipeline) -> None:

@@ -207,9 +207,10 @@ class Scene:
         if frames.shape[1:] != (SIZE, SIZE, 3):
             raise SvdlabError(f"frames: got {frames.shape}, allowed: (frames, {SIZE}, {SIZE}, 3)")
         difference = np.linalg.norm(frames - self.backdrop(), axis=-1)
-        # From above what a shadow, and an autoencoder, do to a backdrop; a shape that is paler or brighter than it
-        # should be is no smaller or larger.
-        return np.clip((difference - 0.2) / 0.2, 0, 1)
+        # Against the frame's own contrast: a shape that is paler or brighter than it should be is no smaller or larger.
+        # Where there is no shape, there is no contrast to go by.
+        contrast = (difference**3).sum((1, 2), keepdims=True) / ((difference**2).sum((1, 2), keepdims=True) + 1e-9)
+        return np.clip(4 * difference / contrast.clip(0.3) - 1, 0, 1)
 
     def track(self, frames: np.ndarray) -> np.ndarray:
         """Where the shape is in frames (F, SIZE, SIZE, 3) in [0, 1]: centroids (F, 2) of what is not backdrop.

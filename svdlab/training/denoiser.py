@@ -24,7 +24,6 @@ from svdlab.training.data import Scene
 from svdlab.training.recipe import Recipe
 from svdlab.training.tower import clip_pixels
 
-
 # One clip in so many is encoded as it fades, too.
 _FADED = 3
 

@@ -248,7 +248,8 @@ def area(sample: Sampler, overguided: np.ndarray) -> Figure:
         errors.append(float(scene.seen(clip[-1:]).sum() / scene.seen(truth[-1:]).sum()) - 1)
     median, worst = statistics.median(errors), max(errors, key=abs)
     values = {"median": median, "worst": worst}
-    return Figure("last frame at max guidance 5, area over the truth, less 1", abs(median) <= 0.1, "within 10 %", values)
+    name = "last frame at max guidance 5, area over the truth, less 1"
+    return Figure(name, abs(median) <= 0.1, "within 10 %", values)
 
 
 def _embedding(usual: np.ndarray, without: np.ndarray, other_seed: np.ndarray) -> Figure:

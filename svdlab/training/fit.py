@@ -146,13 +146,18 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).float()
 
 
-def _optimizers(network: nn.Module) -> tuple[Muon, torch.optim.Optimizer]:
+def _optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and kernels, AdamW for what is too small or has no columns."""
     matrices, others = [], []
     for parameter in network.parameters():
         matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) >= _MATRIX
         (matrices if matrix else others).append(parameter)
-    return Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=_DECAY, fused=True)
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(Muon(matrices))
+    if others:
+        made.append(torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=_DECAY, fused=True))
+    return made
 
 
 def _rate(step: int, schedule: Schedule) -> float:

@@ -7,10 +7,10 @@ from typing import Any
 
 from svdlab.svd import CLIPVisionConfig, UNetConfig, VAEConfig
 
-# The published structure, narrow: two layers per block in the VAE, so that the decoder's attention runs, widths that are
-# a base times integers, and attention heads as wide as the published ones (64 channels, 80 in the tower), so that a single
-# file says it all. Every level has two channels per group-norm group or more: one alone would be an instance norm,
-# without flat colour.
+# The published structure, narrow: two layers per block in the VAE, so that the decoder's attention runs, widths that
+# are a base times integers, and attention heads as wide as the published ones (64 channels, 80 in the tower), so that a
+# single file says it all. Every level has two channels per group-norm group or more: one alone would be an instance
+# norm, without flat colour.
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
     block_out_channels=(64, 64, 64, 64),
