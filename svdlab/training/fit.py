@@ -121,17 +121,19 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every weight that has a gradient."""
         for group in self.param_groups:
-            alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            alike: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike.setdefault(tuple(parameter.flatten(1).shape), []).append(parameter)
-            for (rows, columns), parameters in alike.items():
-                moments = [
-                    self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05) for p in parameters
-                ]
-                ahead = [p.grad.lerp(m, 0.95).flatten(1) for p, m in zip(parameters, moments, strict=True)]
+                    state = self.state[parameter]
+                    if not state:
+                        state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg"].lerp_(parameter.grad, 0.05)
+                    ahead = parameter.grad.lerp(state["exp_avg"], 0.95).flatten(1)
+                    alike.setdefault(tuple(ahead.shape), []).append((parameter, ahead))
+            for (rows, columns), found in alike.items():
+                parameters, directions = zip(*found, strict=True)
                 rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-                for parameter, update in zip(parameters, _orthogonal(torch.stack(ahead)), strict=True):
+                for parameter, update in zip(parameters, _orthogonal(torch.stack(directions)), strict=True):
                     parameter.mul_(1 - group["lr"] * _DECAY).sub_(update.view_as(parameter), alpha=rate)
 
 
@@ -148,7 +150,8 @@ def _orthogonal(matrices: Tensor) -> Tensor:
 
 def _optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and kernels, AdamW for what is too small or has no columns."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in network.parameters():
         matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) >= _MATRIX
         (matrices if matrix else others).append(parameter)
