@@ -110,7 +110,8 @@ def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: tor
         near = F.max_pool2d(body, kernel_size=8)
         motion = torch.tensor([float(fps - 1), float(bucket)])
         rows.append((latents[:8], latents[8:], strengths, embedding, motion, 1 + recipe.shape_weight * near))
-    pool = Pool(*(torch.stack(column) for column in zip(*rows, strict=True)), faded=torch.stack(faded))
+    columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+    pool = Pool(*columns + [torch.stack(faded)])
     scaling_factor = round(1 / float(pool.latents.std()), 5)
     scaled = {name: getattr(pool, name) * scaling_factor for name in ("latents", "faded")}
     return replace(pool, **scaled), scaling_factor
