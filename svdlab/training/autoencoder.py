@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.svd import VAE, layout
-from svdlab.svd.layers import Downsample, ResnetBlock, SpatioTemporalResBlock, TemporalResnetBlock, Upsample
+from svdlab.svd.layers import AlphaBlender, Downsample, ResnetBlock, SpatioTemporalResBlock, TemporalResnetBlock, Upsample
 from svdlab.svd.vae import AttentionBlock
 from svdlab.training.data import DIRECTIONS, SIZE, Scene, displacement
 from svdlab.training.recipe import Recipe
@@ -41,6 +41,34 @@ class Autoencoder(nn.Module):
         for module in decoder.modules_in_order():
             x = module.spatial_res_block(x) if isinstance(module, SpatioTemporalResBlock) else module(x)
         return layout.to_channels_first(decoder.conv_out(F.silu(decoder.conv_norm_out(x))))
+
+
+class TemporalDecoder(nn.Module):
+    """The decoder's temporal branches alone, on latents that are disturbed in every frame by itself.
+
+    What the sampler leaves differs from frame to frame, and the frames beside one tell it from motion. Everything else
+    stays as it is, the encoder too, and with it the latents that the UNet learns.
+
+    Args:
+        vae: whose branches are trained.
+        disturbance: standard deviation of the noise, in that of a clip's latents.
+    """
+
+    def __init__(self, vae: VAE, disturbance: float):
+        super().__init__()
+        self.vae, self.disturbance = vae, disturbance
+        vae.requires_grad_(False)
+        for module in vae.decoder.modules():
+            if isinstance(module, (TemporalResnetBlock, AlphaBlender)):
+                module.requires_grad_(True)
+        vae.decoder.time_conv_out.requires_grad_(True)
+
+    def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(frames.device.type, torch.bfloat16):
+            mean, std = self.vae.encode(frames.flatten(0, 1)).latent_dist
+            latents = mean + self.disturbance * mean.std() * noise.flatten(0, 1)
+            rebuilt = self.vae.decode_videos(latents.unflatten(0, frames.shape[:2]))
+        return rebuilt.float(), mean.float(), std.float()
 
 
 def initialise_(vae: VAE) -> VAE:

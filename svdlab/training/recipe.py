@@ -57,8 +57,9 @@ class Recipe:
     """Everything that decides the weights, with the seed.
 
     Attributes:
-        image_encoder, vae_crops, vae_images, vae_clips, unet: the phases; the VAE learns from quarters of images
-            first, which are four times cheaper, then from images, then from clips.
+        image_encoder, vae_crops, vae_images, vae_clips, vae_temporal, unet: the phases; the VAE learns from quarters
+            of images first, which are four times cheaper, then from images, then from clips; at last its decoder's
+            temporal branches alone.
         clips: how many clips the UNet learns from, encoded once.
         augmentations: noisy first frames per clip.
         noise_aug: mean and standard deviation of ln(noise_aug_strength).
@@ -70,6 +71,7 @@ class Recipe:
         shape_weight: how much more a pixel or latent on the shape counts than one of the background.
         shade_weight: of the autoencoder's error in the mean over each latent's pixels.
         kl_weight: of the VAE's posterior.
+        disturbance: of the latents in ``vae_temporal``, in their standard deviation.
         seed: of all draws.
     """
 
@@ -77,6 +79,7 @@ class Recipe:
     vae_crops: Schedule = Schedule(steps=3600, batch=12, learning_rate=2.5e-3, ema_decay=0.99)
     vae_images: Schedule = Schedule(steps=900, batch=6, learning_rate=1e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
+    vae_temporal: Schedule = Schedule(steps=500, batch=1, learning_rate=2e-3, ema_decay=0.98, warmup=20)
     unet: Schedule = Schedule(steps=3500, batch=8, learning_rate=2e-3, warmup=300)
     clips: int = 4000
     augmentations: int = 1
@@ -93,6 +96,7 @@ class Recipe:
     shape_weight: float = 4.0
     shade_weight: float = 4.0
     kl_weight: float = 1e-6
+    disturbance: float = 0.15
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +111,7 @@ class Recipe:
             vae_crops=replace(self.vae_crops, steps=24, batch=4, warmup=3),
             vae_images=replace(self.vae_images, steps=2, batch=2, warmup=1),
             vae_clips=replace(self.vae_clips, steps=2, warmup=1),
+            vae_temporal=replace(self.vae_temporal, steps=2, warmup=1),
             unet=replace(self.unet, steps=20, batch=2, warmup=3),
             clips=8,
         )

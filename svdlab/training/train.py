@@ -54,6 +54,9 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
     for name, num_frames, window in (("vae_crops", 1, SIZE // 2), ("vae_images", 1, SIZE), ("vae_clips", 8, SIZE)):
         run(name, network, autoencoder.loss(recipe, getattr(recipe, name).batch, num_frames, window, latent), before)
         before = (*before, name)
+    steady = autoencoder.TemporalDecoder(vae, recipe.disturbance)
+    disturbed = autoencoder.loss(recipe, recipe.vae_temporal.batch, 8, SIZE, latent)
+    run("vae_temporal", steady, disturbed, (*before, "disturbance"))
     pool, scaling_factor = _pool(recipe, vae, image_encoder, work, device)
     vae.config = vae.config.replace(scaling_factor=scaling_factor)
     run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), tuple(recipe.to_dict()))
