@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from torch import nn
 from svdlab.cli.training import train_tiny
 from svdlab.errors import SvdlabError
 from svdlab.parity.reference import load_diffusers
+from svdlab.svd import VAE, VAEConfig
+from svdlab.svd.kernels import plain
 from svdlab.svd.pipeline import SVDPipeline
+from svdlab.svd.random_checkpoint import TINY_VAE
 from svdlab.svd.sampler import scalings
 from svdlab.training import autoencoder, denoiser, evaluate
 from svdlab.training.data import HELD_OUT, sample_image, sample_scene
@@ -55,7 +59,8 @@ def test_the_checkpoint_is_one_for_both(smoke: tuple[Path, dict[str, list[float]
     np.testing.assert_allclose(mine, other, atol=2e-3)
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     assert (config["sigma_min"], config["sigma_max"], config["prediction_type"]) == (0.002, 700.0, "v_prediction")
-    latents = denoiser.encode_pool(Recipe().smoke(), ours.vae, ours.image_encoder, CPU)[0].latents
+    networks = plain(ours.vae), plain(ours.image_encoder)
+    latents = denoiser.encode_pool(Recipe().smoke(), *networks, CPU)[0].latents
     assert float(latents.std()) == pytest.approx(1, abs=0.05), "the scaling factor is that of these latents"
 
 
@@ -190,6 +195,25 @@ def test_conditions_are_dropped_as_often_as_the_recipe_says() -> None:
     assert torch.equal(kept["faded"], ~latents & ~embedding), "without both, a clip is learnt that fades"
     assert float((latents & ~embedding).float().mean()) == pytest.approx(recipe.drop_embedding, abs=0.02)
     assert float((~latents & embedding).float().mean()) == pytest.approx(recipe.drop_latents, abs=0.02)
+
+
+def test_disturbed_latents_teach_the_temporal_branches_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.initialise_(VAE(VAEConfig(**TINY_VAE)))
+    frames = torch.rand(1, 3, 3, 16, 16) * 2 - 1
+
+    def loss(call: object, generator: torch.Generator) -> torch.Tensor:
+        rebuilt, *_ = call(frames, torch.randn(1, 3, 4, 2, 2, generator=generator))  # type: ignore[operator]
+        return (rebuilt - frames).square().mean()
+
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    schedule = Schedule(2, 1, 1e-3, ema_decay=0.5, warmup=1)
+    fit(Phase("steady", autoencoder.TemporalDecoder(vae, 0.1), loss, schedule, "f"), tmp_path, 0, CPU)
+    changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    temporal = {name for name in before if re.search("temporal_res_block|time_mixer|time_conv_out", name)}
+    assert changed and changed <= temporal
+    assert {name.rpartition(".")[0] for name in changed} >= {"decoder.time_conv_out"}
+    assert any("temporal_res_block" in name for name in changed)
 
 
 def test_training_never_draws_what_is_held_out() -> None:

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlab.svd import VAE, layout
-from svdlab.svd.layers import AlphaBlender, Downsample, ResnetBlock, SpatioTemporalResBlock, TemporalResnetBlock, Upsample
+from svdlab.svd.layers import (
+    AlphaBlender,
+    Downsample,
+    ResnetBlock,
+    SpatioTemporalResBlock,
+    TemporalResnetBlock,
+    Upsample,
+)
 from svdlab.svd.vae import AttentionBlock
 from svdlab.training.data import DIRECTIONS, SIZE, Scene, displacement
 from svdlab.training.recipe import Recipe
