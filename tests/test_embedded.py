@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svdlab.parity.reference import load_diffusers
 from svdlab.svd.checkpoint import EMBEDDED, checkpoint_path
-from svdlab.svd.kernels.registry import plain
+from svdlab.svd.kernels import plain
 from svdlab.svd.modules import cast_copy
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.training.data import DIRECTIONS, SIZE, displacement, sample_scene

@@ -21,13 +21,14 @@ from svdlab.svd.layers import (
 )
 from svdlab.svd.vae import AttentionBlock
 from svdlab.training.data import DIRECTIONS, SIZE, Scene, displacement
+from svdlab.training.fit import products_in_bfloat16
 from svdlab.training.recipe import Recipe
 
 
 class Autoencoder(nn.Module):
     """Frames (B, F, 3, H, W) to their reconstruction and the posterior's mean and standard deviation.
 
-    Products run in bfloat16, in two thirds of the time. A single frame passes the temporal branches by: they start as
+    Products run in bfloat16 where that is faster. A single frame passes the temporal branches by: they start as
     the identity, and clips teach them at the end.
     """
 
@@ -36,7 +37,7 @@ class Autoencoder(nn.Module):
         self.vae = vae
 
     def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(frames.device.type, torch.bfloat16):
+        with products_in_bfloat16(frames.device):
             mean, std = self.vae.encode(frames.flatten(0, 1)).latent_dist
             latents = (mean + std * noise.flatten(0, 1)).unflatten(0, frames.shape[:2])
             rebuilt = self.vae.decode_videos(latents) if frames.shape[1] > 1 else self._decode_images(latents)
@@ -71,7 +72,7 @@ class TemporalDecoder(nn.Module):
         vae.decoder.time_conv_out.requires_grad_(True)
 
     def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(frames.device.type, torch.bfloat16):
+        with products_in_bfloat16(frames.device):
             mean, std = self.vae.encode(frames.flatten(0, 1)).latent_dist
             latents = mean + self.disturbance * mean.std() * noise.flatten(0, 1)
             rebuilt = self.vae.decode_videos(latents.unflatten(0, frames.shape[:2]))

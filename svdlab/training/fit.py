@@ -138,9 +138,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
-    """The orthogonal factor of each matrix (N, R, C), about: five Newton-Schulz steps, in bfloat16."""
+    """The orthogonal factor of each matrix (N, R, C), about: five Newton-Schulz steps, which bfloat16 is enough for."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
+    x = matrices if wide else matrices.mT
+    if _has_fast_bfloat16(x.device):
+        x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -161,6 +163,16 @@ def _optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
     if others:
         made.append(torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=_DECAY, fused=True))
     return made
+
+
+def products_in_bfloat16(device: torch.device) -> torch.autocast:
+    """Autocast where that is faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_has_fast_bfloat16(device))
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """A CPU without AVX-512 multiplies in bfloat16 several times more slowly than in float32."""
+    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _rate(step: int, schedule: Schedule) -> float:
