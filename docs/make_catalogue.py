@@ -21,7 +21,7 @@ NEEDS = {
     "vae_not_upcast": "shows in float16 and bfloat16",
     "init_noise_unscaled": "shows at a low first sigma; at 700 both factors are the same to within rounding",
     "clips_repeated_after_guidance": "shows with `num_videos_per_prompt` of 2 or more",
-    "head_counts": "shows in a UNet of three levels or more",
+    "head_counts": "shows where the last level but one has another number of heads than the level before it",
     "frames_truncated": "shows in the optional probe `frames_8bit`",
 }
 _SOURCES = {
