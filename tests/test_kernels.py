@@ -260,6 +260,20 @@ def test_weights_made_in_inference_mode() -> None:
         torch.testing.assert_close(layer(x), plain(layer)(x))
 
 
+def test_autocast_gets_the_plain_layers(tiny: Path) -> None:
+    """It gives a layer float32 weights and bfloat16 numbers, which oneDNN's packed products refuse."""
+    pipe = SVDPipeline.from_pretrained(tiny)
+    slow = pipe.with_changes()
+    slow.unet, slow.vae, slow.image_encoder = map(plain, (pipe.unet, pipe.vae, pipe.image_encoder))
+    options = dict(height=32, width=32, num_frames=2, num_inference_steps=1, output_type="pt", progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, expected = (
+            p(sample_photo(), generator=torch.Generator().manual_seed(0), **options).frames  # type: ignore[arg-type]
+            for p in (pipe, slow)
+        )
+    torch.testing.assert_close(fast, expected)
+
+
 def test_modules_that_share_weights_share_what_is_packed_of_them() -> None:
     layer = use_kernels(nn.Linear(48, 80))
     other, x = own_modules(layer), torch.randn(5, 48)

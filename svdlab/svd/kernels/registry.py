@@ -195,10 +195,16 @@ _lock = threading.RLock()
 
 
 def usable(kernel: Kernel, x: Tensor) -> bool:
-    """Whether to take the fast way for ``x``: in inference, outside of ``torch.compile``, where it agreed."""
+    """Whether to take the fast way for ``x``: in inference, where it agreed.
+
+    ``torch.compile`` sees the plain network, and autocast chooses the dtypes of the plain layers.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return verdict(kernel, x.device.type, x.dtype).used
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return False
+    return verdict(kernel, kind, x.dtype).used
 
 
 def verdict(kernel: Kernel, device: str, dtype: torch.dtype) -> Verdict:
