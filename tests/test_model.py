@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from pieces import in_pieces
 from torch import Tensor
@@ -260,6 +260,8 @@ def test_fourteen_frames_in_every_chunk_size(
     dtype: torch.dtype, videos: int, height: int, width: int, seed: int
 ) -> None:
     """Also shows that diffusers' own chunking does depend on the chunk, by far more than rounding."""
+    # Of a single pixel a norm sees two numbers a group, and rounding comes out at any size, whatever the chunk.
+    assume(height * width > 1)
     latents = torch.randn(videos, 14, 4, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
     own, reference = _shared_vaes(dtype)
     whole = torch.stack([reference.decode(video, 14).sample for video in latents])
