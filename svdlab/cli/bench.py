@@ -28,7 +28,9 @@ from svdlab.svd.settings import GenerationSettings
     metavar="N",
     help="Beside N busy processes: what is left of the ratio on a machine that does other work, too.",
 )
-@click.option("--profile", is_flag=True, help="Run each case anew and tell which operations take its time.")
+@click.option(
+    "--profile", is_flag=True, help="Run each case anew and tell which operations take its time (of growth nothing)."
+)
 @click.option("--quick", is_flag=True, help="Tiny networks and sizes: tries the command in a minute, measures nothing.")
 @PLOT
 @MODEL

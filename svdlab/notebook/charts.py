@@ -24,9 +24,8 @@ from svdlab.notebook.figures import DIFFUSERS, FIX_OFF, FLOOR, SVDLAB
 from svdlab.notebook.scripts import joined, packed
 from svdlab.svd.video import data_url
 
-with left_out(
-    "rfc3987_syntax"
-):  # a grammar of addresses, which jsonschema makes for a second and altair never asks for
+# A grammar of addresses, which jsonschema makes for a second and altair never asks for.
+with left_out("rfc3987_syntax"):
     import altair as alt
 
 if TYPE_CHECKING:
