@@ -145,6 +145,8 @@ def test_a_profile_tells_kinds_of_operation_apart() -> None:
         "aten::copy_": "copies",
         "aten::silu_": "elementwise",
         "aten::empty": OTHER,
+        "aten::expand": OTHER,
+        "aten::upsample_bilinear2d": OTHER,
         "sm80_xmma_fprop_implicit_gemm_f16_cudnn_conv": "convolutions",
         "ampere_fp16_s16816gemm_fp16_128x64": "linear layers",
         "void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel>": "elementwise",

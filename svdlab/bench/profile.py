@@ -16,10 +16,12 @@ KINDS: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
         "attention": re.compile(r"scaled_dot_product|flash|softmax|fmha"),
         "convolutions": re.compile(r"conv|cudnn.*(fprop|wgrad)|winograd"),
-        "linear layers": re.compile(r"linear|mm_?$|matmul|gemm|cutlass"),
+        "linear layers": re.compile(r"(?<!bi)(?<!tri)linear|mm_?$|matmul|gemm|cutlass"),
         "norms": re.compile(r"norm|var_mean|std_mean"),
         "copies": re.compile(r"copy|cat$|clone|reorder|memcpy|index|pad"),
-        "elementwise": re.compile(r"add|sub|mul|div|silu|gelu|sigmoid|lerp|pow|sqrt|exp|cos|sin|fill|zero|elementwise"),
+        "elementwise": re.compile(
+            r"add|sub|mul|div|silu|gelu|sigmoid|lerp|pow|sqrt|exp(?!and)|cos|sin|fill|zero|elementwise"
+        ),
     }
 )
 OTHER = "other"
