@@ -20,7 +20,7 @@ from svdlab.svd import VAE, CLIPVision, UNet
 from svdlab.svd.layers import ResnetBlock, SpatioTemporalTransformer, TemporalResnetBlock
 from svdlab.svd.sampler import scalings
 from svdlab.training.autoencoder import draw_motion, to_tensor
-from svdlab.training.data import Scene
+from svdlab.training.data import Scene, displacement
 from svdlab.training.fit import products_in_bfloat16
 from svdlab.training.recipe import Recipe
 from svdlab.training.tower import clip_pixels
@@ -121,12 +121,14 @@ def encode_pool(recipe: Recipe, vae: VAE, image_encoder: CLIPVision, device: tor
 def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
     """EDM's loss in v: with SVD's preconditioning the weight lambda(sigma) * c_out^2 is 1 at every sigma.
 
-    A clip without both conditions is one that fades: see ``training.data``.
+    Fast clips are rare in the pool, and drawn more often. A clip without both conditions is one that fades: see
+    ``training.data``.
     """
     weight = pool.weight / pool.weight.mean()
+    even = _even_in_displacement(pool.motion)
 
     def of(call: Callable[..., Any], generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pool.latents), (recipe.unet.batch,), generator=generator)
+        rows = torch.multinomial(even, recipe.unet.batch, replacement=True, generator=generator)
         column = torch.randint(pool.strengths.shape[1], rows.shape, generator=generator)
         both, embedding, latents = np.cumsum([recipe.drop_both, recipe.drop_embedding, recipe.drop_latents])
         chance = torch.rand(rows.shape, generator=generator)
@@ -150,6 +152,13 @@ def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Gene
         return ((v - target.to(v.device)).square() * weight[rows].to(v.device)).mean()
 
     return of
+
+
+def _even_in_displacement(motion: Tensor) -> Tensor:
+    """Weights (N,) of clips, fps - 1 and motion bucket (N, 2): every displacement is drawn about as often."""
+    per_frame = torch.tensor([displacement(fps + 1, bucket) for fps, bucket in motion.tolist()])
+    counts, edges = torch.histogram(per_frame, bins=16)
+    return 1 / counts[torch.bucketize(per_frame, edges[1:-1])]
 
 
 def draw_sigmas(recipe: Recipe, generator: torch.Generator) -> Tensor:

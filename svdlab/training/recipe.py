@@ -80,13 +80,13 @@ class Recipe:
     vae_images: Schedule = Schedule(steps=900, batch=6, learning_rate=1e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
     vae_temporal: Schedule = Schedule(steps=500, batch=1, learning_rate=2e-3, ema_decay=0.98, warmup=20)
-    unet: Schedule = Schedule(steps=3500, batch=8, learning_rate=2e-3, warmup=300)
+    unet: Schedule = Schedule(steps=5000, batch=16, learning_rate=2.5e-3, warmup=300)
     clips: int = 4000
     augmentations: int = 1
     noise_aug: tuple[float, float] = (-3.0, 1.0)
     sigma: tuple[float, float] = (0.7, 1.6)
     sigma_uniform: float = 0.15
-    drop_both: float = 0.15
+    drop_both: float = 0.3
     drop_embedding: float = 0.05
     drop_latents: float = 0.05
     fade: float = 0.25
