@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import runpy
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler
 
 from svdlab import GenerationSettings, SVDPipeline
 from svdlab.bench import frontier as measuring
@@ -18,11 +19,13 @@ from svdlab.bench.frontier import EXACT, Variant, frontier, frontier_table, make
 from svdlab.cli.frontier import frontier as command
 from svdlab.errors import SvdlabError
 from svdlab.notebook.figures import plot_frontier
+from svdlab.parity.reference import SMALL_DECODER, small_decoder
 from svdlab.samples import sample_photo
 from svdlab.svd import approximations
 from svdlab.svd.approximations import APPROXIMATIONS, approximated, outermost_level
+from svdlab.svd.checkpoint import checkpoint_path
 from svdlab.svd.sampler import EulerScheduler
-from svdlab.training.data import sample_image
+from svdlab.training.data import sample_image, sample_scene
 
 SETTINGS = GenerationSettings(height=32, width=40, num_frames=3, num_inference_steps=4)
 
@@ -165,6 +168,54 @@ def test_what_is_slow_is_not_run_again_to_be_timed(tiny: Path, monkeypatch: pyte
         _, row = frontier(str(tiny), images=1, pairs=2, settings=given, variants=variants, progress=False)
         assert timed == names and (row.seconds > 1e-6) == (row.speedup < 1) == (limit == 0)
         timed.clear()
+
+
+@pytest.fixture
+def small(tiny: Path, tmp_path: Path) -> Path:
+    """An untrained small decoder for the tiny checkpoint's latents."""
+    levels = len(SVDPipeline.from_pretrained(tiny).vae.config.block_out_channels)
+    widths = {f"{part}_block_out_channels": (8,) * levels for part in ("encoder", "decoder")}
+    blocks = {f"num_{part}_blocks": (1,) * levels for part in ("encoder", "decoder")}
+    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_small_decoder_takes_the_vaes_place(tiny: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "CONVERGED_STEPS", 2)
+    given = SETTINGS.model_dump(include={"height", "width", "num_frames"}) | {"num_inference_steps": 1}
+    variants, clips = (EXACT, Variant("small decoder", decoder="small")), dict[str, torch.Tensor]()
+    measure: Any = functools.partial(
+        frontier, str(tiny), images=1, pairs=1, settings=given, variants=variants, progress=False
+    )
+    assert [row.name for row in measure()] == ["exact"], "the checkpoint has none of its own"
+    _, row = measure(decoder=str(small), clips=clips)
+    assert row.noise_ratio > 1000 and row.psnr < 40, "it was not trained"
+    pipe = SVDPipeline.from_pretrained(tiny, compat="diffusers")
+    settings = pipe.resolve(GenerationSettings(**given))
+    inputs = pipe.prepare(sample_image(0), settings, torch.Generator().manual_seed(0))
+    latents = pipe.denoise(inputs, settings)
+    (theirs,) = [AutoencoderTiny.from_pretrained(small).decode(video).sample for video in latents]
+    torch.testing.assert_close(clips["small decoder"][0], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_small_decoder(tiny: Path, small: Path, tmp_path: Path) -> None:
+    vae = SVDPipeline.from_pretrained(tiny).vae.config
+    with pytest.raises(SvdlabError, match="small decoder: .*nowhere: not an AutoencoderTiny of diffusers: "):
+        small_decoder(tmp_path / "nowhere", vae)
+    with pytest.raises(SvdlabError, match="small decoder: .*vae: not an AutoencoderTiny of diffusers: "):
+        small_decoder(tiny / "vae", vae)
+    with pytest.raises(SvdlabError, match=r"got \(latent channels, pixels per latent\) .*, allowed: \(4, 16\)"):
+        small_decoder(small, vae.replace(block_out_channels=(32,) * 5, down_block_types=("DownEncoderBlock2D",) * 5))
+
+
+def test_the_embedded_checkpoints_small_decoder_rebuilds_what_its_vae_does() -> None:
+    pipe = SVDPipeline.from_pretrained()
+    decode = small_decoder(checkpoint_path("embedded") / SMALL_DECODER, pipe.vae.config)
+    settings = pipe.resolve(GenerationSettings(num_inference_steps=1))
+    for index in range(4):
+        truth = torch.from_numpy(sample_scene(index).clip(8, 7, 127)).permute(0, 3, 1, 2).float() * 2 - 1
+        latents = pipe.vae.encode(truth).latent_dist.mode() * pipe.vae.config.scaling_factor
+        assert psnr(decode(latents[None], settings)[0], truth) > 25
 
 
 def test_what_is_not_exact_is_no_measure(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,14 @@ from tqdm import tqdm
 from svdlab.bench.timing import Calls, in_turns, machine
 from svdlab.errors import SvdlabError
 from svdlab.parity.compare import THRESHOLD
-from svdlab.parity.reference import capture_diffusers, cast_diffusers, dpm_solver, load_diffusers
+from svdlab.parity.reference import (
+    SMALL_DECODER,
+    capture_diffusers,
+    cast_diffusers,
+    dpm_solver,
+    load_diffusers,
+    small_decoder,
+)
 from svdlab.svd.approximations import approximated
 from svdlab.svd.checkpoint import checkpoint_path
 from svdlab.svd.images import to_unit
@@ -53,12 +60,14 @@ class Variant:
         changes: of the settings.
         approximations: keys of ``approximations.APPROXIMATIONS``.
         solver: "euler", or "dpm_solver" for ``reference.dpm_solver``.
+        decoder: "vae", or "small" for a ``reference.small_decoder``.
     """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     approximations: tuple[str, ...] = ()
     solver: str = "euler"
+    decoder: str = "vae"
 
 
 EXACT = Variant("exact")
@@ -76,6 +85,7 @@ VARIANTS = (
     Variant(
         "both, AYS, 10 steps", {"num_inference_steps": 10, "schedule": "ays"}, ("guidance_interval", "deep_features")
     ),
+    Variant("small decoder", decoder="small"),
     Variant("bfloat16", {"dtype": "bfloat16"}),
     Variant("float16", {"dtype": "float16"}),
 )
@@ -114,6 +124,7 @@ def frontier(
     pairs: int = 3,
     settings: Mapping[str, Any] = {},  # noqa: B006 - read only
     variants: Sequence[Variant] = VARIANTS,
+    decoder: str | None = None,
     device: str = "cpu",
     progress: bool = True,
     clips: MutableMapping[str, Tensor] | None = None,
@@ -127,22 +138,32 @@ def frontier(
             the runs count that measure it.
         settings: that all share; the exact clip's.
         variants: which, ``EXACT`` first.
+        decoder: folder or hub name of the small decoder, an AutoencoderTiny; None: the checkpoint's own.
         device: where.
         progress: show a bar.
         clips: gets every variant's frames (V, F, 3, H, W) of the first image, by name.
 
     Returns:
-        One row per variant, in their order.
+        One row per variant, in their order; none with a small decoder where there is none.
+
+    Raises:
+        SvdlabError: see ``reference.small_decoder``.
     """
+    folder = checkpoint_path(model)
+    if decoder is None and (folder / SMALL_DECODER).is_dir():
+        decoder = str(folder / SMALL_DECODER)
     pipe = SVDPipeline.from_pretrained(model, device=device, compat="diffusers")
-    diffusers = load_diffusers(checkpoint_path(model), torch.float32, device)
+    diffusers = load_diffusers(folder, torch.float32, device)
     start = pipe.resolve(GenerationSettings(**settings))
+    small = small_decoder(decoder, pipe.vae.config, device) if decoder else None
     by_dtype, calls = {start.dtype: pipe}, dict[str, Call]()
     for variant in variants:
+        if variant.decoder == "small" and small is None:
+            continue
         ours = start.replace(**variant.changes)
         if ours.dtype not in by_dtype:
             by_dtype[ours.dtype] = SVDPipeline.from_pretrained(model, dtype=ours.torch_dtype, device=device)
-        calls[variant.name] = make_call(by_dtype[ours.dtype], start, variant)
+        calls[variant.name] = make_call(by_dtype[ours.dtype], start, variant, small)
     solve = make_call(pipe, start.replace(num_inference_steps=CONVERGED_STEPS), EXACT)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     took: dict[str, list[float]] = {name: [] for name in calls}
@@ -187,18 +208,24 @@ def frontier(
     return rows
 
 
-def make_call(pipe: SVDPipeline, settings: GenerationSettings, variant: Variant) -> Call:
+def make_call(
+    pipe: SVDPipeline, settings: GenerationSettings, variant: Variant, small: Callable[..., Tensor] | None = None
+) -> Call:
     """What makes a variant's frames (V, F, 3, H, W) of ``Inputs``, in the pipeline's own dtype.
 
     Args:
         pipe: with exact stages; it stays as it is.
         settings: the exact clip's.
-        variant: whose changes of the settings, approximations and solver are taken.
+        variant: whose changes of the settings, approximations, solver and decoder are taken.
+        small: the stage ``decode`` of a variant with the small decoder.
     """
     settings = settings.replace(**variant.changes)
     pipe = approximated(pipe, *variant.approximations)
     if variant.solver == "dpm_solver":
         pipe.scheduler = dpm_solver(pipe.scheduler)
+    if variant.decoder == "small":
+        assert small is not None
+        pipe = pipe.with_stage(decode=small)
     return lambda inputs: pipe.run(inputs, settings)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,10 +34,16 @@ from svdlab.parity.scheduling import repeated_draws, traced_label
 from svdlab.parity.trace import Trace, dtype_name
 from svdlab.parity.writer import TraceWriter, version_of, versions_of_run
 from svdlab.svd.checkpoint import ImageNormalization, load_components
+from svdlab.svd.config import VAEConfig
 from svdlab.svd.images import to_rgb
 from svdlab.svd.sampler import EulerScheduler, named_sigmas
 from svdlab.svd.settings import GenerationSettings
 from svdlab.svd.workloads import NETWORKS
+
+# The folder of a small decoder, in a checkpoint that has one.
+SMALL_DECODER = "small_decoder"
+# That it decodes: 4 frames of 576x1024 take about 1 GiB in 64 channels.
+_FRAMES_AT_A_TIME = 4
 
 
 def load_diffusers(
@@ -149,6 +155,51 @@ def dpm_solver(scheduler: EulerScheduler) -> Any:
 
         levels = {"sigma_min": scheduler.sigma_min, "sigma_max": scheduler.sigma_max}
         return EDMDPMSolverMultistepScheduler(**levels, sigma_data=1.0, prediction_type="v_prediction")
+
+
+def tiny_autoencoder(**options: Any) -> Any:
+    """diffusers' ``AutoencoderTiny``, untrained: per frame, convolutions alone, no attention and no norms.
+
+    Source: Ollin Boer Bohan's TAESD, https://github.com/madebyollin/taesd; diffusers ``autoencoder_tiny.py``.
+    """
+    with _quiet():
+        from diffusers import AutoencoderTiny
+
+        return AutoencoderTiny(**options)
+
+
+def small_decoder(
+    model: str | os.PathLike[str], vae: VAEConfig, device: str | torch.device = "cpu"
+) -> Callable[[Tensor, GenerationSettings], Tensor]:
+    """The stage ``decode`` by an ``AutoencoderTiny`` in the VAE's place, in float32: each frame by itself.
+
+    Args:
+        model: its folder or its name on the hub, such as ``madebyollin/taesd``.
+        vae: whose latents it is to decode, times their scaling factor.
+        device: where.
+
+    Raises:
+        SvdlabError: there is none, or it is one for other latents.
+    """
+    with _quiet():
+        from diffusers import AutoencoderTiny
+
+        try:
+            tiny = AutoencoderTiny.from_pretrained(os.fspath(model)).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise SvdlabError(f"small decoder: {model}: not an AutoencoderTiny of diffusers: {why}") from None
+    factor = tiny.config.upsampling_scaling_factor ** (len(tiny.config.decoder_block_out_channels) - 1)
+    got, wanted = (tiny.config.latent_channels, factor), (vae.latent_channels, vae.scale_factor)
+    if got != wanted:
+        raise SvdlabError(f"small decoder: {model}: got (latent channels, pixels per latent) {got}, allowed: {wanted}")
+
+    @torch.no_grad()
+    def decode(latents: Tensor, settings: GenerationSettings) -> Tensor:
+        frames = [tiny.decode(some).sample for some in latents.float().flatten(0, 1).split(_FRAMES_AT_A_TIME)]
+        return torch.cat(frames).unflatten(0, latents.shape[:2])
+
+    return decode
 
 
 def cast_diffusers(pipe: Any, dtype: torch.dtype, device: str | torch.device | None = None) -> Any:

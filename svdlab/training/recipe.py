@@ -40,6 +40,14 @@ IMAGE_ENCODER = CLIPVisionConfig(
     hidden_act="gelu",
 )
 
+# The small decoder's, and its encoder's: options of diffusers' AutoencoderTiny.
+TINY_AUTOENCODER = dict(
+    encoder_block_out_channels=(32, 32, 32, 32),
+    decoder_block_out_channels=(32, 32, 32, 32),
+    num_encoder_blocks=(1, 1, 1, 1),
+    num_decoder_blocks=(2, 2, 2, 1),
+)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -57,9 +65,9 @@ class Recipe:
     """Everything that decides the weights, with the seed.
 
     Attributes:
-        image_encoder, vae_crops, vae_images, vae_clips, vae_temporal, unet: the phases; the VAE learns from quarters
-            of images first, which are four times cheaper, then from images, then from clips; at last its decoder's
-            temporal branches alone.
+        image_encoder, vae_crops, vae_images, vae_clips, vae_temporal, small_decoder, unet: the phases; the VAE learns
+            from quarters of images first, which are four times cheaper, then from images, then from clips; at last
+            its decoder's temporal branches alone.
         clips: how many clips the UNet learns from, encoded once.
         augmentations: noisy first frames per clip.
         noise_aug: mean and standard deviation of ln(noise_aug_strength).
@@ -80,6 +88,7 @@ class Recipe:
     vae_images: Schedule = Schedule(steps=900, batch=6, learning_rate=1e-3, ema_decay=0.99, warmup=50)
     vae_clips: Schedule = Schedule(steps=80, batch=1, learning_rate=3e-4, ema_decay=0.98, warmup=20)
     vae_temporal: Schedule = Schedule(steps=500, batch=1, learning_rate=2e-3, ema_decay=0.98, warmup=20)
+    small_decoder: Schedule = Schedule(steps=1500, batch=8, learning_rate=2e-3, ema_decay=0.99)
     unet: Schedule = Schedule(steps=5000, batch=16, learning_rate=2.5e-3, warmup=300)
     clips: int = 4000
     augmentations: int = 1
@@ -112,6 +121,7 @@ class Recipe:
             vae_images=replace(self.vae_images, steps=2, batch=2, warmup=1),
             vae_clips=replace(self.vae_clips, steps=2, warmup=1),
             vae_temporal=replace(self.vae_temporal, steps=2, warmup=1),
+            small_decoder=replace(self.small_decoder, steps=10, batch=2, warmup=3),
             unet=replace(self.unet, steps=20, batch=2, warmup=3),
             clips=8,
         )

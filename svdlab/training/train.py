@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from svdlab.files import atomic_path
+from svdlab.parity.reference import SMALL_DECODER
 from svdlab.svd import VAE, CLIPVision, UNet
 from svdlab.svd.checkpoint import open_safetensors, write_checkpoint
-from svdlab.training import autoencoder, denoiser, tower
+from svdlab.training import autoencoder, denoiser, small_decoder, tower
 from svdlab.training import recipe as recipes
 from svdlab.training.data import SIZE, Scene
 from svdlab.training.fit import Phase, fit
@@ -38,7 +39,7 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     image_encoder, vae = CLIPVision(recipes.IMAGE_ENCODER), autoencoder.initialise_(VAE(recipes.VAE))
-    unet = denoiser.initialise_(UNet(recipes.UNET))
+    unet, small = denoiser.initialise_(UNet(recipes.UNET)), small_decoder.SmallAutoencoder()
     losses: dict[str, list[float]] = {}
 
     def run(name: str, network: torch.nn.Module, loss: object, depends_on: tuple[str, ...]) -> None:
@@ -59,14 +60,18 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
     run("vae_temporal", steady, disturbed, (*before, "disturbance"))
     pool, scaling_factor = _pool(recipe, vae, image_encoder, work, device)
     vae.config = vae.config.replace(scaling_factor=scaling_factor)
-    run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), tuple(recipe.to_dict()))
+    before = (*_VAE_FIELDS, *_POOL_FIELDS)
+    run("small_decoder", small, small_decoder.loss(recipe, vae), before)
+    run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), (*before, *_UNET_FIELDS))
 
     write_checkpoint(out, unet, vae, image_encoder, dtype=torch.float16)
+    small.write(out / SMALL_DECODER)
     return losses
 
 
 _VAE_FIELDS = ("shape_weight", "shade_weight", "kl_weight", "fps", "motion_bucket_id", "max_displacement")
 _POOL_FIELDS = ("image_encoder", "vae_crops", "vae_images", "vae_clips", "clips", "augmentations", "noise_aug", "fade")
+_UNET_FIELDS = ("sigma", "sigma_uniform", "drop_both", "drop_embedding", "drop_latents")
 
 
 def _fingerprint(recipe: Recipe, fields: tuple[str, ...]) -> str:
