@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import runpy
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderTiny, DDIMScheduler
+from matplotlib.text import Text
 
 from svdlab import GenerationSettings, SVDPipeline
 from svdlab.bench import frontier as measuring
-from svdlab.bench.frontier import EXACT, Variant, frontier, frontier_table, make_call, psnr, ssim, to_json
+from svdlab.bench.frontier import EXACT, Row, Variant, frontier, frontier_table, make_call, psnr, ssim, to_json
 from svdlab.cli.frontier import frontier as command
 from svdlab.errors import SvdlabError
 from svdlab.notebook.figures import plot_frontier
@@ -168,6 +170,18 @@ def test_what_is_slow_is_not_run_again_to_be_timed(tiny: Path, monkeypatch: pyte
         _, row = frontier(str(tiny), images=1, pairs=2, settings=given, variants=variants, progress=False)
         assert timed == names and (row.seconds > 1e-6) == (row.speedup < 1) == (limit == 0)
         timed.clear()
+
+
+def test_no_name_lies_on_another() -> None:
+    """Fourteen ways, some of them neighbours."""
+    at = [(2.34, 4.7e4), (2.37, 9.5e3), (2.03, 2.3e5), (1.31, 3.2e4), (1.72, 1.6e4), (1.86, 3.2e4), (1.9, 3.0e4)]
+    at += [(2.04, 9.5e3), (0.23, 580), (2.45, 1.6e4), (1.08, 3.7e4), (3.3, 2.1e5), (3.04, 3.0e4), (1.0, 0.6)]
+    rows = [Row(f"way number {i}", 1, x, (x, x), y, 50, 1, 1, None) for i, (x, y) in enumerate(at)]
+    plot = plot_frontier(rows)
+    plot.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in plot.axes[0].texts]
+    assert len(boxes) == len(rows)
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from torch import nn
 
 from svdlab.cli.training import train_tiny
 from svdlab.errors import SvdlabError
-from svdlab.parity.reference import load_diffusers
+from svdlab.parity.reference import SMALL_DECODER, load_diffusers, small_decoder
 from svdlab.svd import VAE, VAEConfig
 from svdlab.svd.kernels import plain
 from svdlab.svd.pipeline import SVDPipeline
 from svdlab.svd.random_checkpoint import TINY_VAE
 from svdlab.svd.sampler import scalings
+from svdlab.svd.settings import GenerationSettings
 from svdlab.training import autoencoder, denoiser, evaluate
 from svdlab.training.data import HELD_OUT, sample_image, sample_scene
 from svdlab.training.fit import Muon, Phase, fit
@@ -40,7 +41,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["image_encoder", "vae_crops", "unet"])
+@pytest.mark.parametrize("phase", ["image_encoder", "vae_crops", "small_decoder", "unet"])
 def test_a_smoke_run_lowers_the_loss(smoke: tuple[Path, dict[str, list[float]]], phase: str) -> None:
     losses = smoke[1][phase]
     assert np.mean(losses[-8:]) < 0.95 * np.mean(losses[:4])
@@ -57,6 +58,8 @@ def test_the_checkpoint_is_one_for_both(smoke: tuple[Path, dict[str, list[float]
     mine = ours(image, output_type="np", progress=False, generator=torch.Generator().manual_seed(1), **options).frames
     other = theirs(image, output_type="np", generator=torch.Generator().manual_seed(1), **options).frames
     np.testing.assert_allclose(mine, other, atol=2e-3)
+    frames = small_decoder(folder / SMALL_DECODER, ours.vae.config)(torch.randn(1, 2, 4, 8, 8), GenerationSettings())
+    assert frames.shape == (1, 2, 3, 64, 64)
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     assert (config["sigma_min"], config["sigma_max"], config["prediction_type"]) == (0.002, 700.0, "v_prediction")
     networks = plain(ours.vae), plain(ours.image_encoder)
@@ -195,6 +198,22 @@ def test_conditions_are_dropped_as_often_as_the_recipe_says() -> None:
     assert torch.equal(kept["faded"], ~latents & ~embedding), "without both, a clip is learnt that fades"
     assert float((latents & ~embedding).float().mean()) == pytest.approx(recipe.drop_embedding, abs=0.02)
     assert float((~latents & embedding).float().mean()) == pytest.approx(recipe.drop_latents, abs=0.02)
+
+
+def test_rare_displacements_are_drawn_as_often_as_others() -> None:
+    recipe = replace(Recipe(), unet=replace(Recipe().unet, batch=4000))
+    motion = torch.tensor([[6.0, 20.0]] * 95 + [[6.0, 255.0]] * 5)
+    one = torch.ones(100, 1, 4, 1, 1)
+    pool = denoiser.Pool(one, one, one[:, :, 0, 0, 0], one[..., 0, 0], motion, one[:, :, :1], one[:1])
+    drawn = {}
+
+    def call(sample: torch.Tensor, _: torch.Tensor, embeddings: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        drawn["fast"] = (ids[:, 1] == 255) & (embeddings[:, 0, 0] != 0)
+        drawn["seen"] = embeddings[:, 0, 0] != 0
+        return sample[:, :, :4]
+
+    denoiser.loss(recipe, pool)(call, torch.Generator().manual_seed(0))
+    assert float(drawn["fast"].sum() / drawn["seen"].sum()) == pytest.approx(0.5, abs=0.03)
 
 
 def test_disturbed_latents_teach_the_temporal_branches_alone(tmp_path: Path) -> None:

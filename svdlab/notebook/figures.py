@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from svdlab.svd.images import to_levels
 from svdlab.svd.video import data_url
@@ -117,20 +119,42 @@ def plot_frontier(rows: Sequence[Row]) -> Plot:
     plot = new_plot(8.0, 4.4, f"Noise ratio against speed: {', '.join(row.name for row in rows)}.")
     ax = plot.subplots()
     ax.axhspan(0.1, THRESHOLD, color=FLOOR, alpha=0.12, lw=0, label=f"parity: up to {THRESHOLD:g}")
-    for i, row in enumerate(sorted(rows, key=lambda row: row.speedup)):
+    for row in rows:
         colour = SVDLAB if row.noise_ratio <= THRESHOLD else FIX_OFF
         reach = np.abs(np.array([row.speedup_range]).T - row.speedup)
         ax.errorbar(row.speedup, row.noise_ratio, xerr=reach, fmt="o", color=colour, ms=5, capsize=2, lw=1)
-        # Neighbours have their names on four sides, so that these do not lie on each other.
-        side, above = ("left", "right")[i // 2 % 2], i % 2
-        offset, va = (4 if side == "left" else -4, 4 if above else -4), "bottom" if above else "top"
-        at = row.speedup, row.noise_ratio
-        ax.annotate(row.name, at, offset, textcoords="offset points", fontsize=7, ha=side, va=va)
     ax.set_yscale("log")
     ax.set_ylim(bottom=0.1)
     label_axes(ax, "times as fast as the exact clip", "noise ratio of the frames")
     ax.legend(fontsize=8, loc="lower right")
+    _name_points(plot, ax, {row.name: (row.speedup, row.noise_ratio) for row in rows})
     return plot
+
+
+def _name_points(plot: Plot, ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, where it covers no other name and no other point."""
+    plot.draw_without_rendering()  # the layout, which says where the points are
+    places = ax.transData.transform(list(points.values()))
+    half = 3 * plot.dpi / 72
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in places]
+    reach = [(dx, dy) for far in (4, 10, 18, 26) for dy in (far, -far) for dx in (4, -4)]
+    for name, at in points.items():
+        line = dict(arrowstyle="-", lw=0.5, color=FLOOR, shrinkA=0, shrinkB=3)
+        label = ax.annotate(name, at, (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)
+        label.set_in_layout(False)
+        label.get_window_extent()  # from here on it knows where its point is
+        tried: list[tuple[int, int]] = []
+        for dx, dy in reach:
+            label.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top")
+            box = Text.get_window_extent(label)  # without its line
+            tried.append((sum(box.overlaps(other) for other in taken) + 2 * (not _inside(ax, box)), len(tried)))
+        dx, dy = reach[min(tried)[1]]
+        label.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top")
+        taken.append(Text.get_window_extent(label))
+
+
+def _inside(ax: Axes, box: Bbox) -> bool:
+    return bool(ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1)
 
 
 def plot_bench(found: Mapping[str, Any]) -> Plot:

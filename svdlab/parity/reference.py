@@ -215,18 +215,18 @@ def _quiet() -> Iterator[None]:
     """No warnings and no progress bars of other libraries; only what is ours is on the terminal."""
     # transformers sets its level when it is first imported, and then warns that torchvision is not there.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(logging.ERROR)
-            stack.callback(logging.getLogger(name).setLevel, level)
-        try:
+        try:  # both set their loggers' levels when they are imported
             import diffusers.utils.logging as diffusers_logging
             import transformers.utils.logging as transformers_logging
         except ImportError:
             yield
             return
+        for name in ("diffusers", "transformers"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         for module in (diffusers_logging, transformers_logging):
             if module.is_progress_bar_enabled():
                 module.disable_progress_bar()

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdlab.errors import SvdlabError, short
+from svdlab.files import atomic_path
 from svdlab.reading import read_as, read_json
 from svdlab.svd.architectures import ARCHITECTURES, SVD_SCHEDULER
 from svdlab.svd.config import CLIPVisionConfig, Config, Configs, UNetConfig, VAEConfig, per_level, read_config
@@ -505,7 +506,8 @@ def write_checkpoint(
     write_configs(folder, configs, {**SVD_SCHEDULER, **scheduler}, statistics)
     for name, model in models.items():
         state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
-        save_file(state, weights_path(folder, name, variant), metadata={"format": "pt"})
+        with atomic_path(weights_path(folder, name, variant)) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
     return folder
 
 

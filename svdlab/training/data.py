@@ -122,7 +122,7 @@ class Scene:
 
     def backdrop(self, scale: int = 1) -> np.ndarray:
         """What is behind the shape, without its shadow, float64 (S, S, 3) in [0, 1] with S = scale * SIZE."""
-        y, x = (np.mgrid[: SIZE * scale, : SIZE * scale] + 0.5) / (SIZE * scale) - 0.5
+        x, y = (at / SIZE - 0.5 for at in _pixels(scale))
         along = x * np.cos(self.angle) + y * np.sin(self.angle)
         if self.backdrop_kind == "ramp":
             share = 0.5 + along / np.sqrt(2)
@@ -172,7 +172,7 @@ class Scene:
             visible: (F,), the share of the shape and of its shadow that is not lost to the backdrop; all by default.
         """
         body, nose = (c[..., None] for c in self.coverage(centres, scale))
-        y, x = (np.mgrid[: SIZE * scale, : SIZE * scale] + 0.5) / scale
+        x, y = _pixels(scale)
         across, below = x - centres[:, 0, None, None], y - centres[:, 1, None, None]
         far = np.hypot(across - 0.25 * self.radius, below - 0.45 * self.radius) / self.radius
         shadow = 0.15 / (1 + np.exp((far - 1) * 6))[..., None]
@@ -219,16 +219,22 @@ class Scene:
             SvdlabError: frames of another size.
         """
         weight = self.seen(frames)
-        y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+        x, y = _pixels()
         total = weight.sum((1, 2)) + 1e-9
         return np.stack([(weight * x).sum((1, 2)) / total, (weight * y).sum((1, 2)) / total], axis=-1)
 
     def _local(self, centres: np.ndarray, scale: int) -> tuple[np.ndarray, np.ndarray]:
         """Each pixel's place (F, S, S) ahead of the shape's centre and to its side, in pixels."""
-        y, x = (np.mgrid[: SIZE * scale, : SIZE * scale] + 0.5) / scale
+        x, y = _pixels(scale)
         dx, dy = x - centres[:, 0, None, None], y - centres[:, 1, None, None]
         ahead_x, ahead_y = DIRECTIONS[self.direction]
         return dx * ahead_x + dy * ahead_y, dy * ahead_x - dx * ahead_y
+
+
+def _pixels(scale: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """x and y (S, S) of every pixel's centre in units of SIZE, with S = scale * SIZE."""
+    y, x = (np.mgrid[: SIZE * scale, : SIZE * scale] + 0.5) / scale
+    return x, y
 
 
 def _soft(distance: np.ndarray) -> np.ndarray:

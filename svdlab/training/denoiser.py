@@ -157,8 +157,9 @@ def loss(recipe: Recipe, pool: Pool) -> Callable[[Callable[..., Any], torch.Gene
 def _even_in_displacement(motion: Tensor) -> Tensor:
     """Weights (N,) of clips, fps - 1 and motion bucket (N, 2): every displacement is drawn about as often."""
     per_frame = torch.tensor([displacement(fps + 1, bucket) for fps, bucket in motion.tolist()])
-    counts, edges = torch.histogram(per_frame, bins=16)
-    return 1 / counts[torch.bucketize(per_frame, edges[1:-1])]
+    edges = torch.linspace(float(per_frame.min()), float(per_frame.max()), 17)
+    place = torch.bucketize(per_frame, edges[1:-1])
+    return 1 / place.bincount()[place]
 
 
 def draw_sigmas(recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from svdlab.files import atomic_path
 from svdlab.parity.reference import tiny_autoencoder
 from svdlab.svd import VAE
 from svdlab.training.autoencoder import draw
@@ -31,7 +33,10 @@ class SmallAutoencoder(nn.Module):
 
     def write(self, folder: Path) -> None:
         """As diffusers loads it, in float16."""
-        self.tiny.to(torch.float16).save_pretrained(folder)
+        self.tiny.save_config(folder)
+        state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in self.tiny.state_dict().items()}
+        with atomic_path(folder / "diffusion_pytorch_model.safetensors") as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
 
 
 def loss(recipe: Recipe, vae: VAE) -> Callable[[Callable[..., Any], torch.Generator], Tensor]:
