@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderTiny, DDIMScheduler
 from matplotlib.text import Text
+from safetensors.torch import load_file, save_file
 
 from svdlab import GenerationSettings, SVDPipeline
 from svdlab.bench import frontier as measuring
@@ -218,8 +219,20 @@ def test_what_is_no_small_decoder(tiny: Path, small: Path, tmp_path: Path) -> No
         small_decoder(tmp_path / "nowhere", vae)
     with pytest.raises(SvdlabError, match="small decoder: .*vae: not an AutoencoderTiny of diffusers: "):
         small_decoder(tiny / "vae", vae)
+    weights = small / "diffusion_pytorch_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if name != "decoder.layers.0.weight"}
     with pytest.raises(SvdlabError, match=r"got \(latent channels, pixels per latent\) .*, allowed: \(4, 16\)"):
         small_decoder(small, vae.replace(block_out_channels=(32,) * 5, down_block_types=("DownEncoderBlock2D",) * 5))
+    save_file(kept, weights)
+    with pytest.raises(SvdlabError, match="small decoder: .*: its file lacks decoder.layers.0.weight"):
+        small_decoder(small, vae)
+
+
+def test_a_variant_that_there_is_not() -> None:
+    with pytest.raises(SvdlabError, match="solver: got 'dpm', allowed: euler, dpm_solver"):
+        Variant("fast", solver="dpm")
+    with pytest.raises(SvdlabError, match="decoder: got 'tiny', allowed: vae, small"):
+        Variant("fast", decoder="tiny")
 
 
 def test_the_embedded_checkpoints_small_decoder_rebuilds_what_its_vae_does() -> None:

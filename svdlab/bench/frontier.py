@@ -21,7 +21,7 @@ from torch.utils import benchmark
 from tqdm import tqdm
 
 from svdlab.bench.timing import Calls, in_turns, machine
-from svdlab.errors import SvdlabError
+from svdlab.errors import SvdlabError, short
 from svdlab.parity.compare import THRESHOLD
 from svdlab.parity.reference import (
     SMALL_DECODER,
@@ -32,7 +32,7 @@ from svdlab.parity.reference import (
     small_decoder,
 )
 from svdlab.svd.approximations import approximated
-from svdlab.svd.checkpoint import checkpoint_path
+from svdlab.svd.checkpoint import checkpoint_path, load_configs
 from svdlab.svd.images import to_unit
 from svdlab.svd.pipeline import Inputs, SVDPipeline
 from svdlab.svd.settings import GenerationSettings
@@ -61,6 +61,9 @@ class Variant:
         approximations: keys of ``approximations.APPROXIMATIONS``.
         solver: "euler", or "dpm_solver" for ``reference.dpm_solver``.
         decoder: "vae", or "small" for a ``reference.small_decoder``.
+
+    Raises:
+        SvdlabError: a solver or decoder that there is not.
     """
 
     name: str
@@ -68,6 +71,11 @@ class Variant:
     approximations: tuple[str, ...] = ()
     solver: str = "euler"
     decoder: str = "vae"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("solver", ("euler", "dpm_solver")), ("decoder", ("vae", "small"))):
+            if (got := getattr(self, name)) not in allowed:
+                raise SvdlabError(f"{name}: got {short(got)}, allowed: {', '.join(allowed)}")
 
 
 EXACT = Variant("exact")
@@ -152,10 +160,10 @@ def frontier(
     folder = checkpoint_path(model)
     if decoder is None and (folder / SMALL_DECODER).is_dir():
         decoder = str(folder / SMALL_DECODER)
+    small = small_decoder(decoder, load_configs(model).vae, device) if decoder else None
     pipe = SVDPipeline.from_pretrained(model, device=device, compat="diffusers")
     diffusers = load_diffusers(folder, torch.float32, device)
     start = pipe.resolve(GenerationSettings(**settings))
-    small = small_decoder(decoder, pipe.vae.config, device) if decoder else None
     by_dtype, calls = {start.dtype: pipe}, dict[str, Call]()
     for variant in variants:
         if variant.decoder == "small" and small is None:

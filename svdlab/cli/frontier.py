@@ -34,7 +34,7 @@ def frontier(
     Fewer steps, another schedule or solver, guidance in an interval of sigmas, deep features that serve two steps,
     a small decoder, narrower dtypes: each beside the exact clip, and beside the converged solution of the ODE.
     """
-    check_outputs(json_path, plot_path, inputs=[model])
+    check_outputs(json_path, plot_path, inputs=[model, small_decoder])
     check_plot(plot_path)
     from rich.console import Console
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from svdlab.svd.images import to_levels
@@ -137,24 +137,24 @@ def _name_points(plot: Plot, ax: Axes, points: Mapping[str, tuple[float, float]]
     places = ax.transData.transform(list(points.values()))
     half = 3 * plot.dpi / 72
     taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in places]
-    reach = [(dx, dy) for far in (4, 10, 18, 26) for dy in (far, -far) for dx in (4, -4)]
+    offsets = [(dx, dy) for far in (4, 10, 18, 26) for dy in (far, -far) for dx in (4, -4)]
+
+    def put(label: Annotation, dx: int, dy: int) -> Bbox:
+        """Where the name then is, without its line."""
+        label.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top")
+        return Text.get_window_extent(label)
+
+    def cost(label: Annotation, dx: int, dy: int) -> int:
+        box = put(label, dx, dy)
+        return box.count_overlaps(taken) + 2 * (ax.bbox.count_contains(box.corners()) < 4)
+
     for name, at in points.items():
         line = dict(arrowstyle="-", lw=0.5, color=FLOOR, shrinkA=0, shrinkB=3)
         label = ax.annotate(name, at, (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)
         label.set_in_layout(False)
         label.get_window_extent()  # from here on it knows where its point is
-        tried: list[tuple[int, int]] = []
-        for dx, dy in reach:
-            label.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top")
-            box = Text.get_window_extent(label)  # without its line
-            tried.append((sum(box.overlaps(other) for other in taken) + 2 * (not _inside(ax, box)), len(tried)))
-        dx, dy = reach[min(tried)[1]]
-        label.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top")
-        taken.append(Text.get_window_extent(label))
-
-
-def _inside(ax: Axes, box: Bbox) -> bool:
-    return bool(ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1)
+        best = min(offsets, key=lambda offset: cost(label, *offset))
+        taken.append(put(label, *best).padded(3))
 
 
 def plot_bench(found: Mapping[str, Any]) -> Plot:

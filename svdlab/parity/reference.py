@@ -185,7 +185,10 @@ def small_decoder(
         from diffusers import AutoencoderTiny
 
         try:
-            tiny = AutoencoderTiny.from_pretrained(os.fspath(model)).to(device).eval().requires_grad_(False)
+            tiny, found = AutoencoderTiny.from_pretrained(os.fspath(model), output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"its file lacks {min(found['missing_keys'])}")
+            tiny = tiny.to(device).eval().requires_grad_(False)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             why = str(error).strip().splitlines()[0]
             raise SvdlabError(f"small decoder: {model}: not an AutoencoderTiny of diffusers: {why}") from None

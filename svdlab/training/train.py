@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from svdlab.files import atomic_path
+from svdlab.files import atomic_folder, atomic_path, check_new_folder
 from svdlab.parity.reference import SMALL_DECODER
 from svdlab.svd import VAE, CLIPVision, UNet
 from svdlab.svd.checkpoint import open_safetensors, write_checkpoint
@@ -34,8 +34,9 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
         Each phase's losses, of the steps that this call ran.
 
     Raises:
-        SvdlabError: ``work`` holds files of another recipe.
+        SvdlabError: ``out`` is there already, ``work`` holds files of another recipe.
     """
+    check_new_folder(out)
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     image_encoder, vae = CLIPVision(recipes.IMAGE_ENCODER), autoencoder.initialise_(VAE(recipes.VAE))
@@ -64,8 +65,9 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> dict[s
     run("small_decoder", small, small_decoder.loss(recipe, vae), before)
     run("unet", denoiser.Denoiser(unet), denoiser.loss(recipe, pool), (*before, *_UNET_FIELDS))
 
-    write_checkpoint(out, unet, vae, image_encoder, dtype=torch.float16)
-    small.write(out / SMALL_DECODER)
+    with atomic_folder(out) as folder:
+        write_checkpoint(folder, unet, vae, image_encoder, dtype=torch.float16)
+        small.write(folder / SMALL_DECODER)
     return losses
 
 
